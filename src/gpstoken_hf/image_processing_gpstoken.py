@@ -1,0 +1,415 @@
+# Copyright 2026 The gpstoken-hf authors. Licensed under the Apache License, Version 2.0.
+"""Images of any kind in, `pixel_values` in [-1, 1] out, and back again.
+
+Letters used in shapes: B images, C channels, H and W the height and width in pixels.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import os
+from collections.abc import Sequence
+from io import BytesIO
+from typing import Any, ClassVar
+
+import numpy as np
+import PIL.Image
+import PIL.ImageOps
+import torch
+
+# ImageProcessingMixin is not used here by name, but diffusers looks for a loadable base class in the
+# namespace of the module that defines a pipeline component.
+from transformers.image_processing_backends import TorchvisionBackend
+from transformers.image_processing_base import BatchFeature, ImageProcessingMixin  # noqa: F401
+from transformers.image_transforms import group_images_by_shape, reorder_images
+from transformers.image_utils import ChannelDimension, PILImageResampling, SizeDict
+
+# Everything Pillow raises for a file that it cannot read, beside its own OSError subclasses.
+_PILLOW_READ_ERRORS = (OSError, SyntaxError, ValueError, EOFError, PIL.Image.DecompressionBombError)
+
+
+def open_image(source: str | os.PathLike) -> PIL.Image.Image:
+    """Reads one image completely and turns it upright by its EXIF orientation.
+
+    Args:
+        source: a file, or an `http(s)://` or base64 `data:image/` address.
+
+    Returns:
+        The decoded image in the mode in which it was stored.
+
+    Raises:
+        ValueError: when there is no such file, or it is not an image, or it is truncated.
+    """
+    name = os.fspath(source)
+    if not isinstance(name, str):
+        raise ValueError(f"expected an image file name as str, got {type(name).__name__}")
+    shown = name if len(name) <= 200 else name[:100] + "..."
+    try:
+        with PIL.Image.open(_open_stream(name)) as image:
+            image.load()
+            return PIL.ImageOps.exif_transpose(image)
+    except FileNotFoundError as error:
+        raise ValueError(f"expected an image file, found no such file: {shown}") from error
+    except _PILLOW_READ_ERRORS as error:
+        raise ValueError(f"expected a readable image file, cannot read {shown}: {error}") from error
+
+
+def _open_stream(name: str) -> str | BytesIO:
+    if name.startswith(("http://", "https://")):
+        import httpx  # comes with huggingface_hub; needed for addresses only
+
+        try:
+            response = httpx.get(name, follow_redirects=True)
+            response.raise_for_status()
+        except httpx.HTTPError as error:
+            raise ValueError(str(error)) from error
+        return BytesIO(response.content)
+    if name.startswith("data:image/"):
+        try:
+            return BytesIO(base64.b64decode(name.partition(",")[2], validate=True))
+        except binascii.Error as error:
+            raise ValueError(f"not base64: {error}") from error
+    return name
+
+
+class GPSTokenImageProcessor(TorchvisionBackend):
+    """Prepares images for [`GPSTokenModel`] and turns its output into images again.
+
+    Takes a PIL image, a NumPy array, a torch tensor, a file name or address, or a (nested) list of these; a 4-D array
+    or tensor is a batch. Every kind of picture becomes RGB:
+
+    | input | reading |
+    |---|---|
+    | uint8 and other integers | [0, 255] |
+    | uint16, PIL `I;16` and `I` | [0, 65535] |
+    | float16, bfloat16, float32, float64, PIL `F` | [0, 1] |
+    | bool, PIL `1` | black and white |
+    | 1 channel, or no channel axis | grey |
+    | 2 or 4 channels, PIL `LA`, `PA`, `RGBA`, a transparent palette or colour | composed onto white |
+    | PIL `P`, `CMYK`, `YCbCr`, `HSV` | converted by Pillow |
+
+    PIL images and files are first turned upright by their EXIF orientation. The channel axis of an array or tensor is
+    the one with 1 to 4 entries; where both the first and the last axis qualify it is the last of an array and the
+    first of a tensor, unless `input_data_format` says otherwise.
+
+    By default an image keeps its size. Pixels become `x / 127.5 - 1`, computed in float32.
+
+    Args:
+        do_convert_rgb (`bool`, defaults to `True`): without it images must already have `len(image_mean)` channels.
+        do_resize (`bool`, defaults to `False`): resize to `size`, antialiased; overshoot is clamped.
+        size (`dict`, defaults to `{"shortest_edge": 256}`): or `{"height": .., "width": ..}`.
+        resample (`PILImageResampling`, defaults to `BICUBIC`).
+        do_center_crop (`bool`, defaults to `False`): crop the middle to `crop_size`; a smaller image is padded black.
+        crop_size (`dict`, defaults to `{"height": 256, "width": 256}`).
+        do_rescale (`bool`, defaults to `True`): bring every kind of pixel to [0, 1]; without it images must be
+            floating-point in [0, 1] already.
+        do_normalize (`bool`, defaults to `True`): [0, 1] to [-1, 1] by `image_mean` and `image_std`, all 0.5.
+
+    Raises:
+        ValueError: on NaN or infinite pixels, values outside the range of their type, a channel count other than 1 to
+            4, empty images, unreadable files, and on images of several sizes when a tensor is asked for.
+    """
+
+    model_input_names: ClassVar[list[str]] = ["pixel_values"]
+
+    do_convert_rgb = True
+    do_resize = False
+    size: ClassVar[dict[str, int]] = {"shortest_edge": 256}
+    default_to_square = False
+    resample = PILImageResampling.BICUBIC
+    do_center_crop = False
+    crop_size: ClassVar[dict[str, int]] = {"height": 256, "width": 256}
+    do_rescale = True
+    rescale_factor = 1 / 255
+    do_normalize = True
+    image_mean: ClassVar[list[float]] = [0.5, 0.5, 0.5]
+    image_std: ClassVar[list[float]] = [0.5, 0.5, 0.5]
+
+    # ----------------------------------------------------------------------------------------------- images in
+
+    def _prepare_images_structure(self, images: Any, expected_ndims: int = 3) -> list:
+        flat = _flatten(images)
+        if not flat:
+            raise ValueError("expected at least one image, got an empty list")
+        return flat
+
+    def process_image(
+        self,
+        image: PIL.Image.Image | np.ndarray | torch.Tensor,
+        do_convert_rgb: bool | None = None,
+        input_data_format: str | ChannelDimension | None = None,
+        device: torch.device | str | None = None,
+        do_rescale: bool | None = None,
+        image_mean: Sequence[float] | float | None = None,
+        do_normalize: bool | None = None,
+        **kwargs: Any,
+    ) -> torch.Tensor:
+        """One image of any kind -> (C, H, W) float32, in [0, 255], or in [0, 1] without `do_rescale`."""
+        if isinstance(image, PIL.Image.Image):
+            array = pil_to_array(image)
+            input_data_format = ChannelDimension.LAST
+            prefers_last = True
+        else:
+            array = image
+            prefers_last = isinstance(image, np.ndarray)
+        if 0 in array.shape:
+            raise ValueError(f"expected an image with pixels, got an empty one of shape {tuple(array.shape)}")
+        pixels = _to_float_pixels(_to_tensor(array), unit_range=not do_rescale)
+        pixels = _channels_first(pixels, input_data_format, prefers_last)
+        if device is not None:
+            pixels = pixels.to(device)
+        if do_convert_rgb:
+            return _to_rgb(pixels, white=255.0 if do_rescale else 1.0)
+        if do_normalize and isinstance(image_mean, Sequence) and len(image_mean) != pixels.shape[0]:
+            raise ValueError(
+                f"expected an image of {len(image_mean)} channels (do_convert_rgb=False), got {pixels.shape[0]}"
+            )
+        return pixels
+
+    def _preprocess(
+        self,
+        images: list[torch.Tensor],
+        do_resize: bool | None,
+        size: SizeDict,
+        resample: PILImageResampling | int | None,
+        do_center_crop: bool | None,
+        crop_size: SizeDict,
+        do_rescale: bool | None,
+        rescale_factor: float,
+        do_normalize: bool | None,
+        image_mean: Sequence[float] | float | None,
+        image_std: Sequence[float] | float | None,
+        do_pad: bool | None = None,
+        pad_size: SizeDict | None = None,
+        data_format: str | ChannelDimension | None = None,
+        disable_grouping: bool | None = None,
+        return_tensors: str | None = None,
+        **kwargs: Any,
+    ) -> BatchFeature:
+        if data_format not in (None, ChannelDimension.FIRST, ChannelDimension.FIRST.value):
+            raise ValueError(f"expected data_format 'channels_first', which the model takes, got {data_format!r}")
+        groups, index = group_images_by_shape(images, disable_grouping=disable_grouping)
+        for shape, batch in groups.items():
+            if do_resize:
+                batch = self.resize(batch, size=size, resample=resample)
+                batch = batch.clamp(0.0, 255.0 if do_rescale else 1.0)  # a cubic filter overshoots at edges
+            if do_center_crop:
+                batch = self.center_crop(batch, crop_size)
+            groups[shape] = self.rescale_and_normalize(
+                batch, bool(do_rescale), rescale_factor, bool(do_normalize), image_mean, image_std
+            )
+        images = reorder_images(groups, index)
+        if do_pad:
+            images = self.pad(images, pad_size=pad_size, disable_grouping=disable_grouping)
+        sizes = sorted({tuple(image.shape[-2:]) for image in images})
+        if return_tensors is not None and len(sizes) > 1:
+            raise ValueError(
+                f"expected images of one size for one {return_tensors!r} tensor, got height x width "
+                f"{', '.join(f'{h}x{w}' for h, w in sizes)}: use do_resize and do_center_crop, or return_tensors=None"
+            )
+        return BatchFeature(data={"pixel_values": images}, tensor_type=return_tensors)
+
+    def rescale_and_normalize(
+        self,
+        images: torch.Tensor,
+        do_rescale: bool,
+        rescale_factor: float,
+        do_normalize: bool,
+        image_mean: Sequence[float] | float | None,
+        image_std: Sequence[float] | float | None,
+    ) -> torch.Tensor:
+        """(B, C, H, W) in [0, 255] -> [-1, 1]: `x / 127.5 - 1` to the last bit for the default constants."""
+        halves = all(np.all(np.asarray(value) == 0.5) for value in (image_mean, image_std))
+        if do_rescale and do_normalize and halves and rescale_factor == 1 / 255:
+            return images / 127.5 - 1.0
+        return super().rescale_and_normalize(
+            images, do_rescale, rescale_factor, do_normalize, _as_tuple(image_mean), _as_tuple(image_std)
+        )
+
+    # ---------------------------------------------------------------------------------------------- images out
+
+    def post_process(
+        self,
+        images: torch.Tensor | Sequence[torch.Tensor],
+        output_type: str = "pil",
+        target_sizes: Sequence[tuple[int, int]] | None = None,
+    ) -> list[PIL.Image.Image] | np.ndarray | list[np.ndarray] | torch.Tensor | list[torch.Tensor]:
+        """Undoes the preprocessing: model output in [-1, 1] -> images.
+
+        Args:
+            images: (B, 3, H, W), (3, H, W), or a list of (3, H, W), in the range of `pixel_values`. A decoder
+                overshoots a little: values are clamped to the range.
+            output_type: "pil" -> list of 8-bit RGB images (rounded to nearest); "np" -> (B, H, W, 3) float32 in
+                [0, 1]; "pt" -> (B, 3, H, W) float32 in [0, 1]. The latter two are lists when the sizes differ.
+            target_sizes: one original (height, width) per image, to undo `do_resize` (antialiased, the processor's
+                `resample`). What a centre crop has cut off cannot come back.
+
+        Raises:
+            ValueError: on an unknown output type, another number of channels than 3, NaN or infinite values, and when
+                there are not as many target sizes as images.
+        """
+        if output_type not in ("pil", "np", "pt"):
+            raise ValueError(f"expected output_type 'pil', 'np' or 'pt', got {output_type!r}")
+        if isinstance(images, torch.Tensor) and images.ndim == 3:
+            images = images[None]
+        if isinstance(images, torch.Tensor) and images.ndim != 4:
+            raise ValueError(f"expected images of shape (B, 3, H, W), got {tuple(images.shape)}")
+        if target_sizes is not None and len(target_sizes) != len(images):
+            raise ValueError(f"expected {len(images)} target sizes, one per image, got {len(target_sizes)}")
+
+        restored = []
+        for number, image in enumerate(images):
+            if image.ndim != 3 or image.shape[0] != 3:
+                raise ValueError(f"expected image {number} of shape (3, H, W), got {tuple(image.shape)}")
+            image = self._to_unit_range(image.to(torch.float32))
+            if not bool(torch.isfinite(image).all()):
+                raise ValueError(f"expected finite pixels, image {number} holds NaN or infinite values")
+            image = image.clamp(0.0, 1.0)
+            if target_sizes is not None:
+                height, width = (int(side) for side in target_sizes[number])
+                image = self.resize(image, SizeDict(height=height, width=width), resample=self.resample)
+                image = image.clamp(0.0, 1.0)
+            restored.append(image)
+
+        same_size = len({image.shape for image in restored}) == 1
+        if output_type == "pt":
+            return torch.stack(restored) if same_size else restored
+        if output_type == "np":
+            arrays = [image.permute(1, 2, 0).cpu().numpy() for image in restored]
+            return np.stack(arrays) if same_size else arrays
+        return [
+            PIL.Image.fromarray((image * 255.0).round().to(torch.uint8).permute(1, 2, 0).cpu().numpy())
+            for image in restored
+        ]
+
+    def _to_unit_range(self, image: torch.Tensor) -> torch.Tensor:
+        if self.do_normalize:
+            mean, std = (
+                torch.as_tensor(value, dtype=torch.float32, device=image.device).reshape(-1, 1, 1)
+                for value in (self.image_mean, self.image_std)
+            )
+            return image * std + mean
+        return image
+
+
+# ------------------------------------------------------------------------------------------ one image, step by step
+
+
+def _flatten(images: Any) -> list:
+    """Any nesting of images -> a flat list of PIL images, arrays and tensors; files are read, batches are split."""
+    if isinstance(images, (str, os.PathLike)):
+        return [open_image(images)]
+    if isinstance(images, PIL.Image.Image):
+        return [images]
+    if isinstance(images, (np.ndarray, torch.Tensor)):
+        if images.ndim == 4:
+            return list(images)
+        if images.ndim in (2, 3):
+            return [images]
+        raise ValueError(
+            f"expected an image of 2 or 3 axes, or a batch of 4, got an array of shape {tuple(images.shape)}"
+        )
+    if isinstance(images, (list, tuple)):
+        return [image for entry in images for image in _flatten(entry)]
+    raise ValueError(f"expected a PIL image, an array, a tensor or a file name, got {type(images).__name__}")
+
+
+def pil_to_array(image: PIL.Image.Image) -> np.ndarray:
+    """An image of any PIL mode, turned upright -> (H, W, channels) array of 1 (grey), 2 (grey and alpha), 3 or 4.
+
+    16-bit greys keep their 16 bits (uint16); everything else is uint8, bool or, for mode `F`, float32.
+    """
+    try:
+        image = PIL.ImageOps.exif_transpose(image)
+        mode, key = image.mode, image.info.get("transparency")
+        if mode == "1":
+            return np.asarray(image)[..., None]
+        if mode == "F":
+            return np.asarray(image)[..., None]
+        if mode == "I" or mode.startswith("I;16"):
+            grey = np.asarray(image).astype(np.int64)
+            if grey.size and not 0 <= grey.min() <= grey.max() <= 65535:
+                raise ValueError(
+                    f"expected pixels of a mode {mode!r} image in [0, 65535], got [{grey.min()}, {grey.max()}]"
+                )
+            grey = grey.astype(np.uint16)
+            if isinstance(key, int):
+                return np.stack([grey, np.where(grey == key, 0, 65535).astype(np.uint16)], axis=-1)
+            return grey[..., None]
+        if mode == "La":  # premultiplied grey has no direct way to RGBA
+            image = image.convert("LA")
+        if {"A", "a"} & set(image.getbands()) or key is not None:
+            return np.asarray(image.convert("RGBA"))
+        if mode == "L":
+            return np.asarray(image)[..., None]
+        return np.asarray(image.convert("RGB"))
+    except ValueError:
+        raise
+    except (OSError, SyntaxError, EOFError) as error:  # Pillow decodes a file only when its pixels are needed
+        raise ValueError(f"expected a readable image, cannot decode it: {error}") from error
+
+
+def _to_tensor(array: np.ndarray | torch.Tensor) -> torch.Tensor:
+    if isinstance(array, torch.Tensor):
+        return array
+    if array.dtype.kind not in "buif" or array.dtype == np.longdouble:
+        raise ValueError(f"expected pixels of a boolean, integer or floating-point type, got {array.dtype}")
+    if not array.dtype.isnative:
+        array = array.astype(array.dtype.newbyteorder("="))
+    # a copy: PIL's buffers are read-only, and flipped views have negative strides
+    return torch.from_numpy(array.copy())
+
+
+def _to_float_pixels(pixels: torch.Tensor, unit_range: bool) -> torch.Tensor:
+    """Pixels of any type -> float32 in [0, 255], or in [0, 1] when they are floating-point and `unit_range`."""
+    dtype = pixels.dtype
+    if pixels.is_complex() or pixels.is_quantized:
+        raise ValueError(f"expected pixels of a boolean, integer or floating-point type, got {dtype}")
+    if unit_range and not pixels.is_floating_point():
+        raise ValueError(f"expected floating-point pixels in [0, 1] with do_rescale=False, got {dtype}")
+    values = pixels.to(torch.float32)
+    if pixels.is_floating_point() and not bool(torch.isfinite(values).all()):
+        raise ValueError("expected finite pixels, got NaN or infinite values")
+    limit = 1 if dtype == torch.bool or pixels.is_floating_point() else 65535 if dtype == torch.uint16 else 255
+    low, high = (float(value) for value in torch.aminmax(values))
+    if low < 0 or high > limit:
+        raise ValueError(f"expected {dtype} pixels in [0, {limit}], got values in [{low:g}, {high:g}]")
+    if limit == 65535:
+        return values / 257.0  # 65535 = 255 * 257
+    return values if limit == 255 or unit_range else values * 255.0
+
+
+def _channels_first(
+    pixels: torch.Tensor, data_format: str | ChannelDimension | None, prefers_last: bool
+) -> torch.Tensor:
+    """(H, W), (H, W, C) or (C, H, W) -> (C, H, W) with 1 to 4 channels."""
+    if pixels.ndim == 2:
+        return pixels[None]
+    if pixels.ndim != 3:
+        raise ValueError(f"expected an image of 2 or 3 axes, got shape {tuple(pixels.shape)}")
+    allowed = (1, 2, 3, 4)
+    if data_format is None:
+        first, last = pixels.shape[0] in allowed, pixels.shape[-1] in allowed
+        data_format = ChannelDimension.LAST if last and (prefers_last or not first) else ChannelDimension.FIRST
+    if ChannelDimension(data_format) == ChannelDimension.LAST:
+        pixels = pixels.permute(2, 0, 1)
+    if pixels.shape[0] not in allowed:
+        raise ValueError(
+            f"expected an image of 1 (grey), 2 (grey and alpha), 3 (RGB) or 4 (RGBA) channels, got {pixels.shape[0]} "
+            f"(shape {tuple(pixels.shape)}, channels first)"
+        )
+    return pixels.contiguous()
+
+
+def _to_rgb(pixels: torch.Tensor, white: float) -> torch.Tensor:
+    """(1 | 2 | 3 | 4, H, W) in [0, white] -> (3, H, W); transparency shows white."""
+    colour = pixels
+    if pixels.shape[0] in (2, 4):
+        colour, alpha = pixels[:-1], pixels[-1:] / white
+        colour = colour * alpha + white * (1.0 - alpha)
+    return colour.expand(3, -1, -1).contiguous()
+
+
+def _as_tuple(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
