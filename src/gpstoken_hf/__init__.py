@@ -3,6 +3,8 @@
 
 from importlib.resources import files
 
+from .partition import PartitionOutput, partition_images
+
 __version__ = "0.1.0"
 
 
