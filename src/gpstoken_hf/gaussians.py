@@ -190,3 +190,54 @@ def check_gaussians(gaussians: torch.Tensor, name: str = "gaussians") -> None:
     if rho.numel() and not (rho.abs() < 1).all():
         low, high = rho.aminmax()
         raise ValueError(f"{name} must have -1 < rho < 1, got rho from {low.item():.6g} to {high.item():.6g}")
+
+
+def gaussians_to_boxes(
+    gaussians: torch.Tensor, image_size: tuple[int, int], sigma_scale: float = 2 / 3
+) -> torch.Tensor:
+    """The region that an initial Gaussian stands for: the inverse of `boxes_to_gaussians`.
+
+    Args:
+        gaussians: `(..., 5)`; rho is not used.
+        image_size: `(H, W)`.
+
+    Returns:
+        `(..., 4)` int64 inclusive `[x0, y0, x1, y1]`, rounded to whole pixels and kept inside the image.
+    """
+    height, width = image_size
+    sigma_x, sigma_y, _, mu_x, mu_y = gaussians.to(torch.float64).unbind(-1)
+
+    def interval(sigma: torch.Tensor, mu: torch.Tensor, extent: int) -> tuple[torch.Tensor, torch.Tensor]:
+        length = (sigma / sigma_scale * extent).round()
+        # A length of half a pixel stands for one pixel (boxes_to_gaussians); round() takes it to the even 0.
+        first = ((mu / 2 + 0.5) * (extent - 1) - length / 2).round().clamp(0, extent - 1)
+        return first, (first + length).clamp(max=extent - 1)
+
+    x0, x1 = interval(sigma_x, mu_x, width)
+    y0, y1 = interval(sigma_y, mu_y, height)
+    return torch.stack([x0, y0, x1, y1], dim=-1).to(torch.int64)
+
+
+def gaussians_to_padded_frame(
+    gaussians: torch.Tensor, image_size: tuple[int, int], padded_size: tuple[int, int], map_size: tuple[int, int]
+) -> torch.Tensor:
+    """Gaussians of an image -> the coordinates of the same image padded at its right and lower border.
+
+    Pixel i keeps its place: `mu' = (mu + 1) r - 1`, `sigma' = sigma r` with `r = (W - 1) / (W' - 1)`. An axis on which
+    the map has a single pixel has no places to tell apart and is left as it is.
+
+    Args:
+        gaussians: `(..., 5)`.
+        image_size, padded_size: `(H, W)` before and after padding.
+        map_size: `(h, w)` of the map that the padded image is decoded from.
+    """
+    if tuple(image_size) == tuple(padded_size):
+        return gaussians
+    ratio_y, ratio_x = (
+        (size - 1) / (padded - 1) if 1 < map_extent else 1.0
+        for size, padded, map_extent in zip(image_size, padded_size, map_size)
+    )
+    sigma_x, sigma_y, rho, mu_x, mu_y = gaussians.unbind(-1)
+    return torch.stack(
+        [sigma_x * ratio_x, sigma_y * ratio_y, rho, (mu_x + 1) * ratio_x - 1, (mu_y + 1) * ratio_y - 1], dim=-1
+    )

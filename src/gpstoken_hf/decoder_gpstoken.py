@@ -1,0 +1,281 @@
+# Copyright 2026 The gpstoken-hf authors. Licensed under the Apache License, Version 2.0.
+"""The convolutional half of GPSToken: residual blocks, and the decoder from a splatted map to an image.
+
+Letters: B batch, C channels, H x W positions of a map, G norm groups, R x S rows and columns of tiles.
+
+A map that several tiles share is decoded in one piece, but its statistics stay those of the tiles: see `TileGrid`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+NORM_EPS = 1e-6
+
+
+@dataclass(frozen=True)
+class TileGrid:
+    """Where a map is cut into tiles: `row_edges` from 0 to H and `column_edges` from 0 to W, in pixels of that map."""
+
+    row_edges: tuple[int, ...]
+    column_edges: tuple[int, ...]
+
+    def scaled(self, factor: int) -> TileGrid:
+        """The same tiles on a map `factor` times as large."""
+        return TileGrid(tuple(factor * e for e in self.row_edges), tuple(factor * e for e in self.column_edges))
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Rows and columns of tiles."""
+        return len(self.row_edges) - 1, len(self.column_edges) - 1
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Height and width of the whole map."""
+        return self.row_edges[-1], self.column_edges[-1]
+
+    def boxes(self) -> list[tuple[int, int, int, int]]:
+        """`(y0, x0, h, w)` of every tile, row by row."""
+        return [
+            (y0, x0, y1 - y0, x1 - x0)
+            for y0, y1 in zip(self.row_edges, self.row_edges[1:])
+            for x0, x1 in zip(self.column_edges, self.column_edges[1:])
+        ]
+
+    @classmethod
+    def of_near_equal_tiles(cls, size: tuple[int, int], tile_size: int) -> TileGrid:
+        """The fewest tiles no larger than `tile_size` that cover `size = (H, W)`, their sizes differing by at most 1."""
+
+        def edges(extent: int) -> tuple[int, ...]:
+            count = -(-extent // tile_size)
+            return tuple(index * extent // count for index in range(count + 1))
+
+        return cls(edges(size[0]), edges(size[1]))
+
+
+class GroupNorm(nn.GroupNorm):
+    """Group normalisation in float32, with the option of statistics per tile.
+
+    With tiles, mean and standard deviation are those of each tile and group, interpolated bicubically from the grid of
+    tiles to every position, so that no seam shows where tiles meet (the authors' merged decode).
+    """
+
+    def forward(self, hidden_states: torch.Tensor, tiles: TileGrid | None = None) -> torch.Tensor:
+        weight, bias = self.weight.float(), self.bias.float()
+        x = hidden_states.float()
+        if tiles is None or tiles.shape == (1, 1):
+            x = F.group_norm(x, self.num_groups, weight, bias, self.eps)
+        else:
+            mean, std = tile_statistics(x, tiles, self.num_groups)
+            grouped = x.unflatten(1, (self.num_groups, -1))  # (B, G, C/G, H, W)
+            # The authors' norm adds eps to the standard deviation, not to the variance.
+            grouped = (grouped - interpolate_tiles(mean, x.shape[-2:])) / (
+                interpolate_tiles(std, x.shape[-2:], floor=0.5) + self.eps
+            )
+            x = grouped.flatten(1, 2) * weight[:, None, None] + bias[:, None, None]
+        return x.to(hidden_states.dtype)
+
+
+def tile_statistics(x: torch.Tensor, tiles: TileGrid, num_groups: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean and standard deviation of every tile and group: `(B, C, H, W)` -> two of `(B, G, R, S)`."""
+    rows, columns = tiles.shape
+    means, stds = [], []
+    for y0, x0, h, w in tiles.boxes():
+        tile = x[:, :, y0 : y0 + h, x0 : x0 + w].unflatten(1, (num_groups, -1)).flatten(2)  # (B, G, C/G h w)
+        means.append(tile.mean(-1))
+        stds.append(tile.std(-1, correction=0))
+    grid = (x.shape[0], num_groups, rows, columns)
+    return torch.stack(means, -1).view(grid), torch.stack(stds, -1).view(grid)
+
+
+def interpolate_tiles(values: torch.Tensor, size: Sequence[int], floor: float | None = None) -> torch.Tensor:
+    """Bicubic interpolation from the grid of tiles to every position: `(B, G, R, S)` -> `(B, G, 1, H, W)`.
+
+    Bicubic interpolation undershoots between a quiet and a busy tile, and a standard deviation near or below 0 would
+    blow the map up there: with `floor` the result stays above `floor` times the smallest tile's value.
+    """
+    result = F.interpolate(values, size=tuple(size), mode="bicubic", align_corners=False)
+    if floor is not None:
+        result = torch.maximum(result, floor * values.amin((-2, -1), keepdim=True))
+    return result.unsqueeze(2)
+
+
+class ResidualBlock(GradientCheckpointingLayer):
+    """GroupNorm, SiLU, conv 3x3, twice, plus the input (through a 1x1 conv when the channels change)."""
+
+    def __init__(self, in_channels: int, out_channels: int, num_groups: int):
+        super().__init__()
+        self.norm1 = GroupNorm(num_groups, in_channels, eps=NORM_EPS)
+        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
+        self.norm2 = GroupNorm(num_groups, out_channels, eps=NORM_EPS)
+        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
+        self.shortcut = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else None
+
+    def forward(self, hidden_states: torch.Tensor, tiles: TileGrid | None = None) -> torch.Tensor:
+        residual = hidden_states if self.shortcut is None else self.shortcut(hidden_states)
+        hidden_states = self.conv1(F.silu(self.norm1(hidden_states, tiles)))
+        hidden_states = self.conv2(F.silu(self.norm2(hidden_states, tiles)))
+        return residual + hidden_states
+
+
+class MapAttention(nn.Module):
+    """Single-head self-attention over all positions of a map; with tiles, over the positions of each tile."""
+
+    def __init__(self, channels: int, num_groups: int):
+        super().__init__()
+        self.norm = GroupNorm(num_groups, channels, eps=NORM_EPS)
+        self.q_proj = nn.Conv2d(channels, channels, 1)
+        self.k_proj = nn.Conv2d(channels, channels, 1)
+        self.v_proj = nn.Conv2d(channels, channels, 1)
+        self.out_proj = nn.Conv2d(channels, channels, 1)
+
+    def forward(self, hidden_states: torch.Tensor, tiles: TileGrid | None = None) -> torch.Tensor:
+        if tiles is None or tiles.shape == (1, 1):
+            return hidden_states + self.attend(hidden_states)
+        output = torch.empty_like(hidden_states)
+        for y0, x0, h, w in tiles.boxes():
+            window = (slice(None), slice(None), slice(y0, y0 + h), slice(x0, x0 + w))
+            output[window] = self.attend(hidden_states[window])
+        return hidden_states + output
+
+    def attend(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """`(B, C, H, W)` -> the same shape."""
+        size = hidden_states.shape[-2:]
+        normed = self.norm(hidden_states)
+        query, key, value = (
+            projection(normed).flatten(2).transpose(1, 2).unsqueeze(1)  # (B, 1, H W, C)
+            for projection in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        attended = F.scaled_dot_product_attention(query, key, value)
+        return self.out_proj(attended.squeeze(1).transpose(1, 2).unflatten(2, size))
+
+
+class Upsample(nn.Module):
+    """Nearest 2x upsampling and a conv 3x3."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return self.conv(F.interpolate(hidden_states, scale_factor=2.0, mode="nearest"))
+
+
+class DecoderLevel(nn.Module):
+    """The residual blocks of one resolution, then upsampling to the next (except at full resolution)."""
+
+    def __init__(self, in_channels: int, out_channels: int, num_blocks: int, num_groups: int, upsample: bool):
+        super().__init__()
+        self.blocks = nn.ModuleList(
+            ResidualBlock(in_channels if index == 0 else out_channels, out_channels, num_groups)
+            for index in range(num_blocks)
+        )
+        self.upsample = Upsample(out_channels) if upsample else None
+
+    def forward(self, hidden_states: torch.Tensor, tiles: TileGrid | None = None) -> torch.Tensor:
+        for block in self.blocks:
+            hidden_states = block(hidden_states, tiles)
+        return hidden_states if self.upsample is None else self.upsample(hidden_states)
+
+
+class GPSTokenDecoder(nn.Module):
+    """Splatted map `(B, C, h, w)` -> image `(B, 3, h s, w s)`, s = `2^(levels - 1)` (paper Sec. 3.2, after VQGAN).
+
+    Args:
+        texture_channels: C.
+        base_channels: channels at full resolution.
+        channel_multipliers: channels of each level over the base, full resolution first.
+        layers_per_block: each level has one residual block more.
+        num_groups: groups of every norm.
+    """
+
+    def __init__(
+        self,
+        texture_channels: int,
+        base_channels: int,
+        channel_multipliers: Sequence[int],
+        layers_per_block: int,
+        num_groups: int,
+    ):
+        super().__init__()
+        channels = [base_channels * multiplier for multiplier in channel_multipliers]
+        deepest = channels[-1]
+        self.conv_in = nn.Conv2d(texture_channels, deepest, 3, padding=1)
+        self.mid_block1 = ResidualBlock(deepest, deepest, num_groups)
+        self.mid_attention = MapAttention(deepest, num_groups)
+        self.mid_block2 = ResidualBlock(deepest, deepest, num_groups)
+        # levels[0] is the lowest resolution, so that the list reads in the order of computation.
+        incoming = [deepest, *channels[:0:-1]]
+        self.levels = nn.ModuleList(
+            DecoderLevel(width_in, width, layers_per_block + 1, num_groups, upsample=index > 0)
+            for width_in, (index, width) in zip(incoming, reversed(list(enumerate(channels))))
+        )
+        self.norm_out = GroupNorm(num_groups, channels[0], eps=NORM_EPS)
+        self.conv_out = nn.Conv2d(channels[0], 3, 3, padding=1)
+
+    def forward(self, maps: torch.Tensor, tiles: TileGrid | None = None) -> torch.Tensor:
+        """Args: maps `(B, C, h, w)`; tiles: the grid of tiles on that map, None for one tile."""
+        hidden_states = self.conv_in(maps.to(self.conv_in.weight.dtype))
+        hidden_states = self.mid_block1(hidden_states, tiles)
+        hidden_states = self.mid_attention(hidden_states, tiles)
+        hidden_states = self.mid_block2(hidden_states, tiles)
+        for index, level in enumerate(self.levels):
+            hidden_states = level(hidden_states, None if tiles is None else tiles.scaled(2**index))
+        full = None if tiles is None else tiles.scaled(2 ** (len(self.levels) - 1))
+        return self.conv_out(F.silu(self.norm_out(hidden_states, full)))
+
+
+def decode_in_windows(
+    decoder: nn.Module, maps: torch.Tensor, window: int, overlap: float, scale: int
+) -> torch.Tensor:
+    """Decode a large map in overlapping windows and blend them: memory is that of one window and of the image.
+
+    Args:
+        decoder: map `(B, C, h, w)` -> image `(B, 3, h scale, w scale)`.
+        maps: `(B, C, h, w)`.
+        window: side of a window in pixels of the map.
+        overlap: share of a window that it has in common with its neighbour, in [0, 1).
+        scale: image pixels per map pixel.
+    """
+    height, width = maps.shape[-2:]
+    image = weights = None
+    for y0, y1 in _windows(height, window, overlap):
+        for x0, x1 in _windows(width, window, overlap):
+            part = decoder(maps[:, :, y0:y1, x0:x1])
+            ramp_y = _ramp((y1 - y0) * scale, part)
+            ramp_x = _ramp((x1 - x0) * scale, part)
+            ramp = ramp_y[:, None] * ramp_x
+            if image is None or weights is None:
+                image = part.new_zeros(*part.shape[:2], height * scale, width * scale)
+                weights = ramp.new_zeros(height * scale, width * scale)
+            place = (..., slice(y0 * scale, y1 * scale), slice(x0 * scale, x1 * scale))
+            image[place] += part * ramp
+            weights[place] += ramp
+    assert image is not None
+    assert weights is not None
+    return image / weights
+
+
+def _windows(extent: int, window: int, overlap: float) -> list[tuple[int, int]]:
+    """Intervals of `window` pixels that cover an axis, the last one flush with its end."""
+    if extent <= window:
+        return [(0, extent)]
+    stride = max(1, round(window * (1 - overlap)))
+    count = -(-(extent - window) // stride) + 1
+    starts = [min(index * stride, extent - window) for index in range(count)]
+    return [(start, start + window) for start in starts]
+
+
+def _ramp(length: int, like: torch.Tensor) -> torch.Tensor:
+    """Blending weights along one axis: highest in the middle, above 0 at the ends."""
+    position = torch.arange(length, device=like.device, dtype=torch.float32)
+    return (torch.minimum(position + 1, length - position) / length).to(like.dtype)
+
+
+__all__ = ["GPSTokenDecoder", "TileGrid", "decode_in_windows"]
