@@ -1,0 +1,205 @@
+# Copyright 2026 The gpstoken-hf authors. Licensed under the Apache License, Version 2.0.
+"""Read checkpoint files tensor by tensor, and write safetensors files the same way.
+
+A converted tensor goes from the mapped input file straight to the output file, so that a conversion needs the memory
+of the mapped file and of one tensor, not of two models.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+# How the safetensors format names the number types; also what checkpoints of this system can hold.
+DTYPE_NAMES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
+TORCH_SUFFIXES = (".pt", ".bin", ".pth", ".ckpt")
+
+
+class Checkpoint(Protocol):
+    """Named tensors in a file: their shapes and types at once, their values one at a time."""
+
+    path: Path
+
+    def keys(self) -> list[str]: ...
+
+    def shape(self, key: str) -> tuple[int, ...]: ...
+
+    def dtype(self, key: str) -> torch.dtype: ...
+
+    def tensor(self, key: str) -> torch.Tensor: ...
+
+
+class SafetensorsCheckpoint:
+    """A safetensors file, mapped and read tensor by tensor."""
+
+    def __init__(self, path: Path, file: safe_open):
+        self.path = path
+        self._file = file
+        self._slices = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118 (not a mapping)
+
+    def keys(self) -> list[str]:
+        return list(self._slices)
+
+    def shape(self, key: str) -> tuple[int, ...]:
+        return tuple(self._slices[key].get_shape())
+
+    def dtype(self, key: str) -> torch.dtype:
+        name = self._slices[key].get_dtype()
+        if name not in DTYPES:
+            raise ValueError(f"{self.path}: {key} has the number type {name}, expected one of {sorted(DTYPES)}")
+        return DTYPES[name]
+
+    def tensor(self, key: str) -> torch.Tensor:
+        return self._file.get_tensor(key)
+
+
+class MappingCheckpoint:
+    """A state dict in memory, or mapped by `torch.load`."""
+
+    def __init__(self, path: Path, tensors: Mapping[str, torch.Tensor]):
+        self.path = path
+        self._tensors = tensors
+
+    def keys(self) -> list[str]:
+        return list(self._tensors)
+
+    def shape(self, key: str) -> tuple[int, ...]:
+        return tuple(self._tensors[key].shape)
+
+    def dtype(self, key: str) -> torch.dtype:
+        return self._tensors[key].dtype
+
+    def tensor(self, key: str) -> torch.Tensor:
+        return self._tensors[key]
+
+
+@contextmanager
+def open_checkpoint(path: str | os.PathLike[str], members: Iterable[str] = ()) -> Iterator[Checkpoint]:
+    """The tensors of a `.safetensors` file, or of a `.pt`/`.bin` file read with `weights_only` (no code runs).
+
+    Args:
+        path: the file.
+        members: names under which a `.pt` file may hold its state dict, in order of preference; without one of them
+            the file itself must be a state dict.
+
+    Raises:
+        ValueError: the file is missing, truncated, of another format, or asks for more than tensors.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"the checkpoint {path} is not a file")
+    if path.suffix == ".safetensors":
+        try:
+            with safe_open(path, framework="pt") as file:
+                yield SafetensorsCheckpoint(path, file)
+        except SafetensorError as error:
+            raise ValueError(f"{path} is not a whole safetensors file: {error}") from None
+    elif path.suffix in TORCH_SUFFIXES:
+        yield MappingCheckpoint(path, _load_torch(path, members))
+    else:
+        raise ValueError(
+            f"the checkpoint must be a .safetensors file or one of {list(TORCH_SUFFIXES)}, got {path.name}"
+        )
+
+
+def _load_torch(path: Path, members: Iterable[str]) -> dict[str, torch.Tensor]:
+    try:
+        # Files that are no zip archive (torch < 1.6) cannot be mapped.
+        with open(path, "rb") as file:
+            mappable = file.read(4) == b"PK\x03\x04"
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=mappable)
+    except pickle.UnpicklingError as error:
+        reason = str(error).strip().splitlines()
+        asked = next(
+            (line for line in reason if "Unsupported" in line or "GLOBAL" in line), reason[-1] if reason else ""
+        )
+        raise ValueError(f"{path} holds more than tensors and was refused, nothing of it was run: {asked}") from None
+    except (RuntimeError, EOFError, KeyError, AttributeError, IndexError, AssertionError, TypeError) as error:
+        raise ValueError(f"{path} is not a whole torch checkpoint: {error}") from None
+    for member in members:
+        if isinstance(content, dict) and isinstance(content.get(member), dict):
+            content = content[member]
+            break
+    if not isinstance(content, dict) or not content:
+        raise ValueError(f"{path} must hold a dict of tensors, got {type(content).__name__}")
+    foreign = [str(key) for key, value in content.items() if not isinstance(value, torch.Tensor)]
+    if foreign:
+        raise ValueError(f"{path} must hold a dict of tensors, but {foreign[:5]} are none")
+    return content
+
+
+@dataclass(frozen=True)
+class PlannedTensor:
+    """A tensor to be written: what is known beforehand, and how to get its values."""
+
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    load: Callable[[], torch.Tensor]
+
+
+def write_safetensors(path: str | os.PathLike[str], plan: Iterable[PlannedTensor], metadata: dict[str, str]) -> None:
+    """Write a safetensors file, one tensor in memory at a time.
+
+    The header comes first in the file and needs every size, hence a plan. Values are written as they are, bit for bit.
+
+    Raises:
+        ValueError: a loaded tensor is not what the plan says, or holds NaN or infinite values.
+    """
+    # Largest number types first, then by name: the order of the safetensors library, which keeps every tensor aligned.
+    ordered = sorted(plan, key=lambda tensor: (-tensor.dtype.itemsize, tensor.name))
+    header: dict[str, object] = {"__metadata__": metadata}
+    offset = 0
+    for tensor in ordered:
+        size = tensor.dtype.itemsize * torch.Size(tensor.shape).numel()
+        header[tensor.name] = {
+            "dtype": DTYPE_NAMES[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [offset, offset + size],
+        }
+        offset += size
+    encoded = json.dumps(header, separators=(",", ":")).encode()
+    encoded += b" " * (-len(encoded) % 8)
+    with open(path, "wb") as file:
+        file.write(len(encoded).to_bytes(8, "little"))
+        file.write(encoded)
+        for tensor in ordered:
+            value = tensor.load()
+            if value.dtype != tensor.dtype or tuple(value.shape) != tensor.shape:
+                raise ValueError(
+                    f"{tensor.name} must be {tensor.dtype} of shape {tensor.shape}, "
+                    f"got {value.dtype} of shape {tuple(value.shape)}"
+                )
+            if value.is_floating_point() and not torch.isfinite(value).all():
+                raise ValueError(f"{tensor.name} holds NaN or infinite values, expected finite weights")
+            # As bytes: NumPy has no bfloat16. A scalar has no last axis to view as bytes, hence the flattening.
+            file.write(value.contiguous().flatten().view(torch.uint8).numpy().data)
+
+
+def floating_dtype(checkpoint: Checkpoint, keys: Iterable[str]) -> torch.dtype:
+    """The number type that most of these tensors have: what the config of the converted model names."""
+    counts: dict[torch.dtype, int] = {}
+    for key in keys:
+        counts[checkpoint.dtype(key)] = counts.get(checkpoint.dtype(key), 0) + 1
+    return max(counts, key=lambda dtype: counts[dtype])

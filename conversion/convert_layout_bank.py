@@ -1,0 +1,139 @@
+# Copyright 2026 The gpstoken-hf authors. Licensed under the Apache License, Version 2.0.
+"""The authors' layout bank (`initg.pickle`) -> a GaussianLayoutBank folder, and back.
+
+    python -m conversion.convert_layout_bank initg.pickle --output bank
+    python -m conversion.convert_layout_bank bank --output initg.pickle --reverse
+
+The pickle is read by a reader of our own that runs nothing of it, see `conversion.array_pickle`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import pickle
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from conversion.array_pickle import load_array_pickle
+from conversion.model_cards import layout_bank_card
+from conversion.publishing import push_folder
+from gpstoken_hf.gaussians import NUM_GAUSSIAN_PARAMS
+from gpstoken_hf.layout_bank import GaussianLayoutBank
+from gpstoken_hf.programs import ProgramError, atomic_directory, atomic_file, run_program
+
+
+def read_layouts(path: Path) -> dict[int, list[torch.Tensor]]:
+    """The layouts in a pickle of the authors' format: class id -> tensors `(tokens, 5)` float32.
+
+    The file holds a dict, class id -> list of float arrays `(tokens, >= 5)`; columns beyond the Gaussian are texture
+    of the image that a layout was taken from and are left out.
+
+    Raises:
+        ValueError: the pickle is refused, or holds something else.
+    """
+    content = load_array_pickle(path)
+    if not isinstance(content, dict) or not content:
+        raise ValueError(f"{path} must hold a dict of class id -> layouts, got {_describe(content)}")
+    layouts: dict[int, list[torch.Tensor]] = {}
+    for label, arrays in content.items():
+        if not isinstance(label, int) or isinstance(label, bool):
+            raise ValueError(f"{path}: class ids must be integers, got {label!r}")
+        if not isinstance(arrays, (list, tuple, np.ndarray)):
+            raise ValueError(f"{path}: class {label} must have a list of arrays, got {_describe(arrays)}")
+        layouts[label] = [_layout(array, f"{path}: layout {i} of class {label}") for i, array in enumerate(arrays)]
+    return layouts
+
+
+def _layout(array: object, name: str) -> torch.Tensor:
+    if not isinstance(array, np.ndarray) or array.dtype.kind != "f" or array.ndim != 2:
+        raise ValueError(f"{name} must be a float array (tokens, >= {NUM_GAUSSIAN_PARAMS}), got {_describe(array)}")
+    if array.shape[1] < NUM_GAUSSIAN_PARAMS:
+        raise ValueError(f"{name} must have at least {NUM_GAUSSIAN_PARAMS} columns, got {array.shape[1]}")
+    # A copy in native byte order: the array is a view of the file's bytes.
+    return torch.from_numpy(array[:, :NUM_GAUSSIAN_PARAMS].astype(np.float32))
+
+
+def write_layouts(bank: GaussianLayoutBank, path: Path) -> None:
+    """The bank as a pickle of the authors' format, with Gaussian columns only."""
+    content = {
+        label: [layout.numpy() for layout in layouts] for label, layouts in bank.cpu().layouts_by_class().items()
+    }
+    with atomic_file(path) as staging, open(staging, "wb") as file:
+        pickle.dump(content, file, protocol=4)
+
+
+def verify(bank: GaussianLayoutBank, layouts: dict[int, list[torch.Tensor]]) -> float:
+    """The largest difference between the bank's layouts and those of the pickle; 0 for a faithful bank.
+
+    Raises:
+        ValueError: another set of classes, or another number or length of layouts.
+    """
+    stored = bank.layouts_by_class()
+    expected = {label: items for label, items in layouts.items() if items}
+    if stored.keys() != expected.keys():
+        raise ValueError(f"the bank has the classes {sorted(stored)}, expected {sorted(expected)}")
+    worst = 0.0
+    for label, items in expected.items():
+        if [len(item) for item in stored[label]] != [len(item) for item in items]:
+            raise ValueError(f"class {label} has layouts of other lengths than the pickle")
+        worst = max(worst, *[(a - b).abs().max().item() for a, b in zip(stored[label], items)])
+    return worst
+
+
+def convert(arguments: argparse.Namespace) -> None:
+    layouts = read_layouts(arguments.source)
+    bank = GaussianLayoutBank.from_layouts(layouts)
+    with atomic_directory(arguments.output) as staging:
+        bank.save_pretrained(staging)
+        (staging / "README.md").write_text(layout_bank_card(bank, arguments.source.name), encoding="utf-8")
+        if arguments.verify:
+            error = verify(GaussianLayoutBank.from_pretrained(staging), layouts)
+            print(f"verified: largest error against {arguments.source.name}: {error:g}")
+            if error > 0:
+                raise ProgramError(f"the written bank must equal the pickle, got a largest error of {error:g}")
+    counts = bank.class_counts
+    print(
+        f"{arguments.output}: {len(bank)} layouts of {len(counts)} classes "
+        f"({min(counts.values())} to {max(counts.values())} per class), "
+        f"tokens per layout {sorted(bank.token_counts)}"
+    )
+    if arguments.push_to_hub:
+        print(push_folder(arguments.output, arguments.push_to_hub))
+
+
+def reverse(arguments: argparse.Namespace) -> None:
+    bank = GaussianLayoutBank.from_pretrained(arguments.source)
+    write_layouts(bank, arguments.output)
+    print(f"{arguments.output}: {len(bank)} layouts; columns beyond the Gaussians were not in the bank")
+    if arguments.verify:
+        print(f"verified: largest error {verify(bank, read_layouts(arguments.output)):g}")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="conversion.convert_layout_bank", description=__doc__.split("\n\n")[0])
+    parser.add_argument("source", type=Path, help="the pickle (with --reverse: the bank's folder)")
+    parser.add_argument("--output", type=Path, required=True, help="folder to write (with --reverse: the pickle)")
+    parser.add_argument("--reverse", action="store_true", help="from a bank's folder back to a pickle")
+    parser.add_argument("--verify", action="store_true", help="read the output back and compare it with the input")
+    parser.add_argument("--push-to-hub", metavar="REPO", help="upload the written folder to this model repository")
+    arguments = parser.parse_args(argv)
+    if arguments.reverse:
+        if arguments.push_to_hub:
+            parser.error("--push-to-hub goes with a conversion to a folder, not with --reverse")
+        reverse(arguments)
+    else:
+        convert(arguments)
+    return 0
+
+
+def _describe(value: object) -> str:
+    if isinstance(value, np.ndarray):
+        return f"an array of {value.dtype} of shape {value.shape}"
+    return f"a {type(value).__name__}"
+
+
+if __name__ == "__main__":
+    raise SystemExit(run_program(main))

@@ -1,0 +1,247 @@
+# Copyright 2026 The gpstoken-hf authors. Licensed under the Apache License, Version 2.0.
+"""GaussianLayoutBank: stored layouts per class, the stand-in for a layout generator (paper Sec. 3.3).
+
+Letters: B batch, L tokens, N layouts, T tokens of all layouts together.
+
+The bank is a diffusers ModelMixin, so that it saves, loads, pushes and travels inside a pipeline as safetensors. Its
+layouts may differ in length: they lie one after another in one array, and `offsets` says where each begins.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.models.modeling_utils import ModelMixin
+from diffusers.utils import BaseOutput
+from diffusers.utils.accelerate_utils import apply_forward_hook
+
+from .gaussians import NUM_GAUSSIAN_PARAMS, check_gaussians
+
+# A legal Gaussian for the rows that only fill up a batch: nothing downstream may turn them into NaN.
+PADDING_GAUSSIAN = (0.5, 0.5, 0.0, 0.0, 0.0)
+
+
+@dataclass
+class LayoutBankOutput(BaseOutput):
+    """Layouts drawn from a bank.
+
+    Attributes:
+        gaussians: `(B, L, 5)` float32, L the longest of the drawn layouts.
+        attention_mask: `(B, L)` int64, 1 for a token of the layout, 0 for padding.
+        indices: `(B,)` int64, which layouts of the bank they are. Hand them to `exclude` of a later call to draw
+            without replacement over several calls.
+    """
+
+    gaussians: torch.Tensor
+    attention_mask: torch.Tensor
+    indices: torch.Tensor
+
+
+class GaussianLayoutBank(ModelMixin, ConfigMixin):
+    """Layouts (sets of Gaussians) with the class of the image that each was taken from.
+
+    Build one with `from_layouts`, from the authors' pickle with `conversion.convert_layout_bank`, or from a labelled
+    dataset with `pipelines.build_layout_bank`.
+
+    Args:
+        num_layouts: N, at least 1.
+        total_tokens: T, the tokens of all layouts together, at least N.
+
+    The buffers are `gaussians` `(T, 5)` float32 (they stay float32 whatever the module is cast to: a bfloat16 mean is
+    off by up to half a pixel at 256), `offsets` `(N + 1,)` int64 and `class_labels` `(N,)` int64.
+    """
+
+    _keep_in_fp32_modules = ["gaussians"]  # noqa: RUF012 (the base class reads a list)
+    _supports_gradient_checkpointing = False
+
+    gaussians: torch.Tensor
+    offsets: torch.Tensor
+    class_labels: torch.Tensor
+
+    @register_to_config
+    def __init__(self, num_layouts: int, total_tokens: int):
+        super().__init__()
+        if num_layouts < 1 or total_tokens < num_layouts:
+            raise ValueError(
+                "a bank needs num_layouts >= 1 and total_tokens >= num_layouts, "
+                f"got num_layouts={num_layouts} and total_tokens={total_tokens}"
+            )
+        self.register_buffer("gaussians", torch.zeros(total_tokens, NUM_GAUSSIAN_PARAMS, dtype=torch.float32))
+        self.register_buffer("offsets", torch.zeros(num_layouts + 1, dtype=torch.int64))
+        self.register_buffer("class_labels", torch.zeros(num_layouts, dtype=torch.int64))
+
+    @classmethod
+    def from_layouts(cls, layouts: Mapping[int, Sequence[Any]]) -> "GaussianLayoutBank":
+        """A bank of the given layouts.
+
+        Args:
+            layouts: class id (an integer >= 0) -> layouts of that class, each an `(L, 5)` array or tensor of floats
+                with L >= 1, which may differ from layout to layout.
+
+        Raises:
+            ValueError: no layout at all, a class id below 0, or a layout of a wrong shape or with illegal Gaussians.
+        """
+        tensors, labels = [], []
+        for label in sorted(layouts):
+            if label < 0:
+                raise ValueError(f"class ids must be at least 0, got {label}")
+            for position, layout in enumerate(layouts[label]):
+                tensor = torch.as_tensor(layout).to(device="cpu", dtype=torch.float32)
+                name = f"layout {position} of class {label}"
+                if tensor.ndim != 2 or tensor.shape[0] < 1 or tensor.shape[1] != NUM_GAUSSIAN_PARAMS:
+                    raise ValueError(
+                        f"{name} must be of shape (tokens >= 1, {NUM_GAUSSIAN_PARAMS}), got {tuple(tensor.shape)}"
+                    )
+                check_gaussians(tensor, name)
+                tensors.append(tensor)
+                labels.append(int(label))
+        if not tensors:
+            raise ValueError("a bank needs at least one layout, got none")
+        lengths = torch.tensor([0] + [len(tensor) for tensor in tensors])
+        bank = cls(num_layouts=len(tensors), total_tokens=int(lengths.sum()))
+        bank.gaussians = torch.cat(tensors)
+        bank.offsets = lengths.cumsum(0)
+        bank.class_labels = torch.tensor(labels)
+        return bank
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> "GaussianLayoutBank":
+        exact = self.gaussians
+        super()._apply(fn, recurse)
+        if self.gaussians.dtype != torch.float32:
+            self.gaussians = exact.to(self.gaussians.device)
+        return self
+
+    def __len__(self) -> int:
+        """The number of layouts, N."""
+        return self.config["num_layouts"]
+
+    @property
+    def class_ids(self) -> list[int]:
+        """The classes that the bank has layouts of, ascending."""
+        return sorted(self.class_counts)
+
+    @property
+    def class_counts(self) -> dict[int, int]:
+        """Class id -> number of its layouts."""
+        return _counts(self.class_labels)
+
+    @property
+    def token_counts(self) -> dict[int, int]:
+        """Number of tokens of a layout -> number of layouts that have as many."""
+        return _counts(self.offsets.diff())
+
+    def layout(self, index: int) -> torch.Tensor:
+        """The Gaussians `(L, 5)` of one layout, by its index from 0 to N - 1."""
+        if not 0 <= index < len(self):
+            raise ValueError(f"the bank has layouts 0 to {len(self) - 1}, got index {index}")
+        return self.gaussians[self.offsets[index] : self.offsets[index + 1]]
+
+    def layouts_by_class(self) -> dict[int, list[torch.Tensor]]:
+        """Class id -> its layouts, each `(L, 5)`: what `from_layouts` takes."""
+        layouts: dict[int, list[torch.Tensor]] = {label: [] for label in self.class_ids}
+        for index, label in enumerate(self.class_labels.tolist()):
+            layouts[label].append(self.layout(index))
+        return layouts
+
+    @apply_forward_hook
+    @torch.no_grad()
+    def sample(
+        self,
+        class_labels: torch.Tensor | Sequence[int] | int,
+        num_tokens: int | Sequence[int] | None = None,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        replacement: bool = True,
+        exclude: torch.Tensor | Sequence[int] | None = None,
+    ) -> LayoutBankOutput:
+        """Draw one layout for each class label, every layout of the class being equally likely.
+
+        Args:
+            class_labels: `(B,)` class ids.
+            num_tokens: take only layouts of exactly so many tokens; one number for all or B numbers. None: any.
+            generator: source of the draws, or B of them, one per sample. With one per sample and with replacement, a
+                sample's layout does not depend on the others of its batch.
+            replacement: False: no layout comes twice in this call.
+            exclude: indices of layouts that must not be drawn, such as the `indices` of earlier calls.
+
+        Raises:
+            ValueError: a class without (enough) layouts, or a number of token counts or generators other than B.
+        """
+        labels = torch.as_tensor(class_labels).reshape(-1).tolist()
+        tokens = _one_per_sample(num_tokens, len(labels), "num_tokens")
+        generators = _one_per_sample(generator, len(labels), "generator")
+        pools: dict[tuple[int, int | None], list[int]] = {}
+        drawn: set[int] = set()
+        indices = []
+        for label, count, source in zip(labels, tokens, generators):
+            if (label, count) not in pools:
+                pools[label, count] = self._candidates(label, count, exclude)
+            pool = pools[label, count]
+            if not replacement:
+                pool[:] = [index for index in pool if index not in drawn]
+                if not pool:
+                    raise ValueError(
+                        f"class {label} has too few layouts for {labels.count(label)} draws without replacement; "
+                        f"it has {self.class_counts[label]} of all lengths, some of them excluded or of another length"
+                    )
+            device = source.device if source is not None else "cpu"
+            index = pool[int(torch.randint(len(pool), (1,), generator=source, device=device))]
+            drawn.add(index)
+            indices.append(index)
+        return self._pad(torch.tensor(indices, dtype=torch.int64))
+
+    def forward(self, class_labels: torch.Tensor, **kwargs: Any) -> LayoutBankOutput:
+        """The same as `sample`."""
+        return self.sample(class_labels, **kwargs)
+
+    def _candidates(
+        self, label: int, num_tokens: int | None, exclude: torch.Tensor | Sequence[int] | None
+    ) -> list[int]:
+        """Indices of the layouts of one class (and length) that may be drawn; ValueError when there is none."""
+        of_class = self.class_labels.cpu() == label
+        if not of_class.any():
+            ids = self.class_ids
+            shown = f"{ids[:8]} ... {ids[-1]} ({len(ids)} classes)" if len(ids) > 12 else str(ids)
+            raise ValueError(f"the bank has layouts of the classes {shown}, got class {label}")
+        allowed = of_class
+        if num_tokens is not None:
+            lengths = self.offsets.cpu().diff()
+            allowed = of_class & (lengths == num_tokens)
+            if not allowed.any():
+                present = sorted(_counts(lengths[of_class]))
+                raise ValueError(f"class {label} has layouts of {present} tokens, got num_tokens={num_tokens}")
+        if exclude is not None:
+            allowed = allowed.clone()
+            allowed[torch.as_tensor(exclude, dtype=torch.int64).reshape(-1).cpu()] = False
+            if not allowed.any():
+                raise ValueError(f"all layouts of class {label} are excluded: expected at least one that is not")
+        return allowed.nonzero().flatten().tolist()
+
+    def _pad(self, indices: torch.Tensor) -> LayoutBankOutput:
+        device = self.gaussians.device
+        layouts = [self.layout(index) for index in indices.tolist()]
+        longest = max((len(layout) for layout in layouts), default=0)
+        padding = torch.tensor(PADDING_GAUSSIAN, device=device)
+        gaussians = padding.expand(len(layouts), longest, NUM_GAUSSIAN_PARAMS).clone()
+        attention_mask = torch.zeros(len(layouts), longest, dtype=torch.int64, device=device)
+        for row, layout in enumerate(layouts):
+            gaussians[row, : len(layout)] = layout
+            attention_mask[row, : len(layout)] = 1
+        return LayoutBankOutput(gaussians=gaussians, attention_mask=attention_mask, indices=indices.to(device))
+
+
+def _counts(values: torch.Tensor) -> dict[int, int]:
+    unique, counts = torch.unique(values, return_counts=True)
+    return dict(zip(unique.tolist(), counts.tolist()))
+
+
+def _one_per_sample(value: Any, batch_size: int, name: str) -> list[Any]:
+    """One value for all samples, or one for each."""
+    if isinstance(value, torch.Tensor):
+        value = value.tolist()
+    if not isinstance(value, (list, tuple)):
+        return [value] * batch_size
+    if len(value) != batch_size:
+        raise ValueError(f"{name} must be one value or one for each of the {batch_size} samples, got {len(value)}")
+    return list(value)
