@@ -227,8 +227,8 @@ class GPSTokenDecoder(nn.Module):
         hidden_states = self.mid_block2(hidden_states, tiles)
         for index, level in enumerate(self.levels):
             hidden_states = level(hidden_states, None if tiles is None else tiles.scaled(2**index))
-        full = None if tiles is None else tiles.scaled(2 ** (len(self.levels) - 1))
-        return self.conv_out(F.silu(self.norm_out(hidden_states, full)))
+        # The last norm takes its statistics from the whole map, as in the authors' merged decode.
+        return self.conv_out(F.silu(self.norm_out(hidden_states)))
 
 
 def decode_in_windows(
