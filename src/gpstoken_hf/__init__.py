@@ -4,6 +4,8 @@
 from importlib.resources import files
 
 from .partition import PartitionOutput, partition_images
+from .scheduling_flow_match_sde import FlowMatchSDEScheduler
+from .transformer_sit import SiTTransformer1DModel
 
 __version__ = "0.1.0"
 
