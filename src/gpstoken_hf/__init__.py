@@ -3,6 +3,7 @@
 
 from importlib.resources import files
 
+from .calibration import CalibrationOutput, calibrate_layout
 from .partition import PartitionOutput, partition_images
 from .scheduling_flow_match_sde import FlowMatchSDEScheduler
 from .transformer_sit import SiTTransformer1DModel

@@ -16,6 +16,7 @@ import math
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import numba
@@ -132,6 +133,12 @@ def _check_arguments(
         raise ValueError(f"min_region_size must be an integer of at least 1 pixel, got {min_region_size}")
     if not 0 < sigma_scale <= 1:
         raise ValueError(f"sigma_scale must be in (0, 1], got {sigma_scale}")
+    largest = max_regions(height, width, int(min_region_size))
+    if max(counts, default=0) > largest:
+        raise ValueError(
+            f"an image of {height} x {width} pixels with min_region_size={min_region_size} can be split into at most "
+            f"{largest} regions, got num_tokens={max(counts)}"
+        )
     if importance is not None:
         expected = (batch_size, height, width)
         if not isinstance(importance, torch.Tensor) or tuple(importance.shape) != expected:
@@ -153,12 +160,16 @@ def _check_range(name: str, values: torch.Tensor, low: float, high: float) -> No
         raise ValueError(f"{name} must be {expected}, got values from {smallest:.6g} to {largest:.6g}")
 
 
-def _too_many_tokens(index: int, count: int, largest: int, size: tuple[int, int], min_region_size: int) -> ValueError:
-    height, width = size
-    return ValueError(
-        f"image {index} ({height} x {width} pixels, min_region_size={min_region_size}) can be split into at most "
-        f"{largest} regions, got num_tokens={count}"
-    )
+@lru_cache(maxsize=4096)
+def max_regions(height: int, width: int, min_region_size: int) -> int:
+    """The largest number of regions that an image of H x W pixels can be split into.
+
+    It does not depend on the pixels: a square yields the same four quadrants in either direction.
+    """
+    long, short = max(height, width), min(height, width)
+    if long - 1 <= min_region_size:
+        return 1
+    return max_regions(long // 2, short, min_region_size) + max_regions(long - long // 2, short, min_region_size)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -182,37 +193,28 @@ def _partition_compiled(
         importance = importance.detach().to("cpu", torch.float32).contiguous()
         _check_range("importance", importance, 0.0, math.inf)
         weights = importance.numpy()
-    # No image has more regions than pixels: an absurd number of tokens is refused, not allocated.
-    sizes = [min(count, height * width) for count in counts]
-    boxes = np.empty((len(counts), max(sizes, default=0), 4), dtype=np.int64)
+    boxes = np.empty((len(counts), max(counts, default=0), 4), dtype=np.int64)
     boxes[:] = (0, 0, width - 1, height - 1)
 
-    def work(index: int) -> int:
-        regions = np.empty((sizes[index], 4), dtype=np.int64)
-        found = _partition_image(
+    def work(index: int) -> bool:
+        return _partition_image(
             pixels[index],
-            regions,
+            boxes[index, : counts[index]],
             complexity_exponent,
             min_region_size,
             no_weights if weights is None else weights[index],
             _ENTROPY_TABLE,
         )
-        if found == counts[index]:
-            boxes[index, :found] = regions
-        return found
 
     num_threads = min(torch.get_num_threads(), len(counts))
     if num_threads > 1:
         # A pool for each call: one that outlives it would be dead in a forked process.
         with ThreadPoolExecutor(num_threads) as pool:
-            results = list(pool.map(work, range(len(counts))))
+            valid = list(pool.map(work, range(len(counts))))
     else:
-        results = [work(index) for index in range(len(counts))]
-    if any(found < 0 for found in results):
+        valid = [work(index) for index in range(len(counts))]
+    if not all(valid):
         _check_range("images", images.detach(), -1.0, 1.0)
-    for index, (count, found) in enumerate(zip(counts, results)):
-        if found < count:
-            raise _too_many_tokens(index, count, found, (height, width), min_region_size)
     return torch.from_numpy(boxes)
 
 
@@ -229,13 +231,12 @@ _ENTROPY_TABLE = _entropy_table()
 def _partition_image(pixels, regions, complexity_exponent, min_region_size, importance, entropy_table):
     """Alg. 1 on one image, `pixels` (3, H, W) float32; fills `regions` (L, 4) in Morton order.
 
-    Returns the number of regions reached, which is less than L when nothing is left to split, or -1 if a pixel is
-    NaN or outside [-1, 1].
+    The caller has made sure that L regions can be reached. Returns False if a pixel is NaN or outside [-1, 1].
     """
     height, width = pixels.shape[1], pixels.shape[2]
     grey = np.empty((height, width), dtype=np.float32)
     if not _grey_image(pixels, grey):
-        return -1
+        return False
     num_tokens = regions.shape[0]
     boxes = np.empty((num_tokens, 4), dtype=np.int64)
     # The heap holds the splittable regions. Age (order of insertion) settles ties, as a stable sort of the whole list
@@ -243,20 +244,15 @@ def _partition_image(pixels, regions, complexity_exponent, min_region_size, impo
     score = np.empty(num_tokens, dtype=np.float64)
     age = np.empty(num_tokens, dtype=np.int64)
     heap = np.empty(num_tokens, dtype=np.int64)
-    heap_size = 0
     boxes[0] = (0, 0, width - 1, height - 1)
-    found, next_age = 1, 1
-    score[0], age[0] = 0.0, 0
-    if max(width, height) - 1 > min_region_size:
-        heap[0], heap_size = 0, 1
+    score[0], age[0], heap[0] = 0.0, 0, 0
+    heap_size, found, next_age = 1, 1, 1
 
     children = np.empty((4, 4), dtype=np.int64)
     child_score = np.empty(4, dtype=np.float64)
-    while found < num_tokens and heap_size > 0:
-        row = heap[0]
+    while found < num_tokens:
+        row = heap_pop(heap, heap_size, score, age)
         heap_size -= 1
-        heap[0] = heap[heap_size]
-        _sift_down(heap, heap_size, score, age)
         x0, y0, x1, y1 = boxes[row]
         w, h = x1 - x0 + 1, y1 - y0 + 1
         # Rows 0 and 1: the halves in x; rows 2 and 3: in y.
@@ -282,17 +278,10 @@ def _partition_image(pixels, regions, complexity_exponent, min_region_size, impo
             score[row], age[row] = child_score[i], next_age
             next_age += 1
             if max(children[i, 2] - children[i, 0], children[i, 3] - children[i, 1]) > min_region_size:
-                heap[heap_size] = row
+                heap_push(row, heap, heap_size, score, age)
                 heap_size += 1
-                _sift_up(heap, heap_size - 1, score, age)
-
-    code = np.empty(found, dtype=np.int64)
-    for i in range(found):
-        code[i] = _spread_bits(boxes[i, 0]) | (_spread_bits(boxes[i, 1]) << 1)
-    order = np.argsort(code)
-    for i in range(found):
-        regions[i] = boxes[order[i]]
-    return found
+    sort_by_morton_code(boxes, regions)
+    return True
 
 
 @compiled
@@ -466,8 +455,9 @@ def _before(a, b, score, age):
 
 
 @compiled
-def _sift_up(heap, position, score, age):
-    row = heap[position]
+def heap_push(row, heap, size, score, age):
+    """Add a row to the `size` rows of a binary heap: highest score first, the oldest of equal ones."""
+    position = size
     while position > 0:
         parent = (position - 1) // 2
         if not _before(row, heap[parent], score, age):
@@ -478,10 +468,11 @@ def _sift_up(heap, position, score, age):
 
 
 @compiled
-def _sift_down(heap, size, score, age):
-    if size == 0:
-        return
-    row = heap[0]
+def heap_pop(heap, size, score, age):
+    """Take the first of the `size` rows of a binary heap."""
+    first = heap[0]
+    size -= 1
+    row = heap[size]
     position = 0
     while 2 * position + 1 < size:
         child = 2 * position + 1
@@ -492,6 +483,18 @@ def _sift_down(heap, size, score, age):
         heap[position] = heap[child]
         position = child
     heap[position] = row
+    return first
+
+
+@compiled
+def sort_by_morton_code(boxes, regions):
+    """`boxes` (L, 4) -> `regions` (L, 4) along the Z-curve of the top-left corners, the bits of y above those of x."""
+    code = np.empty(boxes.shape[0], dtype=np.int64)
+    for i in range(boxes.shape[0]):
+        code[i] = _spread_bits(boxes[i, 0]) | (_spread_bits(boxes[i, 1]) << 1)
+    order = np.argsort(code)
+    for i in range(boxes.shape[0]):
+        regions[i] = boxes[order[i]]
 
 
 @compiled
