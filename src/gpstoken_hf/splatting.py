@@ -26,6 +26,7 @@ from collections.abc import Iterator
 import torch
 
 from .gaussians import NUM_GAUSSIAN_PARAMS, pixel_coordinates
+from .splatting_cpu import cpu_backward, cpu_forward
 
 TILE_SIZE = 8
 BACKENDS = ("auto", "reference", "cpu", "triton")
@@ -182,7 +183,7 @@ def _check_inputs(
 
 
 def _resolve_backend(backend: str, device: torch.device) -> str:
-    """A backend's name -> the path that runs: "reference", "tiled" or "triton"."""
+    """A backend's name -> the path that runs: "reference", "cpu", "tiled" or "triton"."""
     if backend not in BACKENDS:
         raise ValueError(f"backend must be one of {BACKENDS}, got {backend!r}")
     if backend == "reference":
@@ -190,8 +191,8 @@ def _resolve_backend(backend: str, device: torch.device) -> str:
     if backend == "cpu":
         if device.type != "cpu":
             raise ValueError(f"backend 'cpu' needs tensors on the CPU, got {device}")
-        return "tiled"
-    return "tiled"
+        return "cpu"
+    return "cpu" if device.type == "cpu" else "tiled"
 
 
 # ---- The tiled path -------------------------------------------------------------------------------------------------
@@ -350,6 +351,7 @@ def _tiled_backward(
     attention_mask: torch.Tensor | None,
     support: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
+    """Moments of A `(B, L, 5)` and gradient of the features `(B, L, C)`."""
     B, L, C = features.shape
     height, width = grad.shape[-2:]
     rows, columns = _tile_grid(height, width)
@@ -378,8 +380,7 @@ def _tiled_backward(
         pair_sums[..., C + 4] = (row_A * v.square()).sum(-1)
         sums.index_add_(0, tokens.view(-1), pair_sums.view(T * K, C + 5))
     sums = sums[:-1].view(B, L, C + 5)
-    grad_features = sums[..., :C].contiguous()
-    return _gaussian_gradients(gaussians, sums[..., C:], attention_mask), grad_features
+    return sums[..., C:], sums[..., :C].contiguous()
 
 
 def _gaussian_gradients(
@@ -406,6 +407,14 @@ def _gaussian_gradients(
     return grads if attention_mask is None else grads.masked_fill(~attention_mask.unsqueeze(-1), 0)
 
 
+def _axes(like: torch.Tensor, height: int, width: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Coordinates of the pixel columns `(w,)` and rows `(h,)`."""
+    return (
+        pixel_coordinates(width, like.device, like.dtype),
+        pixel_coordinates(height, like.device, like.dtype),
+    )
+
+
 # ---- The op ---------------------------------------------------------------------------------------------------------
 
 
@@ -421,6 +430,9 @@ def _splat(
     B, L, C = features.shape
     if B * L * C == 0:
         return features.new_zeros(B, C, height, width)
+    if path == "cpu":
+        x, y = _axes(gaussians, height, width)
+        return cpu_forward(gaussians, features, attention_mask, x, y, support)
     return _tiled_forward(gaussians, features, attention_mask, height, width, support)
 
 
@@ -446,7 +458,12 @@ def _splat_backward(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     if features.numel() == 0 or grad.numel() == 0:
         return torch.zeros_like(gaussians), torch.zeros_like(features)
-    return _tiled_backward(grad.contiguous(), gaussians, features, attention_mask, support)
+    if path == "cpu":
+        x, y = _axes(gaussians, *grad.shape[-2:])
+        moments, grad_features = cpu_backward(grad, gaussians, features, attention_mask, x, y, support)
+    else:
+        moments, grad_features = _tiled_backward(grad.contiguous(), gaussians, features, attention_mask, support)
+    return _gaussian_gradients(gaussians, moments, attention_mask), grad_features
 
 
 def _splat_backward_fake(
