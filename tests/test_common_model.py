@@ -1,0 +1,90 @@
+# Copyright 2026 The gpstoken-hf authors. Licensed under the Apache License, Version 2.0.
+"""transformers' common model tests on GPSTokenModel."""
+
+import unittest
+from unittest.mock import patch
+
+import torch
+import torch.nn.functional as F
+from transformers_suite import NOT_APPLICABLE, ListedSkips, load_suite
+
+from gpstoken_hf.configuration_gpstoken import GPSTokenConfig
+from gpstoken_hf.modeling_gpstoken import GPSTokenModel
+from gpstoken_hf.partition import partition_images
+
+common = load_suite("modeling")
+
+
+class GPSTokenModelTester:
+    """A tiny model and a batch of noise, as the suite wants them."""
+
+    def __init__(self, parent):
+        self.parent = parent
+        self.batch_size = 3
+        self.image_size = 16
+        self.num_hidden_layers = 2
+        self.hidden_size = 32
+        self.num_attention_heads = 2
+        self.seq_length = 4
+        self.is_training = True
+
+    def get_config(self):
+        return GPSTokenConfig.preset(
+            "tiny",
+            image_size=self.image_size,
+            num_tokens=self.seq_length,
+            num_hidden_layers=self.num_hidden_layers,
+            hidden_size=self.hidden_size,
+            num_attention_heads=self.num_attention_heads,
+        )
+
+    def prepare_config_and_inputs_for_common(self):
+        generator = torch.Generator().manual_seed(0)
+        pixel_values = torch.rand(self.batch_size, 3, self.image_size, self.image_size, generator=generator) * 2 - 1
+        return self.get_config(), {"pixel_values": pixel_values}
+
+
+class GPSTokenModelWithLoss(GPSTokenModel):
+    """The suite trains models that return a loss; a tokenizer's is its trainer's, so here is the plainest one."""
+
+    def forward(self, pixel_values, **kwargs):
+        output = super().forward(pixel_values, **kwargs)
+        output.loss = F.mse_loss(output.sample, pixel_values)
+        return output
+
+
+class GPSTokenModelTest(ListedSkips, common.ModelTesterMixin, unittest.TestCase):
+    suite = "modeling"
+    all_model_classes = (GPSTokenModel,)
+    test_resize_embeddings = False
+
+    def setUp(self):
+        self.model_tester = GPSTokenModelTester(self)
+
+    def _prepare_for_class(self, inputs_dict, model_class, return_labels=False):
+        inputs = super()._prepare_for_class(inputs_dict, model_class, return_labels=return_labels)
+        if inputs.get("attention_mask") is not None:
+            # a mask of tokens belongs to a layout given by hand
+            partition = partition_images(
+                inputs["pixel_values"].float(),
+                self.model_tester.seq_length,
+                min_region_size=self.model_tester.get_config().min_region_size,
+            )
+            inputs["boxes"] = partition.boxes
+        return inputs
+
+    def test_training(self):
+        self.all_model_classes = (GPSTokenModelWithLoss,)
+        super().test_training()
+
+    def check_training_gradient_checkpointing(self, gradient_checkpointing_kwargs=None):
+        self.all_model_classes = (GPSTokenModelWithLoss,)
+        super().check_training_gradient_checkpointing(gradient_checkpointing_kwargs)
+
+    def test_model_forward_default_config_values(self):
+        # the suite runs it only for the models that transformers itself ships
+        with patch.dict(common.MODEL_MAPPING_NAMES, {"gpstoken": "GPSTokenModel"}):
+            super().test_model_forward_default_config_values()
+
+    def test_model_get_set_embeddings(self):
+        self.skipTest(NOT_APPLICABLE["modeling"]["test_model_get_set_embeddings"])
