@@ -1,0 +1,394 @@
+# Copyright 2026 The gpstoken-hf authors. Licensed under the Apache License, Version 2.0.
+"""Images for training: any dataset, in an order that is a pure function of (seed, position).
+
+Sample number p of the endless data order is row `permutation(seed, p // N)[p % N]`, and its crop and flip come from a
+generator seeded with (seed, p). Nothing about the order lives in a running object, so a resumed run asks for batch n
+and gets exactly the batch that it would have got, without reading the ones before it.
+
+Letters: B images of a batch, L tokens, H = W = resolution.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import itertools
+import math
+import os
+import signal
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch.utils.data import DataLoader, Dataset
+
+from gpstoken_hf.programs import ProgramError
+
+# What a random stream is for, beside the seed in the generator's key.
+ORDER, AUGMENTATION, RESOLUTION, TOKEN_COUNT = range(4)
+
+FILE_BUILDERS = {".parquet": "parquet", ".arrow": "arrow", ".tar": "webdataset"}
+
+
+def load_image_dataset(options: argparse.Namespace, files: Sequence[str] | None = None, split: str | None = None) -> Any:
+    """The dataset that the options name, its images left encoded until they are wanted.
+
+    Args:
+        files: take these files instead of the options' training data.
+        split: take this split instead of the options' one.
+
+    Raises:
+        ProgramError: not exactly one source is given, it cannot be loaded, or the image column is missing.
+    """
+    import datasets
+
+    sources = [options.dataset_name, options.train_data_files, options.train_data_dir]
+    if files is None and sum(source is not None for source in sources) != 1:
+        raise ProgramError("give one of --dataset_name, --train_data_files and --train_data_dir")
+    split = split or options.train_split
+    shared = {"split": split, "streaming": options.streaming and files is None, "cache_dir": options.cache_dir}
+    files = files or options.train_data_files
+    try:
+        if files is not None:
+            suffixes = {os.path.splitext(name)[1] for name in files}
+            builder = FILE_BUILDERS.get(suffixes.pop()) if len(suffixes) == 1 else None
+            if builder is None:
+                raise ProgramError(f"data files must be all of one kind of {sorted(FILE_BUILDERS)}, got {list(files)}")
+            missing = [name for name in files if not _is_pattern_or_url(name) and not os.path.exists(name)]
+            if missing:
+                raise ProgramError(f"no such data file: {', '.join(missing)}")
+            dataset = datasets.load_dataset(builder, data_files={split: list(files)}, **shared)
+        elif options.train_data_dir is not None:
+            if not os.path.isdir(options.train_data_dir):
+                raise ProgramError(f"no such folder: {options.train_data_dir}")
+            dataset = datasets.load_dataset("imagefolder", data_dir=options.train_data_dir, **shared)
+        else:
+            dataset = datasets.load_dataset(options.dataset_name, options.dataset_config_name, **shared)
+    except ProgramError:
+        raise
+    except Exception as error:  # datasets raises types of its own for what is bad input here
+        raise ProgramError(f"cannot load the dataset: {error}") from error
+    columns = dataset.column_names
+    if columns is None:  # a stream does not know its columns before its first row
+        columns = list(next(iter(dataset)))
+    if options.image_column not in columns:
+        raise ProgramError(f"no column {options.image_column!r} in the dataset; it has {', '.join(columns)}")
+    dataset = dataset.cast_column(options.image_column, datasets.Image(decode=False))
+    if options.max_train_samples is not None and split == options.train_split:
+        if options.streaming:
+            dataset = dataset.take(options.max_train_samples)
+        else:
+            dataset = dataset.select(range(min(options.max_train_samples, len(dataset))))
+    return dataset
+
+
+def _is_pattern_or_url(name: str) -> bool:
+    return "://" in name or any(character in name for character in "*?[")
+
+
+def decode_image(value: Any, where: str) -> Image.Image:
+    """An RGB image of what a dataset row holds: encoded bytes, a path, a PIL image or an array.
+
+    Args:
+        where: names the row in the error message.
+
+    Raises:
+        ProgramError: there is no readable image.
+    """
+    try:
+        if isinstance(value, dict):
+            image = Image.open(io.BytesIO(value["bytes"]) if value.get("bytes") is not None else value["path"])
+        elif isinstance(value, bytes):
+            image = Image.open(io.BytesIO(value))
+        elif isinstance(value, Image.Image):
+            image = value
+        else:
+            image = Image.fromarray(np.asarray(value))
+        return ImageOps.exif_transpose(image).convert("RGB")
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, SyntaxError) as error:
+        raise ProgramError(f"{where} holds no readable image: {error}") from error
+
+
+def image_to_array(image: Image.Image) -> np.ndarray:
+    """RGB image -> float32 (3, H, W) in [-1, 1], as `x / 127.5 - 1`."""
+    return np.ascontiguousarray(np.asarray(image, dtype=np.float32).transpose(2, 0, 1)) / np.float32(127.5) - 1
+
+
+def center_crop(image: Image.Image, resolution: int) -> Image.Image:
+    """The central square, resized so that the shortest side becomes `resolution`."""
+    width, height = image.size
+    side = min(width, height)
+    left, top = (width - side) / 2, (height - side) / 2
+    return image.resize((resolution, resolution), Image.Resampling.BICUBIC, box=(left, top, left + side, top + side))
+
+
+def random_crop(image: Image.Image, resolution: int, rng: np.random.Generator) -> Image.Image:
+    """A random square of the shortest side's length, resized to `resolution`."""
+    width, height = image.size
+    side = min(width, height)
+    left, top = int(rng.integers(width - side + 1)), int(rng.integers(height - side + 1))
+    return image.resize((resolution, resolution), Image.Resampling.BICUBIC, box=(left, top, left + side, top + side))
+
+
+def random_resized_crop(
+    image: Image.Image, resolution: int, rng: np.random.Generator, min_scale: float
+) -> Image.Image:
+    """A random square of `min_scale` to 1 times the largest square's area, resized to `resolution`."""
+    width, height = image.size
+    side = max(1, round(min(width, height) * math.sqrt(rng.uniform(min_scale, 1.0))))
+    left, top = int(rng.integers(width - side + 1)), int(rng.integers(height - side + 1))
+    return image.resize((resolution, resolution), Image.Resampling.BICUBIC, box=(left, top, left + side, top + side))
+
+
+@dataclass(frozen=True)
+class BatchRequest:
+    """What a worker needs to make one batch: rows to read, or the rows themselves when the dataset is a stream."""
+
+    number: int
+    rank: int
+    resolution: int
+    positions: list[int]
+    rows: list[Any]
+
+
+class RowOrder:
+    """Row indices of the endless data order over `num_rows` rows."""
+
+    def __init__(self, num_rows: int, seed: int, shuffle: bool = True) -> None:
+        self.num_rows, self.seed, self.shuffle = num_rows, seed, shuffle
+        self._epoch, self._permutation = -1, np.empty(0, dtype=np.int64)
+
+    def __getitem__(self, position: int) -> int:
+        epoch, place = divmod(position, self.num_rows)
+        if not self.shuffle:
+            return place
+        if epoch != self._epoch:
+            self._epoch = epoch
+            self._permutation = np.random.default_rng([self.seed, ORDER, epoch]).permutation(self.num_rows)
+        return int(self._permutation[place])
+
+
+class BatchPlan:
+    """The endless sequence of batches of one process, from `first_batch` on.
+
+    Args:
+        source: a map-style dataset (has a length) or a stream of rows.
+        resolutions: side lengths to draw from, one per batch and the same in all processes; with them
+            `weights` (not necessarily summing to 1).
+        batch_size: images of a batch at `base_resolution`; other resolutions get as many pixels.
+    """
+
+    def __init__(
+        self,
+        source: Any,
+        *,
+        seed: int,
+        resolutions: Sequence[int],
+        weights: Sequence[float],
+        base_resolution: int,
+        batch_size: int,
+        first_batch: int = 0,
+        rank: int = 0,
+        world_size: int = 1,
+        shuffle_buffer_size: int = 2048,
+    ) -> None:
+        self.source, self.seed = source, seed
+        self.resolutions = list(resolutions)
+        self.probabilities = np.asarray(weights, dtype=np.float64) / np.sum(weights)
+        self.base_resolution, self.batch_size = base_resolution, batch_size
+        self.first_batch, self.rank, self.world_size = first_batch, rank, world_size
+        self.shuffle_buffer_size = shuffle_buffer_size
+        self.is_stream = not hasattr(source, "__len__")
+
+    def images_at(self, resolution: int) -> int:
+        """Images of one batch at this resolution: the pixels of a batch stay the same."""
+        return max(1, round(self.batch_size * (self.base_resolution / resolution) ** 2))
+
+    def _slots(self) -> Iterator[tuple[int, int, int, int]]:
+        """(batch number, resolution, position of the first sample, number of samples) of this process."""
+        position = 0
+        for number in itertools.count():
+            if len(self.resolutions) == 1:
+                resolution = self.resolutions[0]
+            else:
+                rng = np.random.default_rng([self.seed, RESOLUTION, number])
+                resolution = int(rng.choice(self.resolutions, p=self.probabilities))
+            size = self.images_at(resolution)
+            yield number, resolution, position + self.rank * size, size
+            position += self.world_size * size
+
+    def __iter__(self) -> Iterator[BatchRequest]:
+        if self.is_stream:
+            yield from self._iterate_stream()
+            return
+        order = RowOrder(len(self.source), self.seed)
+        for number, resolution, start, size in self._slots():
+            if number >= self.first_batch:
+                positions = list(range(start, start + size))
+                yield BatchRequest(number, self.rank, resolution, positions, [order[p] for p in positions])
+
+    def _iterate_stream(self) -> Iterator[BatchRequest]:
+        """Rows travel to the workers still encoded, so the order does not depend on the number of workers."""
+        rows = self._stream_rows()
+        for number, resolution, start, size in self._slots():
+            positions = list(range(start, start + size))
+            batch = list(itertools.islice(rows, size))
+            # A resumed stream is read up to its place; the rows stay encoded, so this costs reading alone.
+            if number >= self.first_batch:
+                yield BatchRequest(number, self.rank, resolution, positions, batch)
+
+    def _stream_rows(self) -> Iterator[Any]:
+        source = self.source
+        if self.world_size > 1:
+            from datasets.distributed import split_dataset_by_node
+
+            source = split_dataset_by_node(source, self.rank, self.world_size)
+        source = source.shuffle(seed=self.seed, buffer_size=self.shuffle_buffer_size)
+        for epoch in itertools.count():
+            source.set_epoch(epoch)
+            empty = True
+            for row in source:
+                empty = False
+                yield row
+            if empty:
+                raise ProgramError("the streamed dataset holds no rows")
+
+
+@dataclass(frozen=True)
+class PartitionSettings:
+    """What `partition_images` needs from a model's configuration."""
+
+    complexity_exponent: float
+    min_region_size: int
+    sigma_scale: float
+
+
+@dataclass(frozen=True)
+class TokenCounts:
+    """How many tokens an image gets: log-uniform in [minimum, maximum] at `base_resolution`, scaled with the area."""
+
+    minimum: int
+    maximum: int
+    base_resolution: int
+    per_image: bool
+
+    def bounds(self, resolution: int) -> tuple[int, int]:
+        scale = (resolution / self.base_resolution) ** 2
+        return max(1, round(self.minimum * scale)), max(1, round(self.maximum * scale))
+
+    def draw(self, resolution: int, num_images: int, rng: np.random.Generator) -> list[int]:
+        low, high = self.bounds(resolution)
+        exponents = rng.uniform(math.log(low), math.log(high), size=num_images if self.per_image else 1)
+        counts = [min(high, max(low, round(math.exp(exponent)))) for exponent in exponents]
+        return counts if self.per_image else counts * num_images
+
+
+class ImageBatches(Dataset):
+    """`batches[request]` is one whole batch, cropped, partitioned and padded: the work of a DataLoader worker.
+
+    Items are dicts of tensors: pixel_values (B, 3, H, W) in [-1, 1]; boxes (B, L, 4); init_gaussians (B, L, 5);
+    attention_mask (B, L).
+    """
+
+    def __init__(
+        self,
+        source: Any,
+        *,
+        image_column: str,
+        seed: int,
+        crop: str,
+        min_crop_scale: float,
+        random_flip: bool,
+        token_counts: TokenCounts,
+        partition: PartitionSettings,
+    ) -> None:
+        self.source, self.image_column, self.seed = source, image_column, seed
+        self.crop, self.min_crop_scale, self.random_flip = crop, min_crop_scale, random_flip
+        self.token_counts, self.partition = token_counts, partition
+
+    def __getitem__(self, request: BatchRequest) -> dict[str, torch.Tensor]:
+        images = np.stack(
+            [self._image(row, position, request.resolution) for row, position in zip(request.rows, request.positions)]
+        )
+        rng = np.random.default_rng([self.seed, TOKEN_COUNT, request.number, request.rank])
+        counts = self.token_counts.draw(request.resolution, len(images), rng)
+        return partitioned_batch(torch.from_numpy(images), counts, self.partition)
+
+    def _image(self, row: Any, position: int, resolution: int) -> np.ndarray:
+        where = f"row {row} of the dataset" if isinstance(row, int) else f"sample {position} of the stream"
+        value = self.source[row][self.image_column] if isinstance(row, int) else row[self.image_column]
+        image = decode_image(value, where)
+        rng = np.random.default_rng([self.seed, AUGMENTATION, position])
+        if self.crop == "center":
+            image = center_crop(image, resolution)
+        elif self.crop == "random":
+            image = random_crop(image, resolution, rng)
+        else:
+            image = random_resized_crop(image, resolution, rng, self.min_crop_scale)
+        if self.random_flip and rng.random() < 0.5:
+            image = ImageOps.mirror(image)
+        return image_to_array(image)
+
+
+def partitioned_batch(
+    images: torch.Tensor, num_tokens: int | list[int], settings: PartitionSettings
+) -> dict[str, torch.Tensor]:
+    """Images (B, 3, H, W) in [-1, 1] with their regions, as the model's `encode` takes them."""
+    from gpstoken_hf.partition import partition_images
+
+    regions = partition_images(
+        images,
+        num_tokens,
+        complexity_exponent=settings.complexity_exponent,
+        min_region_size=settings.min_region_size,
+        sigma_scale=settings.sigma_scale,
+    )
+    return {
+        "pixel_values": images,
+        "boxes": regions.boxes,
+        "init_gaussians": regions.gaussians,
+        "attention_mask": regions.attention_mask,
+    }
+
+
+def load_validation_images(dataset: Any, image_column: str, num_images: int, resolution: int) -> torch.Tensor:
+    """The first `num_images` images, central squares: (N, 3, resolution, resolution) in [-1, 1]."""
+    rows = itertools.islice(iter(dataset), num_images)
+    images = [
+        image_to_array(center_crop(decode_image(row[image_column], f"validation row {index}"), resolution))
+        for index, row in enumerate(rows)
+    ]
+    if not images:
+        raise ProgramError("the validation data holds no images")
+    return torch.from_numpy(np.stack(images))
+
+
+def batch_loader(batches: Dataset, plan: BatchPlan, num_workers: int, pin_memory: bool) -> DataLoader:
+    """A loader whose workers make whole batches, in the order of the plan."""
+    return DataLoader(
+        batches,
+        batch_size=None,
+        sampler=plan,  # type: ignore[arg-type]
+        num_workers=num_workers,
+        pin_memory=pin_memory,
+        worker_init_fn=_prepare_worker if num_workers else None,
+        prefetch_factor=4 if num_workers else None,
+    )
+
+
+def _prepare_worker(worker_id: int) -> None:
+    """Let the main process decide when to stop: it still has a checkpoint to write.
+
+    Ctrl-C and a SIGTERM sent to the whole process group reach the workers too. They pass over the first one; the
+    loader's own `terminate()`, meant for a worker that hangs, comes second.
+    """
+    torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+    def on_sigterm(signum: int, frame: Any) -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+    signal.signal(signal.SIGTERM, on_sigterm)
