@@ -24,15 +24,22 @@ import numpy as np
 import torch
 
 from .gaussians import boxes_to_gaussians
+from .partition_torch import (
+    BIN_WIDTH,
+    NUM_BINS,
+    RESIZED,
+    USED_BINS,
+    entropy_table,
+    grey_images,
+    importance_sums,
+    region_entropies,
+    region_tree,
+)
 
-RESIZED = 64
-NUM_BINS = 512
-# The authors' histogram spans [-5.5, 5.5]; magnitudes are never negative, so only its upper half is ever filled.
-BIN_WIDTH = 11 / NUM_BINS
-_USED_BINS = NUM_BINS // 2
 # A little below 1 / BIN_WIDTH: the rounded quotient then never exceeds the true one, and one comparison with the
 # exact upper edge of the bin settles the rest.
 _INVERSE_BIN_WIDTH = NUM_BINS / 11 * (1 - 2.0**-50)
+_ENTROPY_TABLE = entropy_table()
 
 
 @dataclass
@@ -71,12 +78,17 @@ def partition_images(
     min_region_size: int = 8,
     sigma_scale: float = 2 / 3,
     importance: torch.Tensor | None = None,
+    backend: str = "auto",
 ) -> PartitionOutput:
     """Split every image into `num_tokens` regions, small where it is complex, and place a Gaussian on each.
 
     A region is splittable while `x1 - x0 > min_region_size` or `y1 - y0 > min_region_size`. It is halved along its
-    longer side (the first half is the smaller one), a square along the side that leaves the least complex half. The
-    images of a batch are shared out over `torch.get_num_threads()` threads (one in a DataLoader worker).
+    longer side (the first half is the smaller one), a square along the side that leaves the least complex half.
+
+    On the CPU the images of a batch are shared out over `torch.get_num_threads()` threads (one in a DataLoader
+    worker). On CUDA all regions that the image size allows are scored at once and the host, which makes the choices,
+    is waited for once. Both see the same entropies, bit for bit. Sums of an importance map may differ in the last
+    place, so that regions whose complexities differ by less can be taken in another order.
 
     Args:
         images: `(B, 3, H, W)` floating point RGB in [-1, 1]; any H and W.
@@ -85,6 +97,8 @@ def partition_images(
         min_region_size: s_min, pixels, at least 1.
         sigma_scale: sigma in units of a region's extent, 2/3 in the authors' code, 1/3 in the paper.
         importance: optional `(B, H, W)` weights >= 0, added to the complexity of every region that holds them.
+        backend: "numba" (the compiled loop), "torch" (batched tensor operations on the device of `images`, float64
+            needed) or "auto": "torch" for CUDA tensors, else "numba".
 
     Returns:
         A `PartitionOutput` on the device of `images`.
@@ -93,7 +107,13 @@ def partition_images(
         ValueError: shape, dtype or range of an argument, or more tokens than an image can be split into.
     """
     counts = _check_arguments(images, num_tokens, complexity_exponent, min_region_size, sigma_scale, importance)
-    boxes = _partition_compiled(images, counts, float(complexity_exponent), int(min_region_size), importance)
+    if backend not in ("auto", "numba", "torch"):
+        raise ValueError(f'backend must be "auto", "numba" or "torch", got {backend!r}')
+    if backend == "torch" or (backend == "auto" and images.is_cuda):
+        partition = _partition_batched
+    else:
+        partition = _partition_compiled
+    boxes = partition(images.detach(), counts, float(complexity_exponent), int(min_region_size), importance)
     height, width = images.shape[-2:]
     attention_mask = torch.arange(boxes.shape[1])[None] < torch.tensor(counts, dtype=torch.int64)[:, None]
     boxes = boxes.to(images.device)
@@ -172,6 +192,34 @@ def max_regions(height: int, width: int, min_region_size: int) -> int:
     return max_regions(long // 2, short, min_region_size) + max_regions(long - long // 2, short, min_region_size)
 
 
+def _partition_batched(
+    images: torch.Tensor,
+    counts: list[int],
+    complexity_exponent: float,
+    min_region_size: int,
+    importance: torch.Tensor | None,
+) -> torch.Tensor:
+    """Boxes `(B, L, 4)` int64 on the CPU: all scores on the device of `images`, the choices on the CPU."""
+    _, _, height, width = images.shape
+    _check_range("images", images, -1.0, 1.0)
+    tree = region_tree(height, width, min_region_size)
+    scored = (tree.halves >= 0).any(axis=1)
+    boxes = torch.from_numpy(tree.boxes[scored]).to(images.device)
+    entropies = np.zeros((len(images), len(tree.boxes)))
+    weights = np.zeros_like(entropies)
+    entropies[:, scored] = region_entropies(grey_images(images), boxes).cpu().numpy()
+    if importance is not None:
+        importance = importance.detach().to(images.device, torch.float32)
+        _check_range("importance", importance, 0.0, math.inf)
+        weights[:, scored] = importance_sums(importance, boxes).cpu().numpy()
+    regions = np.empty((len(counts), max(counts, default=0), 4), dtype=np.int64)
+    regions[:] = tree.boxes[0]
+    _choose_regions(
+        entropies, weights, tree.boxes, tree.halves, np.array(counts, dtype=np.int64), complexity_exponent, regions
+    )
+    return torch.from_numpy(regions)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # The compiled loop
 
@@ -185,7 +233,7 @@ def _partition_compiled(
 ) -> torch.Tensor:
     """Boxes `(B, L, 4)` int64 on the CPU, padded with the whole image's box."""
     _, _, height, width = images.shape
-    pixels = images.detach().to("cpu", torch.float32).contiguous().numpy()
+    pixels = images.to("cpu", torch.float32).contiguous().numpy()
     if importance is None:
         weights = None
         no_weights = np.zeros((0, 0), dtype=np.float32)
@@ -214,17 +262,8 @@ def _partition_compiled(
     else:
         valid = [work(index) for index in range(len(counts))]
     if not all(valid):
-        _check_range("images", images.detach(), -1.0, 1.0)
+        _check_range("images", images, -1.0, 1.0)
     return torch.from_numpy(boxes)
-
-
-def _entropy_table() -> np.ndarray:
-    """`q log2(q + 1e-10)` for every count of a histogram of 64 x 64 magnitudes, `(4097,)` float64."""
-    q = np.arange(RESIZED * RESIZED + 1) / (RESIZED * RESIZED + 1e-5)
-    return q * np.log2(q + 1e-10)
-
-
-_ENTROPY_TABLE = _entropy_table()
 
 
 @compiled
@@ -282,6 +321,47 @@ def _partition_image(pixels, regions, complexity_exponent, min_region_size, impo
                 heap_size += 1
     sort_by_morton_code(boxes, regions)
     return True
+
+
+@compiled
+def _choose_regions(entropies, weights, boxes, halves, counts, complexity_exponent, regions):
+    """Alg. 1 on a batch whose regions are all scored: `entropies`, `weights` (B, N), `boxes`, `halves` (N, 4)."""
+    num_regions = boxes.shape[0]
+    score = np.empty(num_regions, dtype=np.float64)
+    age = np.empty(num_regions, dtype=np.int64)
+    heap = np.empty(num_regions, dtype=np.int64)
+    for image in range(entropies.shape[0]):
+        for i in range(num_regions):
+            w, h = boxes[i, 2] - boxes[i, 0] + 1, boxes[i, 3] - boxes[i, 1] + 1
+            score[i] = entropies[image, i] ** complexity_exponent * h * w + weights[image, i]
+        heap[0], age[0] = 0, 0
+        heap_size = 1 if halves[0].max() >= 0 else 0
+        next_age = 1
+        leaves = np.empty((counts[image], 4), dtype=np.int64)
+        num_leaves = 1 - heap_size
+        if num_leaves:
+            leaves[0] = boxes[0]
+        while num_leaves + heap_size < counts[image]:
+            row = heap_pop(heap, heap_size, score, age)
+            heap_size -= 1
+            chosen = 0 if halves[row, 0] >= 0 else 2
+            if halves[row].min() >= 0:
+                in_x = min(score[halves[row, 0]], score[halves[row, 1]])
+                in_y = min(score[halves[row, 2]], score[halves[row, 3]])
+                chosen = 0 if in_x < in_y else 2
+            for i in range(chosen, chosen + 2):
+                half = halves[row, i]
+                age[half] = next_age
+                next_age += 1
+                if halves[half].max() >= 0:
+                    heap_push(half, heap, heap_size, score, age)
+                    heap_size += 1
+                else:
+                    leaves[num_leaves] = boxes[half]
+                    num_leaves += 1
+        for i in range(heap_size):
+            leaves[num_leaves + i] = boxes[heap[i]]
+        sort_by_morton_code(leaves, regions[image, : counts[image]])
 
 
 @compiled
@@ -405,7 +485,7 @@ def _replicate_border(resized):
 def _gradient_entropy(resized, entropy_table):
     """Entropy (bits) of the histogram of Sobel magnitudes of a 64 x 64 image with its border, (66, 66) float32."""
     # Four histograms in turn: equal bins in a row would otherwise wait for each other's increment.
-    histogram = np.zeros((4, _USED_BINS), dtype=np.int32)
+    histogram = np.zeros((4, USED_BINS), dtype=np.int32)
     bins = np.empty(RESIZED, dtype=np.int32)
     for j in range(RESIZED):
         above, here, below = resized[j], resized[j + 1], resized[j + 2]
@@ -426,7 +506,7 @@ def _gradient_entropy(resized, entropy_table):
             histogram[3, bins[i + 3]] += 1
     # np.sum adds 128 numbers at a time in eight accumulators; the empty lower half of the histogram adds zero.
     total = 0.0
-    for block in range(0, _USED_BINS, 128):
+    for block in range(0, USED_BINS, 128):
         partial = np.zeros(8)
         for i in range(block, block + 128, 8):
             for lane in range(8):

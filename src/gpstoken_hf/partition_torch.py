@@ -1,0 +1,190 @@
+# Copyright 2026 The gpstoken-hf authors. Licensed under the Apache License, Version 2.0.
+"""Complexity of every region that a partition could meet, for a batch in one go, in PyTorch on any device.
+
+Letters: B batch, N regions, H x W pixels of an image, E distinct extents of regions.
+
+The halvings of an image of given size form a fixed set of regions (2729 for 256 x 256 and s_min = 8), so all of their
+entropies can be computed before the first choice is made: much more work than the compiled loop of partition.py does,
+but all of it in parallel. It takes the same roundings as that loop: float32 where OpenCV has float32, a fused
+multiply-add as a product and a sum in float64, one kernel for each operation so that nothing is contracted.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+import torch
+
+RESIZED = 64
+NUM_BINS = 512
+# The authors' histogram spans [-5.5, 5.5]; magnitudes are never negative, so only its upper half is ever filled.
+USED_BINS = NUM_BINS // 2
+# Exact in binary, and so are its multiples, the edges of the bins.
+BIN_WIDTH = 11 / NUM_BINS
+# Magnitudes that are worked on at a time: bounds the memory (about 60 bytes for each).
+_CHUNK_PIXELS = 2**23
+
+
+def entropy_table() -> np.ndarray:
+    """`q log2(q + 1e-10)` for every count of a histogram of 64 x 64 magnitudes, `(4097,)` float64."""
+    q = np.arange(RESIZED * RESIZED + 1) / (RESIZED * RESIZED + 1e-5)
+    return q * np.log2(q + 1e-10)
+
+
+@dataclass(frozen=True)
+class RegionTree:
+    """Every region that the halvings of an image of H x W pixels can make, the whole image first.
+
+    Attributes:
+        boxes: `(N, 4)` int64, inclusive `[x0, y0, x1, y1]`.
+        halves: `(N, 4)` int64, rows of the two halves in x and of the two in y; -1 where a region is not halved so.
+    """
+
+    boxes: np.ndarray
+    halves: np.ndarray
+
+
+@lru_cache(maxsize=8)
+def region_tree(height: int, width: int, min_region_size: int) -> RegionTree:
+    """The tree of halvings, level by level; a quadrant of a square is one region, whichever way it was reached."""
+    level = np.array([[0, 0, width - 1, height - 1]], dtype=np.int64)
+    all_boxes, all_halves, num_regions = [], [], 0
+    while len(level):
+        all_boxes.append(level)
+        num_regions += len(level)
+        x0, y0, x1, y1 = level.T
+        w, h = x1 - x0 + 1, y1 - y0 + 1
+        splittable = np.maximum(w, h) - 1 > min_region_size
+        in_x, in_y = splittable & (w >= h), splittable & (h >= w)
+        middle_x, middle_y = x0 + w // 2, y0 + h // 2
+        children = np.stack(
+            [
+                np.stack([x0, y0, middle_x - 1, y1], axis=1),
+                np.stack([middle_x, y0, x1, y1], axis=1),
+                np.stack([x0, y0, x1, middle_y - 1], axis=1),
+                np.stack([x0, middle_y, x1, y1], axis=1),
+            ],
+            axis=1,
+        )
+        wanted = np.stack([in_x, in_x, in_y, in_y], axis=1)
+        halves = np.full((len(level), 4), -1, dtype=np.int64)
+        level, position = np.unique(children[wanted], axis=0, return_inverse=True)
+        halves[wanted] = num_regions + position.reshape(-1)
+        all_halves.append(halves)
+    return RegionTree(np.concatenate(all_boxes), np.concatenate(all_halves))
+
+
+def grey_images(images: torch.Tensor) -> torch.Tensor:
+    """`(B, 3, H, W)` RGB in [-1, 1] -> `(B, H, W)` grey in [0, 1], float32 throughout."""
+    red, green, blue = images.to(torch.float32).unbind(1)
+    return (0.299 * red + 0.587 * green + 0.114 * blue + 1) * 0.5
+
+
+def region_entropies(grey: torch.Tensor, boxes: torch.Tensor) -> torch.Tensor:
+    """Entropy in bits of the gradient magnitudes of regions, after a resize to 64 x 64 (Eq. 4).
+
+    Args:
+        grey: `(B, H, W)` float32 in [0, 1].
+        boxes: `(N, 4)` int64 on the same device, the same regions for every image.
+
+    Returns:
+        `(B, N)` float64.
+    """
+    entropies = torch.empty(grey.shape[0], len(boxes), dtype=torch.float64, device=grey.device)
+    table = torch.from_numpy(entropy_table()).to(grey.device)
+    is_line = ((boxes[:, 0] == boxes[:, 2]) | (boxes[:, 1] == boxes[:, 3])).nonzero()[:, 0]
+    is_area = ((boxes[:, 0] != boxes[:, 2]) & (boxes[:, 1] != boxes[:, 3])).nonzero()[:, 0]
+    for rows, resize in ((is_area, _resize), (is_line, _resize_lines)):
+        # Pairs of an image and a region, so that neither a large batch nor many regions decide the memory.
+        num_pairs = grey.shape[0] * len(rows)
+        for start in range(0, num_pairs, _CHUNK_PIXELS // RESIZED**2):
+            pair = torch.arange(start, min(start + _CHUNK_PIXELS // RESIZED**2, num_pairs), device=grey.device)
+            image, row = pair // len(rows), rows[pair % len(rows)]
+            entropies[image, row] = _gradient_entropy(resize(grey, image, boxes[row]), table)
+    return entropies
+
+
+def importance_sums(importance: torch.Tensor, boxes: torch.Tensor) -> torch.Tensor:
+    """Importance `(B, H, W)` summed over every box `(N, 4)` -> `(B, N)` float64."""
+    # Differences of a summed-area table, in float64: exact for weights that are multiples of one power of two.
+    table = torch.nn.functional.pad(importance.to(torch.float64).cumsum(1).cumsum(2), (1, 0, 1, 0))
+    x0, y0, x1, y1 = boxes.unbind(1)
+    return (table[:, y1 + 1, x1 + 1] - table[:, y0, x1 + 1]) - (table[:, y1 + 1, x0] - table[:, y0, x0])
+
+
+def _source_positions(extent: torch.Tensor, clamped: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Where 64 half-pixel centres lie between the samples of axes of `extent` (P,) pixels, as OpenCV rounds it.
+
+    Returns:
+        First and second sample, `(P, 64)` int64, and the fraction between them, `(P, 64)` float32.
+    """
+    centre = torch.arange(RESIZED, device=extent.device, dtype=torch.float64) + 0.5
+    position = (centre * (extent.to(torch.float64) / RESIZED)[:, None] - 0.5).to(torch.float32)
+    below = position.floor()
+    fraction = position - below
+    index = below.to(torch.int64)
+    last = (extent - 1)[:, None]
+    if clamped:
+        fraction = fraction.masked_fill((index < 0) | (index >= last), 0)
+    first, second = index.clamp(min=0), (index + 1).clamp(min=0)
+    return torch.minimum(first, last), torch.minimum(second, last), fraction
+
+
+def _lerp(a: torch.Tensor, b: torch.Tensor, fraction: torch.Tensor) -> torch.Tensor:
+    """`a + (b - a) fraction` with one rounding of product and sum, float32."""
+    return ((b - a).to(torch.float64) * fraction.to(torch.float64) + a.to(torch.float64)).to(torch.float32)
+
+
+def _resize(grey: torch.Tensor, image: torch.Tensor, boxes: torch.Tensor) -> torch.Tensor:
+    """Bilinear resize of regions of at least 2 x 2 pixels; `image` (P,), `boxes` (P, 4) -> `(P, 64, 64)` float32."""
+    x0, y0, x1, y1 = boxes.unbind(1)
+    first_x, second_x, fx = _source_positions(x1 - x0 + 1, clamped=True)
+    first_y, second_y, fy = _source_positions(y1 - y0 + 1, clamped=True)
+    image = image[:, None, None]
+    left, right = (x0[:, None] + first_x)[:, None, :], (x0[:, None] + second_x)[:, None, :]
+    top, bottom = (y0[:, None] + first_y)[:, :, None], (y0[:, None] + second_y)[:, :, None]
+    fx = fx[:, None, :]
+    upper = _lerp(grey[image, top, left], grey[image, top, right], fx)
+    lower = _lerp(grey[image, bottom, left], grey[image, bottom, right], fx)
+    return _lerp(upper, lower, fy[:, :, None])
+
+
+def _resize_lines(grey: torch.Tensor, image: torch.Tensor, boxes: torch.Tensor) -> torch.Tensor:
+    """The same for regions one pixel wide or high, where OpenCV computes `a (1 - f) + b f` in float32."""
+    x0, y0, x1, y1 = boxes.unbind(1)
+    first_x, second_x, fx = _source_positions(x1 - x0 + 1, clamped=True)
+    first_y, second_y, fy = _source_positions(y1 - y0 + 1, clamped=False)
+    image = image[:, None, None]
+    left, right = (x0[:, None] + first_x)[:, None, :], (x0[:, None] + second_x)[:, None, :]
+    top, bottom = (y0[:, None] + first_y)[:, :, None], (y0[:, None] + second_y)[:, :, None]
+    fx, fy = fx[:, None, :], fy[:, :, None]
+    upper = grey[image, top, left] * (1 - fx) + grey[image, top, right] * fx
+    lower = grey[image, bottom, left] * (1 - fx) + grey[image, bottom, right] * fx
+    return upper * (1 - fy) + lower * fy
+
+
+def _gradient_entropy(resized: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
+    """Entropy (bits) of the histogram of Sobel magnitudes, `(P, 64, 64)` float32 -> `(P,)` float64."""
+    padded = torch.nn.functional.pad(resized, (1, 1, 1, 1), mode="replicate").to(torch.float64)
+    dx = padded[:, :, 2:] - padded[:, :, :-2]
+    gx = dx[:, :-2] + 2 * dx[:, 1:-1] + dx[:, 2:]
+    dy = padded[:, 2:] - padded[:, :-2]
+    gy = dy[:, :, :-2] + 2 * dy[:, :, 1:-1] + dy[:, :, 2:]
+    magnitude = (gx * gx + gy * gy).sqrt()
+    bins = (magnitude * (1 / BIN_WIDTH)).to(torch.int64)
+    # The quotient is rounded: compare with the exact edges.
+    bins -= (magnitude < bins * BIN_WIDTH).to(torch.int64)
+    bins += (magnitude >= (bins + 1) * BIN_WIDTH).to(torch.int64)
+    counts = torch.zeros(len(resized), USED_BINS, dtype=torch.int64, device=resized.device)
+    bins = bins.flatten(1)
+    counts.scatter_add_(1, bins, torch.ones_like(bins))
+    # np.sum adds 128 numbers at a time in eight accumulators.
+    terms = table[counts].reshape(-1, USED_BINS // 128, 16, 8)
+    partial = terms[:, :, 0]
+    for step in range(1, 16):
+        partial = partial + terms[:, :, step]
+    pairs = partial[..., 0::2] + partial[..., 1::2]
+    blocks = (pairs[..., 0] + pairs[..., 1]) + (pairs[..., 2] + pairs[..., 3])
+    return -(blocks[:, 0] + blocks[:, 1])
