@@ -99,11 +99,11 @@ class _Machine:
         self.array_bytes = 0
 
     def run(self) -> Any:
-        end = None
+        end = 0
         try:
             for opcode, argument, position in pickletools.genops(self.data):
                 if opcode.name == "STOP":
-                    end = position + 1
+                    end = (position or 0) + 1
                     break
                 handler = _HANDLERS.get(opcode.name)
                 if handler is None:
@@ -117,7 +117,7 @@ class _Machine:
             # pickletools names the place where a file breaks off or holds what is no instruction.
             raise PickleRefusedError(f"it is damaged or truncated: {error}") from None
         if end != len(self.data):
-            raise PickleRefusedError(f"{len(self.data) - (end or 0)} bytes follow its end")
+            raise PickleRefusedError(f"{len(self.data) - end} bytes follow its end")
         if len(self.stack) != 1:
             raise PickleRefusedError(f"it is damaged: it leaves {len(self.stack)} objects instead of one")
         # An item takes at least a byte of the file: more items than bytes means containers that hold each other.

@@ -40,6 +40,7 @@ class Checkpoint(Protocol):
     """Named tensors in a file: their shapes and types at once, their values one at a time."""
 
     path: Path
+    member: str | None  # the part of the file that holds the tensors, None for the file itself
 
     def keys(self) -> list[str]: ...
 
@@ -55,6 +56,7 @@ class SafetensorsCheckpoint:
 
     def __init__(self, path: Path, file: safe_open):
         self.path = path
+        self.member: str | None = None
         self._file = file
         self._slices = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118 (not a mapping)
 
@@ -77,8 +79,9 @@ class SafetensorsCheckpoint:
 class MappingCheckpoint:
     """A state dict in memory, or mapped by `torch.load`."""
 
-    def __init__(self, path: Path, tensors: Mapping[str, torch.Tensor]):
+    def __init__(self, path: Path, tensors: Mapping[str, torch.Tensor], member: str | None = None):
         self.path = path
+        self.member = member
         self._tensors = tensors
 
     def keys(self) -> list[str]:
@@ -116,14 +119,14 @@ def open_checkpoint(path: str | os.PathLike[str], members: Iterable[str] = ()) -
         except SafetensorError as error:
             raise ValueError(f"{path} is not a whole safetensors file: {error}") from None
     elif path.suffix in TORCH_SUFFIXES:
-        yield MappingCheckpoint(path, _load_torch(path, members))
+        yield MappingCheckpoint(path, *_load_torch(path, members))
     else:
         raise ValueError(
             f"the checkpoint must be a .safetensors file or one of {list(TORCH_SUFFIXES)}, got {path.name}"
         )
 
 
-def _load_torch(path: Path, members: Iterable[str]) -> dict[str, torch.Tensor]:
+def _load_torch(path: Path, members: Iterable[str]) -> tuple[dict[str, torch.Tensor], str | None]:
     try:
         # Files that are no zip archive (torch < 1.6) cannot be mapped.
         with open(path, "rb") as file:
@@ -137,16 +140,16 @@ def _load_torch(path: Path, members: Iterable[str]) -> dict[str, torch.Tensor]:
         raise ValueError(f"{path} holds more than tensors and was refused, nothing of it was run: {asked}") from None
     except (RuntimeError, EOFError, KeyError, AttributeError, IndexError, AssertionError, TypeError) as error:
         raise ValueError(f"{path} is not a whole torch checkpoint: {error}") from None
-    for member in members:
-        if isinstance(content, dict) and isinstance(content.get(member), dict):
-            content = content[member]
-            break
+    nested = content if isinstance(content, dict) else {}
+    member = next((name for name in members if isinstance(nested.get(name), dict)), None)
+    if member is not None:
+        content = content[member]
     if not isinstance(content, dict) or not content:
         raise ValueError(f"{path} must hold a dict of tensors, got {type(content).__name__}")
     foreign = [str(key) for key, value in content.items() if not isinstance(value, torch.Tensor)]
     if foreign:
         raise ValueError(f"{path} must hold a dict of tensors, but {foreign[:5]} are none")
-    return content
+    return content, member
 
 
 @dataclass(frozen=True)
@@ -193,8 +196,12 @@ def write_safetensors(path: str | os.PathLike[str], plan: Iterable[PlannedTensor
                 )
             if value.is_floating_point() and not torch.isfinite(value).all():
                 raise ValueError(f"{tensor.name} holds NaN or infinite values, expected finite weights")
-            # As bytes: NumPy has no bfloat16. A scalar has no last axis to view as bytes, hence the flattening.
-            file.write(value.contiguous().flatten().view(torch.uint8).numpy().data)
+            file.write(as_bytes(value).numpy().data)
+
+
+def as_bytes(tensor: torch.Tensor) -> torch.Tensor:
+    """The bytes of a tensor's values, `(bytes,)` uint8, whatever its number type."""
+    return tensor.contiguous().flatten().view(torch.uint8)
 
 
 def floating_dtype(checkpoint: Checkpoint, keys: Iterable[str]) -> torch.dtype:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from gpstoken_hf.configuration_gpstoken import GPSTokenConfig
 from gpstoken_hf.layout_bank import GaussianLayoutBank
 
 PAPER = "[GPSToken: Gaussian Parameterized Spatially-adaptive Tokenization](https://arxiv.org/abs/2509.01109)"
@@ -38,4 +39,91 @@ layouts.attention_mask  # (B, L): 1 for a token, 0 for padding
 ```
 
 The converter copied the numbers and did not change them; for the data and the licence ask the source of `{source}`.
+"""
+
+
+# Paper Table 1 (256 x 256 ImageNet validation): PSNR, SSIM, LPIPS, rFID, rsFID, then FID and sFID of generation.
+PAPER_METRICS = {
+    "s64": (22.18, 0.578, 0.111, 1.31, 5.42, 3.02, 4.85),
+    "m128": (24.06, 0.657, 0.080, 0.65, 3.28, 2.18, 3.96),
+    "l256": (28.81, 0.809, 0.043, 0.22, 1.31, 1.65, 3.77),
+}
+
+
+def gpstoken_card(config: GPSTokenConfig, preset: str | None, source: str) -> str:
+    """README.md of a converted tokenizer."""
+    metrics = ""
+    if preset in PAPER_METRICS:
+        psnr, ssim, lpips, rfid, rsfid, fid, sfid = PAPER_METRICS[preset]
+        metrics = f"""
+## Reported by the paper
+
+256 x 256 ImageNet validation, {config.num_tokens} tokens. **These are the paper's numbers for {preset}; they were \
+not measured with this folder.** FID and sFID are of images generated on top of this tokenizer.
+
+| PSNR | SSIM | LPIPS | rFID | rsFID | FID | sFID |
+|---|---|---|---|---|---|---|
+| {psnr:.2f} | {ssim:.3f} | {lpips:.3f} | {rfid:.2f} | {rsfid:.2f} | {fid:.2f} | {sfid:.2f} |
+"""
+    return f"""{front_matter("transformers", ["gpstoken", "image-tokenizer", "arxiv:2509.01109"])}
+# GPSToken tokenizer, {config.num_tokens} tokens of 5 + {config.texture_channels} numbers
+
+Converted from `{source}` with `gpstoken_hf`: the weights are the checkpoint's, bit for bit. GPSToken turns an image \
+into 2D-Gaussian tokens, placed where the image is complex, and back; see {PAPER}.
+
+```python
+from PIL import Image
+from gpstoken_hf import GPSTokenImageProcessor, GPSTokenModel
+
+model = GPSTokenModel.from_pretrained("path/or/repo").eval()
+processor = GPSTokenImageProcessor.from_pretrained("path/or/repo")
+inputs = processor(Image.open("photo.jpg"), do_resize=True, do_center_crop=True, return_tensors="pt")
+tokens = model.encode(inputs["pixel_values"]).tokens     # (1, {config.num_tokens}, {5 + config.texture_channels})
+image = processor.post_process(model.decode(tokens).sample.detach())[0]
+```
+
+| | |
+|---|---|
+| training images | {config.image_size} x {config.image_size}; other sizes directly, or with \
+`tile_size={config.image_size}` ({config.tile_decode}) |
+| encoder | {config.num_hidden_layers} blocks, width {config.hidden_size}, {config.num_attention_heads} heads, RoI \
+{config.roi_size} x {config.roi_size} |
+| decoder | {config.decoder_base_channels} channels x {list(config.decoder_channel_multipliers)} |
+| partition | lambda {config.complexity_exponent:g}, smallest region {config.min_region_size} px, sigma scale \
+{config.sigma_scale:.4g} |
+{metrics}
+For the training data and the licence of the weights ask the source of `{source}`.
+"""
+
+
+def sit_card(config: dict, source: str, weights: str) -> str:
+    """README.md of a converted generator."""
+    width = config["num_attention_heads"] * config["attention_head_dim"]
+    condition = config["condition_channels"]
+    statistics = (
+        "in the config (`latents_mean`, `latents_std`)"
+        if config["latents_mean"] is not None
+        else "not in the config: a pipeline takes those of its tokenizer"
+    )
+    return f"""{front_matter("diffusers", ["gpstoken", "sit", "flow-matching", "arxiv:2509.01109"])}
+# SiT generator for GPSToken, {config["sample_size"]} tokens of {config["in_channels"]} channels
+
+Converted from `{source}` ({weights} weights) with `gpstoken_hf`: the weights are the checkpoint's, bit for bit. See \
+{PAPER}.
+
+```python
+from gpstoken_hf import SiTTransformer1DModel
+
+transformer = SiTTransformer1DModel.from_pretrained("path/or/repo")
+```
+
+| | |
+|---|---|
+| size | {config["num_layers"]} blocks, width {width}, {config["num_attention_heads"]} heads |
+| classes | 0 to {config["num_classes"] - 1}, and {config["num_classes"]} for no class |
+| condition | {f"initial Gaussians, {condition} channels, added at the input" if condition else "none"} |
+| target | `{config["gaussian_target"]}`; channel statistics {statistics} |
+| time | `forward` takes `timestep = 1000 (1 - t)` and returns `x_0 - x_1`, minus the checkpoint's velocity |
+
+For the training data and the licence of the weights ask the source of `{source}`.
 """

@@ -1,0 +1,228 @@
+# Copyright 2026 The gpstoken-hf authors. Licensed under the Apache License, Version 2.0.
+"""A released GPSToken tokenizer checkpoint -> a GPSTokenModel folder for `from_pretrained`, and back.
+
+    python -m conversion.convert_gpstoken --checkpoint gpstoken_m128.safetensors --preset m128 --output gpstoken-m128
+    python -m conversion.convert_gpstoken --checkpoint gpstoken-m128 --output m128.safetensors --reverse
+
+Sizes are read from the tensors. What they cannot tell is asked for, or taken from the preset.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from huggingface_hub.errors import StrictDataclassError
+
+from conversion.checkpoints import Checkpoint, PlannedTensor, floating_dtype, open_checkpoint, write_safetensors
+from conversion.key_tables import block_count, gpstoken_rules, match_keys, plan_conversion, plan_reverse
+from conversion.model_cards import gpstoken_card
+from conversion.publishing import push_folder
+from conversion.verification import check_errors, compare_tensors, load_arrays, verify_gpstoken
+from gpstoken_hf.configuration_gpstoken import GPSTokenConfig
+from gpstoken_hf.image_processing_gpstoken import GPSTokenImageProcessor
+from gpstoken_hf.modeling_gpstoken import GPSTokenModel
+from gpstoken_hf.programs import atomic_directory, atomic_file, positive_float, positive_int, run_program
+
+RELEASED_PRESETS = ("s64", "m128", "l256")
+DEFAULT_NUM_ATTENTION_HEADS = 8
+WHAT = "a GPSToken tokenizer of the release"
+WEIGHTS_NAME = "model.safetensors"
+
+
+def read_sizes(checkpoint: Checkpoint) -> dict[str, object]:
+    """The config fields that a released checkpoint's tensors tell: widths, depths, multipliers.
+
+    Raises:
+        ValueError: it is no GPSToken tokenizer, or its tensors contradict each other.
+    """
+    keys = checkpoint.keys()
+    for landmark in ("gps_embed.weight", "to_gps.1.weight", "preprocess_img.0.weight", "decoder.conv_in.weight"):
+        if landmark not in keys:
+            raise ValueError(f"{checkpoint.path} is not {WHAT}: it has no {landmark}")
+
+    def shape(key: str, num_axes: int) -> tuple[int, ...]:
+        if key not in keys:
+            raise ValueError(f"not the keys of {WHAT}: 1 missing key ({key})")
+        found = checkpoint.shape(key)
+        if len(found) != num_axes or 0 in found:
+            raise ValueError(f"{key} must have {num_axes} axes of at least 1, got shape {found}")
+        return found
+
+    hidden_size = shape("gps_embed.weight", 2)[1]
+    roi_size = math.isqrt(shape("attnblocks.0.roimlp.weight", 2)[1])
+    num_levels = block_count(keys, "decoder.up.")
+    channels = [shape(f"decoder.up.{level}.block.0.conv1.weight", 4)[0] for level in range(num_levels)]
+    if num_levels == 0 or any(width % channels[0] for width in channels):
+        raise ValueError(f"decoder levels must have multiples of the first one's channels, got {channels}")
+    num_blocks = {block_count(keys, f"decoder.up.{level}.block.") for level in range(num_levels)}
+    if len(num_blocks) != 1 or min(num_blocks) < 2:
+        raise ValueError(
+            f"decoder levels must have equally many residual blocks, at least 2, got {sorted(num_blocks)}"
+        )
+    return {
+        "texture_channels": shape("to_gps.1.weight", 2)[0],
+        "hidden_size": hidden_size,
+        "num_hidden_layers": block_count(keys, "attnblocks."),
+        "mlp_ratio": shape("attnblocks.0.mlp.0.weight", 2)[0] / hidden_size,
+        "roi_size": roi_size,
+        "conditioner_channels": shape("preprocess_img.0.weight", 4)[0],
+        "decoder_base_channels": channels[0],
+        "decoder_channel_multipliers": [width // channels[0] for width in channels],
+        "decoder_layers_per_block": num_blocks.pop() - 1,
+    }
+
+
+def rules_for(config: GPSTokenConfig) -> list:
+    """The key table of a tokenizer of this configuration."""
+    channels = [config.decoder_base_channels * multiplier for multiplier in config.decoder_channel_multipliers]
+    return gpstoken_rules(config.num_hidden_layers, channels, config.decoder_layers_per_block)
+
+
+def build_config(checkpoint: Checkpoint, arguments: argparse.Namespace) -> GPSTokenConfig:
+    """Sizes from the tensors, the rest from the preset and the options; options win over the preset."""
+    sizes = read_sizes(checkpoint)
+    asked: dict[str, object] = {"num_attention_heads": DEFAULT_NUM_ATTENTION_HEADS}
+    if arguments.preset:
+        preset = GPSTokenConfig.preset(arguments.preset)
+        # The number of blocks is the file's own: the release and the paper differ in it.
+        for name in ("texture_channels", "hidden_size", "decoder_channel_multipliers"):
+            expected, found = getattr(preset, name), sizes[name]
+            if (list(expected) if isinstance(expected, tuple) else expected) != found:
+                raise ValueError(f"preset {arguments.preset} has {name} {expected}, the checkpoint has {found}")
+        names = ("num_tokens", "image_size", "splat_support", "tile_decode", "min_region_size", "complexity_exponent")
+        asked.update({name: getattr(preset, name) for name in (*names, "sigma_scale")})
+    elif arguments.num_tokens is None:
+        raise ValueError(
+            "the tensors do not tell the number of tokens: "
+            f"expected --num-tokens N or --preset {'|'.join(RELEASED_PRESETS)}"
+        )
+    options = {
+        "num_tokens": arguments.num_tokens,
+        "image_size": arguments.image_size,
+        "splat_support": arguments.support,
+        "tile_decode": arguments.tile_decode,
+        "num_attention_heads": arguments.num_attention_heads,
+        "min_region_size": arguments.min_region_size,
+        "complexity_exponent": arguments.complexity_exponent,
+        "sigma_scale": arguments.sigma_scale,
+    }
+    asked.update({name: value for name, value in options.items() if value is not None})
+    try:
+        return GPSTokenConfig(**sizes, **asked)
+    except StrictDataclassError as error:
+        # Two lines: which validator failed, and its ValueError with the reason.
+        raise ValueError(str(error).strip().splitlines()[-1].strip().removeprefix("ValueError: ")) from None
+
+
+def expected_tensors(config: GPSTokenConfig) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of the model's tensors, without its memory."""
+    with torch.device("meta"):
+        model = GPSTokenModel(config)
+    return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+
+
+def plan(checkpoint: Checkpoint, config: GPSTokenConfig) -> tuple[list[PlannedTensor], list[str]]:
+    """The converted tensors, and the names that are dropped on purpose."""
+    rules = match_keys(rules_for(config), checkpoint.keys(), WHAT)
+    return plan_conversion(rules, checkpoint, expected_tensors(config)), [
+        f"{rule.source} ({rule.reason})" for rule in rules if not rule.targets
+    ]
+
+
+def convert(arguments: argparse.Namespace) -> None:
+    with open_checkpoint(arguments.checkpoint, members=("state_dict", "model")) as checkpoint:
+        config = build_config(checkpoint, arguments)
+        tensors, dropped = plan(checkpoint, config)
+        config.architectures = ["GPSTokenModel"]
+        config.dtype = floating_dtype(checkpoint, checkpoint.keys())
+        with atomic_directory(arguments.output) as staging:
+            write_safetensors(staging / WEIGHTS_NAME, tensors, metadata={"format": "pt"})
+            config.save_pretrained(staging)
+            processor = GPSTokenImageProcessor(
+                size={"shortest_edge": config.image_size},
+                crop_size={"height": config.image_size, "width": config.image_size},
+            )
+            processor.save_pretrained(staging)
+            card = gpstoken_card(config, arguments.preset, Path(arguments.checkpoint).name)
+            (staging / "README.md").write_text(card, encoding="utf-8")
+            num_parameters = sum(torch.Size(tensor.shape).numel() for tensor in tensors)
+            print(f"{len(tensors)} tensors, {num_parameters:,} parameters, {config.num_hidden_layers} encoder blocks")
+            for name in dropped:
+                print(f"dropped {name}")
+            if arguments.verify is not None:
+                verify(checkpoint, staging, config, arguments.verify)
+    print(f"wrote {arguments.output}")
+    if arguments.push_to_hub:
+        print(push_folder(arguments.output, arguments.push_to_hub))
+
+
+def verify(checkpoint: Checkpoint, folder: Path, config: GPSTokenConfig, arrays: Path | None) -> None:
+    """Load the written folder; compare every tensor with the checkpoint's, and the outputs with recorded ones.
+
+    Raises:
+        ValueError: a tensor differs, or an error is larger than its tolerance.
+    """
+    with open_checkpoint(folder / WEIGHTS_NAME) as written:
+        restored, _ = plan_reverse(rules_for(config), written)
+        print(f"verified: {compare_tensors(checkpoint, restored)} tensors equal the checkpoint's bit for bit")
+    model = GPSTokenModel.from_pretrained(folder, config=config, dtype=torch.float32).eval()
+    if arrays is not None:
+        check_errors(verify_gpstoken(model, load_arrays(arrays)))
+
+
+def reverse(arguments: argparse.Namespace) -> None:
+    """From a converted folder back to a file of the release's format."""
+    config = GPSTokenConfig.from_pretrained(arguments.checkpoint)
+    with open_checkpoint(Path(arguments.checkpoint) / WEIGHTS_NAME) as checkpoint:
+        tensors, dropped = plan_reverse(rules_for(config), checkpoint)
+        with atomic_file(arguments.output) as staging:
+            write_safetensors(staging, tensors, metadata={"format": "pt"})
+    print(f"wrote {arguments.output}: {len(tensors)} tensors; absent, because conversion drops them:")
+    for name in dropped:
+        print(f"  {name}")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="conversion.convert_gpstoken", description=__doc__.split("\n\n")[0])
+    parser.add_argument(
+        "--checkpoint", required=True, help="released .safetensors, .pt or .bin file (with --reverse: our folder)"
+    )
+    parser.add_argument("--output", type=Path, required=True, help="folder to write (with --reverse: the file)")
+    parser.add_argument(
+        "--preset", choices=RELEASED_PRESETS, help="fills in the options below, as the release has them"
+    )
+    parser.add_argument("--num-tokens", type=positive_int, help="tokens of an image; required without --preset")
+    parser.add_argument("--image-size", type=positive_int, help="side of the training images in pixels (256)")
+    parser.add_argument("--support", type=positive_float, help="reach of a Gaussian in sigmas (3)")
+    parser.add_argument("--tile-decode", choices=("merged", "stitched"), help="decode beyond 256 pixels (merged)")
+    parser.add_argument("--num-attention-heads", type=positive_int, help="heads of the encoder (8)")
+    parser.add_argument("--min-region-size", type=positive_int, help="s_min of the partition in pixels (8)")
+    parser.add_argument("--complexity-exponent", type=float, help="lambda of the partition (2.5)")
+    parser.add_argument("--sigma-scale", type=positive_float, help="initial sigma over a region's extent (2/3)")
+    parser.add_argument(
+        "--verify",
+        nargs="?",
+        type=Path,
+        const=Path(),
+        metavar="ARRAYS",
+        help="compare the written tensors with the checkpoint's; with a safetensors file of recorded inputs and "
+        "outputs (pixel_values, regions, init_gaussians, tokens, rendered, decoded, merged_*) compare those as well",
+    )
+    parser.add_argument("--reverse", action="store_true", help="from our folder back to the release's format")
+    parser.add_argument("--push-to-hub", metavar="REPO", help="upload the written folder to this model repository")
+    arguments = parser.parse_args(argv)
+    if arguments.reverse:
+        if arguments.push_to_hub or arguments.verify is not None:
+            parser.error("--push-to-hub and --verify go with a conversion to a folder, not with --reverse")
+        reverse(arguments)
+    else:
+        convert(arguments)
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(run_program(main))

@@ -1,0 +1,277 @@
+# Copyright 2026 The gpstoken-hf authors. Licensed under the Apache License, Version 2.0.
+"""A released SiT generator checkpoint -> a SiTTransformer1DModel folder for `from_pretrained`, and back.
+
+    python -m conversion.convert_sit --checkpoint generator.safetensors --num-attention-heads 16 --output sit-xl
+    python -m conversion.convert_sit --checkpoint sit-xl --output generator.safetensors --reverse
+
+The authors' generator file holds `ema_model.*` (taken), `online_model.*` (`--weights online`) and training state.
+Plain SiT checkpoints of patch size 1, without a condition and without a prefix, convert as well.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from conversion.checkpoints import Checkpoint, open_checkpoint, write_safetensors
+from conversion.key_tables import KeyRule, block_count, match_keys, plan_conversion, plan_reverse, sit_rules
+from conversion.model_cards import sit_card
+from conversion.publishing import push_folder
+from conversion.verification import check_errors, compare_tensors, load_arrays, verify_sit
+from gpstoken_hf.programs import atomic_directory, atomic_file, positive_int, run_program
+from gpstoken_hf.transformer_sit import SIT_PRESETS, SiTTransformer1DModel
+
+WHAT = "a SiT generator of patch size 1"
+WEIGHTS_NAME = "diffusion_pytorch_model.safetensors"
+PREFIXES = {"ema": "ema_model.", "online": "online_model.", "plain": ""}
+# Where a .pt file keeps its weights, in order of preference.
+MEMBERS = {None: ("ema", "model", "state_dict"), "ema": ("ema",), "online": ("model",), "plain": ("state_dict",)}
+TRAINING_STATE = ("initted", "step")
+TIME_CONVENTION = (
+    "forward takes timestep = 1000 (1 - t) and returns x_0 - x_1, for the checkpoint's time t (0 noise, 1 data) "
+    "and velocity x_1 - x_0"
+)
+
+# Channel statistics of the authors' m128 texture target, [g - g_init, f] with 16 features.
+M128_TEXTURE_MEAN = [
+    *(-0.0211, -0.0196, 0.0107, -0.0052, -0.0044),
+    *(1.8017, 2.4036, 2.0145, 1.2402, -4.2579, -1.2646, -3.0395, 2.2928),
+    *(3.2168, -0.1431, 0.1600, 1.3924, 3.2345, 1.6994, 0.8237, 0.3222),
+]
+M128_TEXTURE_STD = [
+    *(0.0121, 0.0108, 0.2533, 0.0119, 0.0114),
+    *(2.7334, 2.6400, 2.7963, 2.9325, 2.8337, 2.8269, 3.1082, 3.1412),
+    *(2.8038, 2.6501, 2.6163, 2.4718, 2.6958, 2.8157, 2.4744, 2.8200),
+]
+
+
+def choose_weights(keys: Sequence[str], wanted: str | None) -> str:
+    """Which of the weights in a file to take: "ema", "online" or "plain" (names without a prefix).
+
+    Raises:
+        ValueError: the wanted weights are not in the file.
+    """
+    present = [name for name, prefix in PREFIXES.items() if prefix and any(key.startswith(prefix) for key in keys)]
+    present = present or ["plain"]
+    choice = wanted or present[0]
+    if choice not in present:
+        raise ValueError(f"the checkpoint has the weights {present}, got --weights {choice}")
+    return choice
+
+
+def read_sizes(checkpoint: Checkpoint, prefix: str) -> dict[str, object]:
+    """The constructor's arguments that the tensors tell.
+
+    Raises:
+        ValueError: it is no SiT, its patch size is not 1, or its tensors contradict each other.
+    """
+    keys = set(checkpoint.keys())
+
+    def shape(name: str, num_axes: int) -> tuple[int, ...]:
+        if prefix + name not in keys:
+            raise ValueError(f"{checkpoint.path} is not {WHAT}: it has no {prefix}{name}")
+        found = checkpoint.shape(prefix + name)
+        if len(found) != num_axes or 0 in found:
+            raise ValueError(f"{prefix}{name} must have {num_axes} axes of at least 1, got shape {found}")
+        return found
+
+    _, sample_size, width = shape("pos_embed", 3)
+    _, in_channels, *patch = shape("x_embedder.proj.weight", 4)
+    if patch != [1, 1]:
+        raise ValueError(f"{checkpoint.path} has patches of {patch[0]} x {patch[1]}, expected patch size 1")
+    out_channels = shape("final_layer.linear.weight", 2)[0]
+    if out_channels not in (in_channels, 2 * in_channels):
+        raise ValueError(f"the last layer must have {in_channels} or {2 * in_channels} outputs, got {out_channels}")
+    has_condition = prefix + "cond_embedder.0.weight" in keys
+    return {
+        "sample_size": sample_size,
+        "in_channels": in_channels,
+        "num_classes": shape("y_embedder.embedding_table.weight", 2)[0] - 1,
+        "num_layers": block_count(keys, prefix + "blocks."),
+        "width": width,
+        "condition_channels": shape("cond_embedder.0.weight", 2)[1] if has_condition else None,
+        "learn_sigma": out_channels == 2 * in_channels,
+        "mlp_ratio": shape("blocks.0.mlp.fc1.weight", 2)[0] / width,
+    }
+
+
+def attention_heads(num_layers: object, width: object, asked: int | None) -> int:
+    """The heads that were asked for, or those of the SiT preset of this depth and width.
+
+    Raises:
+        ValueError: there is no such preset and none were asked for, or they do not divide the width.
+    """
+    assert isinstance(width, int)
+    for preset in SIT_PRESETS.values():
+        preset_width = preset["num_attention_heads"] * preset["attention_head_dim"]
+        if asked is None and (preset["num_layers"], preset_width) == (num_layers, width):
+            asked = preset["num_attention_heads"]
+    if asked is None:
+        raise ValueError("the tensors do not tell the number of attention heads: expected --num-attention-heads N")
+    if width % asked:
+        raise ValueError(f"--num-attention-heads must divide the width {width}, got {asked}")
+    return asked
+
+
+def build_config(checkpoint: Checkpoint, prefix: str, arguments: argparse.Namespace) -> dict[str, object]:
+    """The arguments of SiTTransformer1DModel: sizes from the tensors, the rest from the options."""
+    config = read_sizes(checkpoint, prefix)
+    width = config.pop("width")
+    heads = attention_heads(config["num_layers"], width, arguments.num_attention_heads)
+    assert isinstance(width, int)
+    mean, std = arguments.latents_mean, arguments.latents_std
+    is_m128_texture = config["condition_channels"] is not None and config["in_channels"] == len(M128_TEXTURE_MEAN)
+    if mean is None and std is None and is_m128_texture:
+        mean, std = M128_TEXTURE_MEAN, M128_TEXTURE_STD
+    return {
+        **config,
+        "num_attention_heads": heads,
+        "attention_head_dim": width // heads,
+        "latents_mean": mean,
+        "latents_std": std,
+        "gaussian_target": arguments.gaussian_target,
+    }
+
+
+def meta_model(config: dict[str, object]) -> SiTTransformer1DModel:
+    """The model without its memory: names, shapes, config."""
+    with torch.device("meta"):
+        return SiTTransformer1DModel(**config)
+
+
+def select(keys: Sequence[str], rules: Sequence[KeyRule], weights: str) -> tuple[list[KeyRule], list[str]]:
+    """The rules that apply, and what of the file is left out, one line each.
+
+    Raises:
+        ValueError: unknown or missing keys.
+    """
+    prefix = PREFIXES[weights]
+    if weights == "plain":
+        return match_keys(rules, keys, WHAT), []
+    left_out = []
+    for name, other in PREFIXES.items():
+        count = sum(key.startswith(other) for key in keys)
+        if other and name != weights and count:
+            left_out.append(f"{other}* ({count} tensors: --weights {weights})")
+    left_out += [f"{key} (training state)" for key in TRAINING_STATE if key in keys]
+    prefixes = tuple(other for other in PREFIXES.values() if other)
+    unknown = sorted(key for key in keys if not key.startswith(prefixes) and key not in TRAINING_STATE)
+    # An unknown key outside of the weights is as unknown as one among them.
+    own = [key.removeprefix(prefix) for key in keys if key.startswith(prefix)] + unknown
+    return match_keys(rules, own, WHAT), left_out
+
+
+def convert(arguments: argparse.Namespace) -> None:
+    with open_checkpoint(arguments.checkpoint, members=MEMBERS[arguments.weights]) as checkpoint:
+        keys = checkpoint.keys()
+        # In a .pt file the kind of weights is a member, whose names have no prefix.
+        weights = "plain" if checkpoint.member else choose_weights(keys, arguments.weights)
+        prefix = PREFIXES[weights]
+        model = meta_model(build_config(checkpoint, prefix, arguments))
+        config = model.config
+        table = sit_rules(config["num_layers"], config["condition_channels"] is not None)
+        rules, left_out = select(keys, table, weights)
+        expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+        tensors = plan_conversion(rules, checkpoint, expected, prefix)
+        with atomic_directory(arguments.output) as staging:
+            write_safetensors(staging / WEIGHTS_NAME, tensors, metadata={"format": "pt"})
+            model.save_config(staging)
+            write_time_convention(staging / "config.json")
+            card = sit_card(dict(config), Path(arguments.checkpoint).name, weights)
+            (staging / "README.md").write_text(card, encoding="utf-8")
+            num_parameters = sum(torch.Size(tensor.shape).numel() for tensor in tensors)
+            print(f"{len(tensors)} tensors from {len(rules)} ({weights} weights), {num_parameters:,} parameters")
+            for line in left_out:
+                print(f"dropped {line}")
+            if config["latents_mean"] is None:
+                print(
+                    "no channel statistics: the pipeline takes its tokenizer's, or give --latents-mean --latents-std"
+                )
+            if arguments.verify is not None:
+                verify(checkpoint, staging, table, prefix, arguments.verify)
+    print(f"wrote {arguments.output}")
+    if arguments.push_to_hub:
+        print(push_folder(arguments.output, arguments.push_to_hub))
+
+
+def write_time_convention(path: Path) -> None:
+    """Note the conversion of time and sign in the config; the underscore keeps it from being an argument."""
+    config = json.loads(path.read_text(encoding="utf-8"))
+    config["_time_convention"] = TIME_CONVENTION
+    path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def verify(checkpoint: Checkpoint, folder: Path, table: Sequence[KeyRule], prefix: str, arrays: Path) -> None:
+    """Compare the written tensors with the checkpoint's, and the outputs with recorded ones if there are any."""
+    with open_checkpoint(folder / WEIGHTS_NAME) as written:
+        restored, _ = plan_reverse(table, written, prefix)
+        print(f"verified: {compare_tensors(checkpoint, restored)} tensors equal the checkpoint's bit for bit")
+    model = SiTTransformer1DModel.from_pretrained(folder, torch_dtype=torch.float32).eval()
+    if arrays != Path():
+        check_errors(verify_sit(model, load_arrays(arrays)))
+
+
+def reverse(arguments: argparse.Namespace) -> None:
+    """From a converted folder back to a file of the release's format."""
+    folder = Path(arguments.checkpoint)
+    config = SiTTransformer1DModel.load_config(folder)
+    prefix = PREFIXES[arguments.weights or "ema"]
+    table = sit_rules(config["num_layers"], config["condition_channels"] is not None)
+    with open_checkpoint(folder / WEIGHTS_NAME) as checkpoint:
+        tensors, _ = plan_reverse(table, checkpoint, prefix)
+        with atomic_file(arguments.output) as staging:
+            write_safetensors(staging, tensors, metadata={"format": "pt"})
+    print(f"wrote {arguments.output}: {len(tensors)} tensors {prefix}*; absent, because conversion drops them:")
+    for name in [f"{other}*" for other in PREFIXES.values() if other not in ("", prefix)] + list(TRAINING_STATE):
+        print(f"  {name}")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="conversion.convert_sit", description=__doc__.split("\n\n")[0])
+    parser.add_argument(
+        "--checkpoint",
+        type=Path,
+        required=True,
+        help="released .safetensors, .pt or .bin (with --reverse: our folder)",
+    )
+    parser.add_argument("--output", type=Path, required=True, help="folder to write (with --reverse: the file)")
+    parser.add_argument("--num-attention-heads", type=positive_int, help="known for SiT-S, B, L and XL, else required")
+    parser.add_argument("--weights", choices=tuple(PREFIXES), help="which weights of the file; ema where it has them")
+    parser.add_argument(
+        "--latents-mean", type=float, nargs="+", metavar="M", help="mean of each channel of the target"
+    )
+    parser.add_argument("--latents-std", type=float, nargs="+", metavar="S", help="standard deviation of each channel")
+    parser.add_argument(
+        "--gaussian-target",
+        choices=("offset", "absolute", "logit"),
+        help="what the first 5 channels are: offset with a condition, else absolute",
+    )
+    parser.add_argument(
+        "--verify",
+        nargs="?",
+        type=Path,
+        const=Path(),
+        metavar="ARRAYS",
+        help="compare the written tensors with the checkpoint's; with a safetensors file of recorded inputs and "
+        "outputs (x, t, y, cond, velocity, ...) compare those as well",
+    )
+    parser.add_argument("--reverse", action="store_true", help="from our folder back to the release's format")
+    parser.add_argument("--push-to-hub", metavar="REPO", help="upload the written folder to this model repository")
+    arguments = parser.parse_args(argv)
+    if (arguments.latents_mean is None) != (arguments.latents_std is None):
+        parser.error("--latents-mean and --latents-std go together")
+    if arguments.reverse:
+        if arguments.push_to_hub or arguments.verify is not None:
+            parser.error("--push-to-hub and --verify go with a conversion to a folder, not with --reverse")
+        reverse(arguments)
+    else:
+        convert(arguments)
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(run_program(main))
