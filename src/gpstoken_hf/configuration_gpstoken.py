@@ -8,9 +8,6 @@ from typing import Any
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
-# Group normalisation uses 32 groups everywhere, so every channel count that it sees is a multiple of this.
-NUM_NORM_GROUPS = 32
-
 # s64, m128 and l256 have the shapes of the authors' released checkpoints; their paper (App. B) names 60 blocks for
 # s64, where the release has 30. The small ones are ours: `nano` is the checkpoint that ships with the package, `digits`
 # its sibling for 32 x 32 images, `tiny` is for tests.
@@ -26,10 +23,11 @@ PRESETS: dict[str, dict[str, Any]] = {
         "num_hidden_layers": 6,
         "num_attention_heads": 6,
         "roi_size": 8,
-        "conditioner_channels": 64,
+        "conditioner_channels": 32,
         "decoder_base_channels": 32,
         "decoder_channel_multipliers": (1, 2, 4),
         "decoder_layers_per_block": 2,
+        "norm_num_groups": 8,
         "min_region_size": 4,
     },
     "digits": {
@@ -44,6 +42,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "decoder_base_channels": 32,
         "decoder_channel_multipliers": (1, 1, 2),
         "decoder_layers_per_block": 1,
+        "norm_num_groups": 8,
         "min_region_size": 2,
     },
     "tiny": {
@@ -58,6 +57,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "decoder_base_channels": 32,
         "decoder_channel_multipliers": (1, 1),
         "decoder_layers_per_block": 1,
+        "norm_num_groups": 8,
         "min_region_size": 4,
     },
 }
@@ -77,11 +77,13 @@ class GPSTokenConfig(PreTrainedConfig):
         num_attention_heads (`int`): attention heads of an encoder block; divides `hidden_size`.
         mlp_ratio (`float`): inner width of an encoder MLP over `hidden_size`.
         roi_size (`int`): RoIAlign turns every region into `roi_size x roi_size` features.
-        conditioner_channels (`int`): channels of the full-resolution image features; a multiple of 32.
-        decoder_base_channels (`int`): channels of the decoder at full resolution; a multiple of 32.
+        conditioner_channels (`int`): channels of the full-resolution image features; a multiple of `norm_num_groups`.
+        decoder_base_channels (`int`): channels of the decoder at full resolution; a multiple of `norm_num_groups`.
         decoder_channel_multipliers (`list[int]`): channels of each decoder level over the base, full resolution
             first. The map that the Gaussians are splatted into is the image size over `2^(levels - 1)`, rounded up.
         decoder_layers_per_block (`int`): a decoder level has one residual block more than this.
+        norm_num_groups (`int`): groups of every group norm. With one channel in each group (32 groups of 32 channels) the
+            last norm would take the brightness and the contrast of an image away; small models want fewer groups.
         splat_support (`float`): a Gaussian reaches this many sigmas along each axis (Eq. 3; the paper's text has 5).
         complexity_exponent (`float`): lambda, the exponent of the entropy in a region's complexity (Eq. 4).
         min_region_size (`int`): s_min in pixels: a region is not split when both inclusive extents are at most this.
@@ -106,6 +108,7 @@ class GPSTokenConfig(PreTrainedConfig):
     decoder_base_channels: int = 128
     decoder_channel_multipliers: list[int] | tuple[int, ...] = (1, 2, 4)
     decoder_layers_per_block: int = 2
+    norm_num_groups: int = 32
     splat_support: float | int = 3.0
     complexity_exponent: float | int = 2.5
     min_region_size: int = 8
@@ -125,6 +128,7 @@ class GPSTokenConfig(PreTrainedConfig):
             "num_attention_heads",
             "roi_size",
             "decoder_layers_per_block",
+            "norm_num_groups",
             "min_region_size",
         ):
             if getattr(self, name) < 1:
@@ -147,8 +151,8 @@ class GPSTokenConfig(PreTrainedConfig):
         """Convolutional channels come in multiples of the norm's groups."""
         for name in ("conditioner_channels", "decoder_base_channels"):
             value = getattr(self, name)
-            if value < NUM_NORM_GROUPS or value % NUM_NORM_GROUPS:
-                raise ValueError(f"{name} must be a positive multiple of {NUM_NORM_GROUPS}, got {value}")
+            if value < 1 or value % max(self.norm_num_groups, 1):
+                raise ValueError(f"{name} must be a positive multiple of norm_num_groups={self.norm_num_groups}, got {value}")
         if not self.decoder_channel_multipliers or min(self.decoder_channel_multipliers) < 1:
             raise ValueError(
                 "decoder_channel_multipliers must hold one integer >= 1 per level, "

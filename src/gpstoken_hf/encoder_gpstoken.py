@@ -18,7 +18,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs
 
-from .configuration_gpstoken import NUM_NORM_GROUPS, GPSTokenConfig
+from .configuration_gpstoken import GPSTokenConfig
 from .decoder_gpstoken import ResidualBlock
 from .gaussians import NUM_GAUSSIAN_PARAMS, join_tokens, refine_gaussians
 
@@ -48,7 +48,7 @@ class GPSTokenConditioner(nn.Module):
         super().__init__()
         channels = config.conditioner_channels
         self.conv_in = nn.Conv2d(3, channels, 3, padding=1)
-        self.blocks = nn.ModuleList(ResidualBlock(channels, channels, NUM_NORM_GROUPS) for _ in range(2))
+        self.blocks = nn.ModuleList(ResidualBlock(channels, channels, config.norm_num_groups) for _ in range(2))
 
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
         hidden_states = self.conv_in(pixel_values.to(self.conv_in.weight.dtype))

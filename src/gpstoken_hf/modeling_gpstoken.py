@@ -20,7 +20,7 @@ from transformers.processing_utils import Unpack
 from transformers.utils import ModelOutput, TransformersKwargs
 from transformers.utils.output_capturing import capture_outputs
 
-from .configuration_gpstoken import NUM_NORM_GROUPS, GPSTokenConfig
+from .configuration_gpstoken import GPSTokenConfig
 from .decoder_gpstoken import GPSTokenDecoder, TileGrid, decode_in_windows
 from .encoder_gpstoken import GPSTokenAttention, GPSTokenEncoder, GPSTokenEncoderLayer
 from .gaussians import (
@@ -129,7 +129,7 @@ class GPSTokenModel(GPSTokenPreTrainedModel):
             config.decoder_base_channels,
             config.decoder_channel_multipliers,
             config.decoder_layers_per_block,
-            NUM_NORM_GROUPS,
+            config.norm_num_groups,
         )
         self.use_slicing = False
         self.use_tiling = False
