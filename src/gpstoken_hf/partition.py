@@ -26,7 +26,6 @@ import torch
 from .gaussians import boxes_to_gaussians
 from .partition_torch import (
     BIN_WIDTH,
-    NUM_BINS,
     RESIZED,
     USED_BINS,
     entropy_table,
@@ -36,9 +35,9 @@ from .partition_torch import (
     region_tree,
 )
 
-# A little below 1 / BIN_WIDTH: the rounded quotient then never exceeds the true one, and one comparison with the
-# exact upper edge of the bin settles the rest.
-_INVERSE_BIN_WIDTH = NUM_BINS / 11 * (1 - 2.0**-50)
+PADDED = RESIZED + 2
+# No bin that a magnitude can have: with grey in [0, 1] it stays below sqrt(18), bin 197.
+UNDECIDED = USED_BINS - 1
 _ENTROPY_TABLE = entropy_table()
 
 
@@ -276,6 +275,10 @@ def _partition_image(pixels, regions, complexity_exponent, min_region_size, impo
     grey = np.empty((height, width), dtype=np.float32)
     if not _grey_image(pixels, grey):
         return False
+    # Resize positions by extent, filled when an extent is first met.
+    positions = np.empty((max(height, width) + 1, 2, RESIZED), dtype=np.uint32)
+    fractions = np.empty((max(height, width) + 1, RESIZED), dtype=np.float32)
+    fractions[:, 0] = -1
     num_tokens = regions.shape[0]
     boxes = np.empty((num_tokens, 4), dtype=np.int64)
     # The heap holds the splittable regions. Age (order of insertion) settles ties, as a stable sort of the whole list
@@ -304,7 +307,9 @@ def _partition_image(pixels, regions, complexity_exponent, min_region_size, impo
             wanted = w >= h if i < 2 else h >= w
             child_score[i] = 0.0
             if wanted and extent > min_region_size:
-                child_score[i] = _complexity(grey, children[i], complexity_exponent, importance, entropy_table)
+                child_score[i] = _complexity(
+                    grey, children[i], complexity_exponent, importance, entropy_table, positions, fractions
+                )
         if w == h:
             chosen = 0 if min(child_score[0], child_score[1]) < min(child_score[2], child_score[3]) else 2
         else:
@@ -379,15 +384,18 @@ def _grey_image(pixels, grey):
 
 
 @compiled
-def _complexity(grey, box, complexity_exponent, importance, entropy_table):
+def _complexity(grey, box, complexity_exponent, importance, entropy_table, positions, fractions):
     """Eq. 4 of one region, plus the importance summed over it."""
     x0, y0, x1, y1 = box
     h, w = y1 - y0 + 1, x1 - x0 + 1
-    resized = np.empty((RESIZED + 2, RESIZED + 2), dtype=np.float32)
+    resized = np.empty((PADDED, PADDED), dtype=np.float32)
     if h == 1 or w == 1:
         _resize_line(grey, x0, y0, w, h, resized)
     else:
-        _resize(grey, x0, y0, w, h, resized)
+        _source_positions(w, positions[w], fractions[w])
+        _source_positions(h, positions[h], fractions[h])
+        _resize(grey, x0, y0, w, h, positions[w], fractions[w], positions[h], fractions[h], resized)
+    _replicate_border(resized)
     m = _gradient_entropy(resized, entropy_table) ** complexity_exponent * h * w
     if importance.size > 0:
         m += _box_sum(importance, x0, y0, x1, y1)
@@ -395,57 +403,56 @@ def _complexity(grey, box, complexity_exponent, importance, entropy_table):
 
 
 @compiled
-def _source_positions(n, clamped, first, second, fraction):
-    """Where each of 64 half-pixel centres lies between the samples of an axis of n pixels, as OpenCV rounds it."""
+def _source_positions(n, positions, fractions):
+    """Where each of 64 half-pixel centres lies between the samples of an axis of n pixels, as OpenCV rounds it.
+
+    Fills `positions` (2, 64), first and second sample, and `fractions` (64,), unless it has been done: a negative
+    fraction marks what is still to do.
+    """
+    if fractions[0] >= 0:
+        return
     scale = n / RESIZED
     for i in range(RESIZED):
         position = np.float32((i + 0.5) * scale - 0.5)
-        below = math.floor(position)
-        f = np.float32(position - np.float32(below))
-        k = int(below)
-        if clamped and (k < 0 or k >= n - 1):
-            f = np.float32(0)
-        first[i] = min(max(k, 0), n - 1)
-        second[i] = min(max(k + 1, 0), n - 1)
-        fraction[i] = f
+        first = math.floor(position)
+        inside = 0 <= first < n - 1
+        fractions[i] = position - np.float32(first) if inside else np.float32(0)
+        positions[0, i] = min(max(first, 0), n - 1)
+        positions[1, i] = min(max(first + 1, 0), n - 1)
 
 
 @compiled
-def _resize(grey, x0, y0, w, h, resized):
-    """Bilinear resize of a region of at least 2 x 2 pixels to 64 x 64, with a border replicated around it.
+def _resize(grey, x0, y0, w, h, positions_x, fractions_x, positions_y, fractions_y, resized):
+    """Bilinear resize of a region of at least 2 x 2 pixels to 64 x 64, into the middle of `resized` (66, 66).
 
     OpenCV 5 interpolates along x, then along y, each time as `a + (b - a) f` with one fused multiply-add in float32:
     the product of two float32 is exact in float64, so adding there and rounding once is the same.
     """
-    first_x, second_x, fraction_x = np.empty(RESIZED, np.int64), np.empty(RESIZED, np.int64), np.empty(RESIZED)
-    first_y, second_y, fraction_y = np.empty(RESIZED, np.int64), np.empty(RESIZED, np.int64), np.empty(RESIZED)
-    _source_positions(w, True, first_x, second_x, fraction_x)
-    _source_positions(h, True, first_y, second_y, fraction_y)
     rows = np.empty((2, RESIZED), dtype=np.float32)
     held_first, held_second = -1, -1
     upper, lower = 0, 1
     for j in range(RESIZED):
-        if first_y[j] == held_second and held_second != held_first:
+        first, second = int(positions_y[0, j]), int(positions_y[1, j])
+        if first == held_second and held_second != held_first:
             upper, lower = lower, upper
             held_first, held_second = held_second, -1
-        if first_y[j] != held_first:
-            held_first = first_y[j]
-            _interpolate_row(grey[y0 + held_first], x0, first_x, second_x, fraction_x, rows[upper])
-        if second_y[j] != held_second:
-            held_second = second_y[j]
-            _interpolate_row(grey[y0 + held_second], x0, first_x, second_x, fraction_x, rows[lower])
-        f = fraction_y[j]
-        a, b, out = rows[upper], rows[lower], resized[j + 1]
+        if first != held_first:
+            held_first = first
+            _interpolate_row(grey[y0 + first, x0 : x0 + w], positions_x, fractions_x, rows[upper])
+        if second != held_second:
+            held_second = second
+            _interpolate_row(grey[y0 + second, x0 : x0 + w], positions_x, fractions_x, rows[lower])
+        f = np.float64(fractions_y[j])
+        a, b, out = rows[upper], rows[lower], resized[j + 1, 1 : RESIZED + 1]
         for i in range(RESIZED):
-            out[i + 1] = np.float32(np.float64(b[i] - a[i]) * f + np.float64(a[i]))
-    _replicate_border(resized)
+            out[i] = np.float32(np.float64(b[i] - a[i]) * f + np.float64(a[i]))
 
 
 @compiled
-def _interpolate_row(row, x0, first, second, fraction, out):
+def _interpolate_row(row, positions, fractions, out):
     for i in range(RESIZED):
-        a, b = row[x0 + first[i]], row[x0 + second[i]]
-        out[i] = np.float32(np.float64(b - a) * fraction[i] + np.float64(a))
+        a, b = row[positions[0, i]], row[positions[1, i]]
+        out[i] = np.float32(np.float64(b - a) * np.float64(fractions[i]) + np.float64(a))
 
 
 @compiled
@@ -454,21 +461,22 @@ def _resize_line(grey, x0, y0, w, h, resized):
 
     There it interpolates as `a (1 - f) + b f` in float32, and along y the fraction is not reset at the border.
     """
-    first_x, second_x, fraction_x = np.empty(RESIZED, np.int64), np.empty(RESIZED, np.int64), np.empty(RESIZED)
-    first_y, second_y, fraction_y = np.empty(RESIZED, np.int64), np.empty(RESIZED, np.int64), np.empty(RESIZED)
-    _source_positions(w, True, first_x, second_x, fraction_x)
-    _source_positions(h, False, first_y, second_y, fraction_y)
     one = np.float32(1)
     for j in range(RESIZED):
-        upper, lower = grey[y0 + first_y[j]], grey[y0 + second_y[j]]
-        fy = np.float32(fraction_y[j])
+        position_y = np.float32((j + 0.5) * (h / RESIZED) - 0.5)
+        first_y = math.floor(position_y)
+        fy = position_y - np.float32(first_y)
+        upper = grey[y0 + min(max(first_y, 0), h - 1)]
+        lower = grey[y0 + min(max(first_y + 1, 0), h - 1)]
         for i in range(RESIZED):
-            k, n = x0 + first_x[i], x0 + second_x[i]
-            fx = np.float32(fraction_x[i])
-            a = upper[k] * (one - fx) + upper[n] * fx
-            b = lower[k] * (one - fx) + lower[n] * fx
+            position_x = np.float32((i + 0.5) * (w / RESIZED) - 0.5)
+            first_x = math.floor(position_x)
+            fx = position_x - np.float32(first_x) if 0 <= first_x < w - 1 else np.float32(0)
+            left = x0 + min(max(first_x, 0), w - 1)
+            right = x0 + min(max(first_x + 1, 0), w - 1)
+            a = upper[left] * (one - fx) + upper[right] * fx
+            b = lower[left] * (one - fx) + lower[right] * fx
             resized[j + 1, i + 1] = a * (one - fy) + b * fy
-    _replicate_border(resized)
 
 
 @compiled
@@ -476,7 +484,7 @@ def _replicate_border(resized):
     for j in range(1, RESIZED + 1):
         resized[j, 0] = resized[j, 1]
         resized[j, RESIZED + 1] = resized[j, RESIZED]
-    for i in range(RESIZED + 2):
+    for i in range(PADDED):
         resized[0, i] = resized[1, i]
         resized[RESIZED + 1, i] = resized[RESIZED, i]
 
@@ -484,39 +492,93 @@ def _replicate_border(resized):
 @compiled
 def _gradient_entropy(resized, entropy_table):
     """Entropy (bits) of the histogram of Sobel magnitudes of a 64 x 64 image with its border, (66, 66) float32."""
+    bins = np.empty(RESIZED * PADDED, dtype=np.uint8)
+    _magnitude_bins(resized.reshape(-1), bins)
     # Four histograms in turn: equal bins in a row would otherwise wait for each other's increment.
     histogram = np.zeros((4, USED_BINS), dtype=np.int32)
-    bins = np.empty(RESIZED, dtype=np.int32)
     for j in range(RESIZED):
+        row = bins[j * PADDED : j * PADDED + RESIZED]
+        for i in range(0, RESIZED, 4):
+            histogram[0, row[i]] += 1
+            histogram[1, row[i + 1]] += 1
+            histogram[2, row[i + 2]] += 1
+            histogram[3, row[i + 3]] += 1
+    undecided = histogram[0, UNDECIDED] + histogram[1, UNDECIDED] + histogram[2, UNDECIDED] + histogram[3, UNDECIDED]
+    if undecided > 0:
+        _decide_bins(resized, bins, histogram)
+    # np.sum adds 128 numbers at a time in eight accumulators; empty bins (the lower half, those after the last
+    # magnitude) add zero.
+    total = 0.0
+    seen = 0
+    for block in range(0, USED_BINS, 128):
+        partial = np.zeros(8)
+        for i in range(block, block + 128, 8):
+            if seen == RESIZED * RESIZED:
+                break
+            for lane in range(8):
+                k = i + lane
+                count = histogram[0, k] + histogram[1, k] + histogram[2, k] + histogram[3, k]
+                seen += count
+                partial[lane] += entropy_table[count]
+        total += ((partial[0] + partial[1]) + (partial[2] + partial[3])) + (
+            (partial[4] + partial[5]) + (partial[6] + partial[7])
+        )
+    return -total
+
+
+@compiled
+def _magnitude_bins(pixels, bins):
+    """Bins of the Sobel magnitudes in float32, or UNDECIDED where float32 cannot tell on which side of an edge it is.
+
+    `pixels` is the flat (66 * 66,) image and `bins` (64 * 66,) has its rows as long, with two idle entries at the end
+    of each: one loop without row ends runs in full vectors.
+
+    For pixels in [0, 1] the float32 gradients are off by at most 3 * 2^-23 each, the product by 3.5 * 2^-24 of its
+    value: together less than 6.5e-5 bins.
+    """
+    two, half, tolerance = np.float32(2), np.float32(0.5), np.float32(1e-4)
+    scale = np.float32(1 / BIN_WIDTH)
+    undecided = np.int32(UNDECIDED)
+    for i in range((RESIZED - 1) * PADDED + RESIZED):
+        a0, a1, a2 = pixels[i], pixels[i + 1], pixels[i + 2]
+        b0, b2 = pixels[i + PADDED], pixels[i + PADDED + 2]
+        c0, c1, c2 = pixels[i + 2 * PADDED], pixels[i + 2 * PADDED + 1], pixels[i + 2 * PADDED + 2]
+        gx = (a2 - a0) + two * (b2 - b0) + (c2 - c0)
+        gy = (c0 - a0) + two * (c1 - a1) + (c2 - a2)
+        q = np.sqrt(gx * gx + gy * gy) * scale
+        k = np.int32(q)
+        from_middle = abs(q - np.float32(k) - half)
+        bins[i] = undecided if (from_middle > half - tolerance) & (q > half) else k
+
+
+@compiled
+def _decide_bins(resized, bins, histogram):
+    """Move the UNDECIDED magnitudes to the bins that NumPy would choose for the float64 magnitude."""
+    for j in range(RESIZED):
+        row = bins[j * PADDED : j * PADDED + RESIZED]
+        undecided = 0
+        for i in range(RESIZED):
+            undecided += row[i] == UNDECIDED
+        if undecided == 0:
+            continue
         above, here, below = resized[j], resized[j + 1], resized[j + 2]
         for i in range(RESIZED):
+            if row[i] != UNDECIDED:
+                continue
             a0, a1, a2 = np.float64(above[i]), np.float64(above[i + 1]), np.float64(above[i + 2])
             b0, b2 = np.float64(here[i]), np.float64(here[i + 2])
             c0, c1, c2 = np.float64(below[i]), np.float64(below[i + 1]), np.float64(below[i + 2])
             gx = (a2 - a0) + 2 * (b2 - b0) + (c2 - c0)
             gy = (c0 - a0) + 2 * (c1 - a1) + (c2 - a2)
             magnitude = math.sqrt(gx * gx + gy * gy)
-            k = np.int32(magnitude * _INVERSE_BIN_WIDTH)
-            # Edges are multiples of 11/512, exact in binary, as in np.histogram.
-            bins[i] = k + np.int32(magnitude >= (k + 1) * BIN_WIDTH)
-        for i in range(0, RESIZED, 4):
-            histogram[0, bins[i]] += 1
-            histogram[1, bins[i + 1]] += 1
-            histogram[2, bins[i + 2]] += 1
-            histogram[3, bins[i + 3]] += 1
-    # np.sum adds 128 numbers at a time in eight accumulators; the empty lower half of the histogram adds zero.
-    total = 0.0
-    for block in range(0, USED_BINS, 128):
-        partial = np.zeros(8)
-        for i in range(block, block + 128, 8):
-            for lane in range(8):
-                k = i + lane
-                count = histogram[0, k] + histogram[1, k] + histogram[2, k] + histogram[3, k]
-                partial[lane] += entropy_table[count]
-        total += ((partial[0] + partial[1]) + (partial[2] + partial[3])) + (
-            (partial[4] + partial[5]) + (partial[6] + partial[7])
-        )
-    return -total
+            k = int(magnitude / BIN_WIDTH)
+            # The quotient is rounded; the edges, multiples of 11/512, are exact.
+            if magnitude < k * BIN_WIDTH:
+                k -= 1
+            elif magnitude >= (k + 1) * BIN_WIDTH:
+                k += 1
+            histogram[i % 4, UNDECIDED] -= 1
+            histogram[i % 4, k] += 1
 
 
 @compiled
