@@ -26,7 +26,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "conditioner_channels": 32,
         "decoder_base_channels": 32,
         "decoder_channel_multipliers": (1, 2, 4),
-        "decoder_layers_per_block": 2,
+        "decoder_layers_per_block": 1,
         "norm_num_groups": 8,
         "min_region_size": 4,
     },

@@ -68,18 +68,20 @@ class GroupNorm(nn.GroupNorm):
 
     def forward(self, hidden_states: torch.Tensor, tiles: TileGrid | None = None) -> torch.Tensor:
         weight, bias = self.weight.float(), self.bias.float()
-        x = hidden_states.float()
         if tiles is None or tiles.shape == (1, 1):
-            x = F.group_norm(x, self.num_groups, weight, bias, self.eps)
-        else:
-            mean, std = tile_statistics(x, tiles, self.num_groups)
-            grouped = x.unflatten(1, (self.num_groups, -1))  # (B, G, C/G, H, W)
-            # The authors' norm adds eps to the standard deviation, not to the variance.
-            grouped = (grouped - interpolate_tiles(mean, x.shape[-2:])) / (
-                interpolate_tiles(std, x.shape[-2:], floor=0.5) + self.eps
-            )
-            x = grouped.flatten(1, 2) * weight[:, None, None] + bias[:, None, None]
-        return x.to(hidden_states.dtype)
+            # On the CPU a bfloat16 input with float32 weights is reduced in float32 inside the kernel: the same values
+            # as after a cast, without the copies.
+            mixed = hidden_states.device.type == "cpu" and hidden_states.dtype == torch.bfloat16
+            x = hidden_states if mixed else hidden_states.float()
+            return F.group_norm(x, self.num_groups, weight, bias, self.eps).to(hidden_states.dtype)
+        x = hidden_states.float()
+        mean, std = tile_statistics(x, tiles, self.num_groups)
+        grouped = x.unflatten(1, (self.num_groups, -1))  # (B, G, C/G, H, W)
+        # The authors' norm adds eps to the standard deviation, not to the variance.
+        grouped = (grouped - interpolate_tiles(mean, x.shape[-2:])) / (
+            interpolate_tiles(std, x.shape[-2:], floor=0.5) + self.eps
+        )
+        return (grouped.flatten(1, 2) * weight[:, None, None] + bias[:, None, None]).to(hidden_states.dtype)
 
 
 def tile_statistics(x: torch.Tensor, tiles: TileGrid, num_groups: int) -> tuple[torch.Tensor, torch.Tensor]:
