@@ -32,6 +32,8 @@ class CalibrationOutput:
     boxes: torch.Tensor
 
 
+# torch.compile breaks its graph here: it cannot look into compiled loops, and the result depends on the means.
+@torch.compiler.disable
 def calibrate_layout(
     gaussians: torch.Tensor,
     image_size: tuple[int, int] = (256, 256),

@@ -70,6 +70,8 @@ def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
         return numba.njit(nogil=True)(function)
 
 
+# torch.compile breaks its graph here: it cannot look into compiled loops, and the result depends on the pixels.
+@torch.compiler.disable
 def partition_images(
     images: torch.Tensor,
     num_tokens: int | Sequence[int],
