@@ -16,6 +16,7 @@ from pathlib import Path
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
+from transformers.utils import logging
 
 from conversion.checkpoints import Checkpoint, PlannedTensor, floating_dtype, open_checkpoint, write_safetensors
 from conversion.key_tables import block_count, gpstoken_rules, match_keys, plan_conversion, plan_reverse
@@ -160,7 +161,7 @@ def convert(arguments: argparse.Namespace) -> None:
         print(push_folder(arguments.output, arguments.push_to_hub))
 
 
-def verify(checkpoint: Checkpoint, folder: Path, config: GPSTokenConfig, arrays: Path | None) -> None:
+def verify(checkpoint: Checkpoint, folder: Path, config: GPSTokenConfig, arrays: Path) -> None:
     """Load the written folder; compare every tensor with the checkpoint's, and the outputs with recorded ones.
 
     Raises:
@@ -169,8 +170,13 @@ def verify(checkpoint: Checkpoint, folder: Path, config: GPSTokenConfig, arrays:
     with open_checkpoint(folder / WEIGHTS_NAME) as written:
         restored, _ = plan_reverse(rules_for(config), written)
         print(f"verified: {compare_tensors(checkpoint, restored)} tensors equal the checkpoint's bit for bit")
-    model = GPSTokenModel.from_pretrained(folder, config=config, dtype=torch.float32).eval()
-    if arrays is not None:
+    # The bar of this quick load would stand between the messages.
+    logging.disable_progress_bar()
+    try:
+        model = GPSTokenModel.from_pretrained(folder, dtype=torch.float32).eval()
+    finally:
+        logging.enable_progress_bar()
+    if arrays != Path():
         check_errors(verify_gpstoken(model, load_arrays(arrays)))
 
 
