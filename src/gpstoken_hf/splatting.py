@@ -21,12 +21,16 @@ tile) pairs, S = 8 the side of a tile.
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Iterator
+from functools import cache
 
 import torch
 
 from .gaussians import NUM_GAUSSIAN_PARAMS, pixel_coordinates
 from .splatting_cpu import cpu_backward, cpu_forward
+from .splatting_triton import is_available as triton_is_available
+from .splatting_triton import triton_backward, triton_forward
 
 TILE_SIZE = 8
 BACKENDS = ("auto", "reference", "cpu", "triton")
@@ -74,11 +78,11 @@ def splat_gaussians(
         ValueError: a shape, dtype, device or option does not fit, or a forced backend is not available.
     """
     height, width = _check_inputs(gaussians, features, size, support, attention_mask)
-    path = _resolve_backend(backend, gaussians.device)
-    if path == "reference":
-        return splat_reference(gaussians, features, size, support, attention_mask)
     out_dtype = torch.promote_types(gaussians.dtype, features.dtype)
     compute_dtype = torch.float64 if out_dtype == torch.float64 else torch.float32
+    path = _resolve_backend(backend, gaussians.device, compute_dtype)
+    if path == "reference":
+        return splat_reference(gaussians, features, size, support, attention_mask)
     mask = None if attention_mask is None else attention_mask.bool()
     maps = torch.ops.gpstoken.splat(
         gaussians.to(compute_dtype), features.to(compute_dtype), mask, height, width, float(support), path
@@ -182,17 +186,34 @@ def _check_inputs(
 # ---- The choice of a path -------------------------------------------------------------------------------------------
 
 
-def _resolve_backend(backend: str, device: torch.device) -> str:
+def _resolve_backend(backend: str, device: torch.device, dtype: torch.dtype) -> str:
     """A backend's name -> the path that runs: "reference", "cpu", "tiled" or "triton"."""
     if backend not in BACKENDS:
         raise ValueError(f"backend must be one of {BACKENDS}, got {backend!r}")
-    if backend == "reference":
-        return "reference"
-    if backend == "cpu":
-        if device.type != "cpu":
-            raise ValueError(f"backend 'cpu' needs tensors on the CPU, got {device}")
+    if backend == "cpu" and device.type != "cpu":
+        raise ValueError(f"backend 'cpu' needs tensors on the CPU, got {device}")
+    if backend == "triton":
+        if not triton_is_available(device):
+            raise ValueError(
+                "backend 'triton' needs Triton and tensors on CUDA (elsewhere it runs under TRITON_INTERPRET=1 only), "
+                f"got tensors on {device}"
+            )
+        if dtype != torch.float32:
+            raise ValueError(f"backend 'triton' computes in float32, got inputs that need {dtype}")
+    if backend != "auto":
+        return backend
+    if device.type == "cpu":
         return "cpu"
-    return "cpu" if device.type == "cpu" else "tiled"
+    return "triton" if device.type == "cuda" and triton_is_available(device) and dtype == torch.float32 else "tiled"
+
+
+@cache
+def _notice_no_triton() -> None:
+    warnings.warn(
+        "Triton is not installed: splatting on CUDA falls back to PyTorch operations, which give the same result "
+        "but are slower and wait for the GPU",
+        stacklevel=2,
+    )
 
 
 # ---- The tiled path -------------------------------------------------------------------------------------------------
@@ -433,6 +454,10 @@ def _splat(
     if path == "cpu":
         x, y = _axes(gaussians, height, width)
         return cpu_forward(gaussians, features, attention_mask, x, y, support)
+    if path == "triton":
+        return triton_forward(gaussians, features, attention_mask, height, width, support)
+    if features.is_cuda and features.dtype == torch.float32:
+        _notice_no_triton()
     return _tiled_forward(gaussians, features, attention_mask, height, width, support)
 
 
@@ -458,6 +483,8 @@ def _splat_backward(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     if features.numel() == 0 or grad.numel() == 0:
         return torch.zeros_like(gaussians), torch.zeros_like(features)
+    if path == "triton":
+        return triton_backward(grad, gaussians, features, attention_mask, support)
     if path == "cpu":
         x, y = _axes(gaussians, *grad.shape[-2:])
         moments, grad_features = cpu_backward(grad, gaussians, features, attention_mask, x, y, support)
@@ -483,7 +510,7 @@ def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
     ctx.support, ctx.path = support, path
 
 
-def _autograd_backward(ctx, grad):  # type: ignore[no-untyped-def]
+def _autograd_backward(ctx, grad):
     gaussians, features, attention_mask = ctx.saved_tensors
     # Autograd promises nothing about the strides of `grad`.
     grads = torch.ops.gpstoken.splat_backward(
@@ -492,12 +519,40 @@ def _autograd_backward(ctx, grad):  # type: ignore[no-untyped-def]
     return *grads, None, None, None, None, None
 
 
+def _splat_vmap(info, in_dims, gaussians, features, attention_mask, height, width, support, path):
+    folded = _fold_batches(info.batch_size, in_dims, gaussians, features, attention_mask)
+    maps = torch.ops.gpstoken.splat(*folded, height, width, support, path)
+    return maps.unflatten(0, (info.batch_size, -1)), 0
+
+
+def _splat_backward_vmap(info, in_dims, grad, gaussians, features, attention_mask, support, path):
+    folded = _fold_batches(info.batch_size, in_dims, grad, gaussians, features, attention_mask)
+    grads = torch.ops.gpstoken.splat_backward(*folded, support, path)
+    return tuple(grad.unflatten(0, (info.batch_size, -1)) for grad in grads), (0, 0)
+
+
+def _fold_batches(
+    batch_size: int, in_dims: tuple[int | None, ...], *tensors: torch.Tensor | None
+) -> list[torch.Tensor | None]:
+    """The dimension that vmap maps over, joined with the batch: `(..., B, ...)` -> `(n B, ...)`."""
+    folded: list[torch.Tensor | None] = []
+    for tensor, dim in zip(tensors, in_dims, strict=False):
+        if tensor is None:
+            folded.append(None)
+        else:
+            batched = tensor.expand(batch_size, *tensor.shape) if dim is None else tensor.movedim(dim, 0)
+            folded.append(batched.flatten(0, 1))
+    return folded
+
+
 def _register_ops() -> None:
     splat = torch.library.custom_op("gpstoken::splat", _splat, mutates_args=())
     backward = torch.library.custom_op("gpstoken::splat_backward", _splat_backward, mutates_args=())
     splat.register_fake(_splat_fake)
     backward.register_fake(_splat_backward_fake)
     splat.register_autograd(_autograd_backward, setup_context=_setup_context)
+    splat.register_vmap(_splat_vmap)
+    backward.register_vmap(_splat_backward_vmap)
     for device_type in ("cpu", "cuda"):
         splat.register_autocast(device_type, torch.float32)
         backward.register_autocast(device_type, torch.float32)

@@ -1,0 +1,467 @@
+# Copyright 2026 The gpstoken-hf authors. Licensed under the Apache License, Version 2.0.
+"""Splatting on a GPU: Triton kernels, float32 (paper Eq. 1-3).
+
+Forward: one program per (tile of pixels, block of channels, image). It goes through the tokens in chunks, and a chunk
+is one product of weights and features. With few tokens every chunk that has a token on the tile is rendered whole;
+with many, the program first compacts the tokens on its tile into a list of its own. Backward: one program per
+(token, strip, block of channels) over the token's own box; strips take turns by rows, and their partial sums are
+added in a fixed order. No atomics, no host synchronisation, the batch is part of the grid, and the result is
+deterministic. Kernels are compiled at the first call; with TRITON_INTERPRET=1 they run on CPU tensors, for tests.
+
+`t`, `v` and the moments are those of `splatting`. Letters: B batch, L tokens, C channels, h x w pixels of the map,
+P pixels of a tile.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:  # a platform without Triton: `is_available` says so, and no kernel is ever called
+    triton = tl = None
+
+# Triton decides at the definition of a kernel whether it is compiled or interpreted.
+_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def _jit(function: Callable[..., Any]) -> Any:
+    """`triton.jit` where there is Triton. Sizes are not specialised on: no recompilation, and 1 is like any other."""
+    if triton is None:
+        return function
+    return triton.jit(
+        function, do_not_specialize=["L", "C", "height", "width", "num_tokens", "num_strips", "num_parts"]
+    )
+
+
+# Forward: pixels of a tile, tokens of a chunk, and tokens looked at together when lists are made.
+TILE_HEIGHT, TILE_WIDTH = 8, 16
+CHUNK = 16
+SCAN = 512
+# From this many tokens on the forward pass makes lists.
+LIST_MIN_TOKENS = 192
+# Backward: pixels of a block of the token's box.
+BLOCK_HEIGHT, BLOCK_WIDTH = 4, 16
+MAX_CHANNEL_BLOCK = 64
+# Rows of the map for each strip that a box may be split into, and the largest number of strips.
+ROWS_PER_STRIP, MAX_STRIPS = 64, 8
+
+# Products and sums may be fused: no comparison that decides about a box has one. Said explicitly, as the default
+# varies between versions of Triton.
+_OPTIONS = {"enable_fp_fusion": True}
+
+_EXP2_SCALE = -0.5 / math.log(2)
+
+
+def is_available(device: torch.device) -> bool:
+    """Whether the kernels can run on tensors of `device`: CUDA, or any device under Triton's interpreter."""
+    if triton is None:
+        return False
+    return device.type == "cuda" or _INTERPRETED
+
+
+@_jit
+def _coordinate(index, num_pixels):
+    """`2 i / (n - 1) - 1` in float64, cast to float32: bit for bit what `gaussians.pixel_coordinates` gives."""
+    span = tl.maximum(num_pixels - 1, 1).to(tl.float64)
+    coordinate = (2 * index).to(tl.float64) / span - 1.0
+    return tl.where(num_pixels > 1, coordinate, 0.0).to(tl.float32)
+
+
+@_jit
+def _weights(dx, dy, half_x, half_y, sigma_x, sigma_y, rho, scale, EXP2_SCALE: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Weight, t and v; 0 outside the box. The comparison is the reference's, so that no pixel changes sides."""
+    inside = (tl.abs(dx) <= half_x) & (tl.abs(dy) <= half_y)
+    v = tl.where(inside, dy / sigma_y, 0.0)
+    t = tl.where(inside, (dx / sigma_x - rho * v) * scale, 0.0)
+    return tl.where(inside, tl.exp2((t * t + v * v) * EXP2_SCALE), 0.0), t, v
+
+
+@_jit
+def _render_chunk(  # type: ignore[no-untyped-def]
+    acc,
+    token,
+    valid,
+    x,
+    y,
+    gaussians_ptr,
+    features_ptr,
+    mask_ptr,
+    channel,
+    C,
+    support,
+    HAS_MASK: tl.constexpr,
+    EXP2_SCALE: tl.constexpr,
+):
+    """`acc` `(P, channels)` plus the tokens `token` `(CHUNK,)`, flat indices b L + l, where `valid`."""
+    if HAS_MASK:
+        valid = valid & (tl.load(mask_ptr + token, mask=valid, other=0) != 0)
+    base = gaussians_ptr + token * 5
+    sigma_x = tl.load(base, mask=valid, other=1.0)[None, :]
+    sigma_y = tl.load(base + 1, mask=valid, other=1.0)[None, :]
+    rho = tl.load(base + 2, mask=valid, other=0.0)[None, :]
+    mu_x = tl.load(base + 3, mask=valid, other=0.0)[None, :]
+    mu_y = tl.load(base + 4, mask=valid, other=0.0)[None, :]
+    half_x = tl.where(valid[None, :], support * sigma_x, -1.0)
+    half_y = support * sigma_y
+    scale = 1.0 / tl.sqrt(1.0 - rho * rho)
+    weights, _, _ = _weights(
+        x[:, None] - mu_x, y[:, None] - mu_y, half_x, half_y, sigma_x, sigma_y, rho, scale, EXP2_SCALE
+    )
+    feature = tl.load(
+        features_ptr + token[:, None] * C + channel[None, :],
+        mask=valid[:, None] & (channel < C)[None, :],
+        other=0.0,
+    )
+    return tl.dot(weights, feature, acc, input_precision="ieee")
+
+
+@_jit
+def _on_tile(  # type: ignore[no-untyped-def]
+    token, valid, gaussians_ptr, mask_ptr, x_first, x_last, y_first, y_last, support, HAS_MASK: tl.constexpr
+):
+    """Whether each token's box reaches the tile: its nearest point to mu is in the box. Never a false no."""
+    if HAS_MASK:
+        valid = valid & (tl.load(mask_ptr + token, mask=valid, other=0) != 0)
+    base = gaussians_ptr + token * 5
+    half_x = support * tl.load(base, mask=valid, other=0.0)
+    half_y = support * tl.load(base + 1, mask=valid, other=0.0)
+    mu_x = tl.load(base + 3, mask=valid, other=0.0)
+    mu_y = tl.load(base + 4, mask=valid, other=0.0)
+    dx = tl.minimum(tl.maximum(mu_x, x_first), x_last) - mu_x
+    dy = tl.minimum(tl.maximum(mu_y, y_first), y_last) - mu_y
+    return valid & (tl.abs(dx) <= half_x) & (tl.abs(dy) <= half_y)
+
+
+@_jit
+def forward_kernel(  # type: ignore[no-untyped-def]
+    gaussians_ptr,
+    features_ptr,
+    mask_ptr,
+    maps_ptr,
+    lists_ptr,
+    L,
+    C,
+    height,
+    width,
+    support,
+    HAS_MASK: tl.constexpr,
+    MAKE_LISTS: tl.constexpr,
+    TILE_H: tl.constexpr,
+    TILE_W: tl.constexpr,
+    CHUNK_L: tl.constexpr,
+    SCAN_L: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    EXP2_SCALE: tl.constexpr,
+):
+    """Grid (tiles, blocks of channels, B). `lists` `(B, blocks, tiles, SCAN_L)` int32 is scratch for MAKE_LISTS."""
+    tile, channel_block, image = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    columns = tl.cdiv(width, TILE_W)
+    top, left = tile // columns * TILE_H, tile % columns * TILE_W
+    pixel = tl.arange(0, TILE_H * TILE_W)
+    column, row = left + pixel % TILE_W, top + pixel // TILE_W
+    x, y = _coordinate(column, width), _coordinate(row, height)
+    x_first, x_last = _coordinate(left, width), _coordinate(tl.minimum(left + TILE_W, width) - 1, width)
+    y_first, y_last = _coordinate(top, height), _coordinate(tl.minimum(top + TILE_H, height) - 1, height)
+    channel = channel_block * BLOCK_C + tl.arange(0, BLOCK_C)
+    gaussians_ptr += image.to(tl.int64) * L * 5
+    features_ptr += image.to(tl.int64) * L * C
+    mask_ptr += image.to(tl.int64) * L
+
+    acc = tl.zeros((TILE_H * TILE_W, BLOCK_C), dtype=tl.float32)
+    if MAKE_LISTS:
+        program = (image * tl.num_programs(1) + channel_block).to(tl.int64) * tl.num_programs(0) + tile
+        list_ptr = lists_ptr + program * SCAN_L
+        for start in range(0, L, SCAN_L):
+            scanned = start + tl.arange(0, SCAN_L)
+            hit = _on_tile(
+                scanned, scanned < L, gaussians_ptr, mask_ptr, x_first, x_last, y_first, y_last, support, HAS_MASK
+            ).to(tl.int32)
+            tl.store(list_ptr + tl.cumsum(hit, 0) - 1, scanned, mask=hit != 0)
+            num_hits = tl.sum(hit, 0)
+            tl.debug_barrier()  # the list is read by other threads than those that wrote it
+            for k in range(0, num_hits, CHUNK_L):
+                slot = k + tl.arange(0, CHUNK_L)
+                listed = tl.load(list_ptr + slot, mask=slot < num_hits, other=0)
+                acc = _render_chunk(
+                    acc, listed, slot < num_hits, x, y, gaussians_ptr, features_ptr, mask_ptr, channel, C, support,
+                    HAS_MASK, EXP2_SCALE,
+                )  # fmt: skip
+            tl.debug_barrier()  # and not written again before they are done
+    else:
+        for start in range(0, L, CHUNK_L):
+            token = start + tl.arange(0, CHUNK_L)
+            hit = _on_tile(
+                token, token < L, gaussians_ptr, mask_ptr, x_first, x_last, y_first, y_last, support, HAS_MASK
+            )
+            if tl.max(hit.to(tl.int32), 0) > 0:
+                acc = _render_chunk(
+                    acc, token, hit, x, y, gaussians_ptr, features_ptr, mask_ptr, channel, C, support,
+                    HAS_MASK, EXP2_SCALE,
+                )  # fmt: skip
+
+    offset = channel[None, :] * (height * width) + (row * width + column)[:, None]
+    inside = ((row < height) & (column < width))[:, None] & (channel < C)[None, :]
+    tl.store(maps_ptr + image.to(tl.int64) * C * height * width + offset, acc, mask=inside)
+
+
+@_jit
+def _pixel_range(mu, half, num_pixels):
+    """First pixel and end of a range that holds every pixel of the box along one axis."""
+    middle = (mu.to(tl.float64) + 1.0) * 0.5 * (num_pixels - 1)
+    reach = half.to(tl.float64) * 0.5 * (num_pixels - 1)
+    end = num_pixels.to(tl.float64)
+    first, last = tl.floor(middle - reach) - 1.0, tl.ceil(middle + reach) + 2.0
+    # Written so that a NaN ends at 0 and nothing beyond int32 is ever converted.
+    first = tl.where(first > 0.0, tl.where(first < end, first, end), 0.0)
+    last = tl.where(last > 0.0, tl.where(last < end, last, end), 0.0)
+    return first.to(tl.int32), last.to(tl.int32)
+
+
+@_jit
+def _store_gaussian_gradient(grad_ptr, sigma_x, sigma_y, rho, scale, kept, sum_t, sum_v, sum_tt, sum_tv, sum_vv):
+    """The gradient of a Gaussian from its moments, as in `splatting._gaussian_gradients`; 0 if it is not `kept`."""
+    tl.store(grad_ptr, tl.where(kept, (sum_tt + rho * scale * sum_tv) / sigma_x, 0.0))
+    tl.store(grad_ptr + 1, tl.where(kept, (sum_vv - rho * scale * sum_tv) / sigma_y, 0.0))
+    tl.store(grad_ptr + 2, tl.where(kept, scale * sum_tv - rho * scale * scale * sum_tt, 0.0))
+    tl.store(grad_ptr + 3, tl.where(kept, scale * sum_t / sigma_x, 0.0))
+    tl.store(grad_ptr + 4, tl.where(kept, (sum_v - rho * scale * sum_t) / sigma_y, 0.0))
+
+
+@_jit
+def backward_kernel(  # type: ignore[no-untyped-def]
+    grad_ptr,
+    gaussians_ptr,
+    features_ptr,
+    mask_ptr,
+    moments_ptr,
+    grad_features_ptr,
+    L,
+    C,
+    height,
+    width,
+    num_tokens,
+    support,
+    HAS_MASK: tl.constexpr,
+    SPLIT: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    BLOCK_W: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    EXP2_SCALE: tl.constexpr,
+):
+    """Grid (B L, strips, blocks of channels).
+
+    With SPLIT: partial `moments` `(strips blocks, B L, 5)` and `grad_features` `(strips, B L, C)`. Without (one strip
+    and one block): the gradients themselves, `(B L, 5)` and `(B L, C)`.
+    """
+    token, strip, channel_block = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    num_strips = tl.num_programs(1)
+    image = token // L
+    base = gaussians_ptr + token.to(tl.int64) * 5
+    sigma_x, sigma_y, rho = tl.load(base), tl.load(base + 1), tl.load(base + 2)
+    mu_x, mu_y = tl.load(base + 3), tl.load(base + 4)
+    half_x, half_y = support * sigma_x, support * sigma_y
+    scale = 1.0 / tl.sqrt(1.0 - rho * rho)
+    x_begin, x_end = _pixel_range(mu_x, half_x, width)
+    y_begin, y_end = _pixel_range(mu_y, half_y, height)
+    channel = channel_block * BLOCK_C + tl.arange(0, BLOCK_C)
+    real = channel < C
+    if HAS_MASK:
+        kept = tl.load(mask_ptr + token) != 0
+        y_end = tl.where(kept, y_end, y_begin)
+    feature = tl.load(features_ptr + token.to(tl.int64) * C + channel, mask=real, other=0.0)[None, :]
+    grad_ptr += image.to(tl.int64) * C * height * width
+
+    P: tl.constexpr = BLOCK_H * BLOCK_W
+    pixel = tl.arange(0, P)
+    weighted_grad = tl.zeros((P, BLOCK_C), dtype=tl.float32)
+    sum_t = tl.zeros((P,), dtype=tl.float32)
+    sum_v = tl.zeros((P,), dtype=tl.float32)
+    sum_tt = tl.zeros((P,), dtype=tl.float32)
+    sum_tv = tl.zeros((P,), dtype=tl.float32)
+    sum_vv = tl.zeros((P,), dtype=tl.float32)
+    for top in range(y_begin + strip * BLOCK_H, y_end, num_strips * BLOCK_H):
+        row = top + pixel // BLOCK_W
+        dy = _coordinate(row, height) - mu_y
+        for left in range(x_begin, x_end, BLOCK_W):
+            column = left + pixel % BLOCK_W
+            dx = _coordinate(column, width) - mu_x
+            weight, t, v = _weights(dx, dy, half_x, half_y, sigma_x, sigma_y, rho, scale, EXP2_SCALE)
+            # Past the end of the range there may be pixels of the box in theory only: the range holds all of it.
+            inside = (row < y_end) & (column < x_end)
+            weight = tl.where(inside, weight, 0.0)
+            offset = channel[None, :] * (height * width) + (row * width + column)[:, None]
+            grad = tl.load(grad_ptr + offset, mask=inside[:, None] & real[None, :], other=0.0)
+            weighted_grad += weight[:, None] * grad
+            A = weight * tl.sum(grad * feature, 1)
+            sum_t += A * t
+            sum_v += A * v
+            sum_tt += A * t * t
+            sum_tv += A * t * v
+            sum_vv += A * v * v
+
+    total_t, total_v = tl.sum(sum_t, 0), tl.sum(sum_v, 0)
+    total_tt, total_tv, total_vv = tl.sum(sum_tt, 0), tl.sum(sum_tv, 0), tl.sum(sum_vv, 0)
+    grad_feature = tl.sum(weighted_grad, 0)
+    if SPLIT:
+        part = (channel_block * num_strips + strip).to(tl.int64)
+        out = moments_ptr + (part * num_tokens + token) * 5
+        tl.store(out, total_t)
+        tl.store(out + 1, total_v)
+        tl.store(out + 2, total_tt)
+        tl.store(out + 3, total_tv)
+        tl.store(out + 4, total_vv)
+        grad_features_ptr += (strip.to(tl.int64) * num_tokens + token) * C
+        tl.store(grad_features_ptr + channel, grad_feature, mask=channel < C)
+    else:
+        kept = half_x == half_x
+        if HAS_MASK:
+            kept = tl.load(mask_ptr + token) != 0
+        out = moments_ptr + token.to(tl.int64) * 5
+        _store_gaussian_gradient(
+            out, sigma_x, sigma_y, rho, scale, kept, total_t, total_v, total_tt, total_tv, total_vv
+        )
+        tl.store(grad_features_ptr + token.to(tl.int64) * C + channel, grad_feature, mask=channel < C)
+
+
+@_jit
+def finish_kernel(  # type: ignore[no-untyped-def]
+    moments_ptr,
+    partial_features_ptr,
+    gaussians_ptr,
+    mask_ptr,
+    grad_gaussians_ptr,
+    grad_features_ptr,
+    C,
+    num_tokens,
+    num_strips,
+    num_parts,
+    HAS_MASK: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """Grid (B L,): adds the parts of a token in their order and turns its moments into gradients."""
+    token = tl.program_id(0).to(tl.int64)
+    total_t, total_v, total_tt, total_tv, total_vv = 0.0, 0.0, 0.0, 0.0, 0.0
+    for part in range(num_parts):
+        base = moments_ptr + (part * num_tokens + token) * 5
+        total_t += tl.load(base)
+        total_v += tl.load(base + 1)
+        total_tt += tl.load(base + 2)
+        total_tv += tl.load(base + 3)
+        total_vv += tl.load(base + 4)
+    base = gaussians_ptr + token * 5
+    sigma_x, sigma_y, rho = tl.load(base), tl.load(base + 1), tl.load(base + 2)
+    kept = sigma_x == sigma_x
+    if HAS_MASK:
+        kept = tl.load(mask_ptr + token) != 0
+    scale = 1.0 / tl.sqrt(1.0 - rho * rho)
+    _store_gaussian_gradient(
+        grad_gaussians_ptr + token * 5,
+        sigma_x, sigma_y, rho, scale, kept, total_t, total_v, total_tt, total_tv, total_vv,
+    )  # fmt: skip
+    for first in range(0, C, BLOCK_C):
+        channel = first + tl.arange(0, BLOCK_C)
+        total = tl.zeros((BLOCK_C,), dtype=tl.float32)
+        for strip in range(num_strips):
+            base = partial_features_ptr + (strip * num_tokens + token) * C
+            total += tl.load(base + channel, mask=channel < C, other=0.0)
+        tl.store(grad_features_ptr + token * C + channel, total, mask=channel < C)
+
+
+def triton_forward(
+    gaussians: torch.Tensor,
+    features: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    height: int,
+    width: int,
+    support: float,
+    make_lists: bool | None = None,
+) -> torch.Tensor:
+    """The map `(B, C, h, w)` of float32 `(B, L, 5)` and `(B, L, C)`; one launch.
+
+    `make_lists` forces the variant for many tokens (True) or few (False).
+    """
+    B, L, C = features.shape
+    gaussians, features, mask = _kernel_inputs(gaussians, features, attention_mask, height, width)
+    maps = features.new_empty(B, C, height, width)
+    if make_lists is None:
+        make_lists = L >= LIST_MIN_TOKENS
+    block_c = _channel_block(C)
+    num_tiles = triton.cdiv(height, TILE_HEIGHT) * triton.cdiv(width, TILE_WIDTH)
+    grid = (num_tiles, triton.cdiv(C, block_c), B)
+    scan = max(CHUNK, min(SCAN, triton.next_power_of_2(L)))
+    lists = features.new_empty(math.prod(grid) * scan if make_lists else 1, dtype=torch.int32)
+    with _on_device(features):
+        forward_kernel[grid](
+            gaussians, features, mask, maps, lists, L, C, height, width, support,
+            HAS_MASK=attention_mask is not None, MAKE_LISTS=make_lists, TILE_H=TILE_HEIGHT, TILE_W=TILE_WIDTH,
+            CHUNK_L=CHUNK, SCAN_L=scan, BLOCK_C=block_c, EXP2_SCALE=_EXP2_SCALE, num_warps=4, **_OPTIONS,
+        )  # fmt: skip
+    return maps
+
+
+def triton_backward(
+    grad: torch.Tensor,
+    gaussians: torch.Tensor,
+    features: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    support: float,
+    num_strips: int | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Gradients of Gaussians `(B, L, 5)` and features `(B, L, C)` from `grad` `(B, C, h, w)`; one launch, or two where
+    boxes are split. `num_strips` forces into how many strips.
+    """
+    B, L, C = features.shape
+    height, width = grad.shape[-2:]
+    gaussians, features, mask = _kernel_inputs(gaussians, features, attention_mask, height, width)
+    grad = grad.contiguous()
+    if num_strips is None:
+        num_strips = min(MAX_STRIPS, triton.cdiv(height, ROWS_PER_STRIP))
+    block_c = _channel_block(C)
+    num_blocks = triton.cdiv(C, block_c)
+    num_parts = num_strips * num_blocks
+    grad_gaussians, grad_features = torch.empty_like(gaussians), torch.empty_like(features)
+    split = num_parts > 1
+    moments = gaussians.new_empty(num_parts, B * L, 5) if split else grad_gaussians
+    partial_features = features.new_empty(num_strips, B * L, C) if split else grad_features
+    has_mask = attention_mask is not None
+    with _on_device(features):
+        backward_kernel[(B * L, num_strips, num_blocks)](
+            grad, gaussians, features, mask, moments, partial_features, L, C, height, width, B * L, support,
+            HAS_MASK=has_mask, SPLIT=split, BLOCK_H=BLOCK_HEIGHT, BLOCK_W=BLOCK_WIDTH, BLOCK_C=block_c,
+            EXP2_SCALE=_EXP2_SCALE, num_warps=2 if block_c <= 32 else 4, **_OPTIONS,
+        )  # fmt: skip
+        if split:
+            finish_kernel[(B * L,)](
+                moments, partial_features, gaussians, mask, grad_gaussians, grad_features, C, B * L, num_strips,
+                num_parts, HAS_MASK=has_mask, BLOCK_C=block_c, num_warps=1, **_OPTIONS,
+            )  # fmt: skip
+    return grad_gaussians, grad_features
+
+
+def _kernel_inputs(
+    gaussians: torch.Tensor, features: torch.Tensor, attention_mask: torch.Tensor | None, height: int, width: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Contiguous inputs, and the mask as bytes (any tensor when there is none: it is not read)."""
+    C = features.shape[-1]
+    if C * height * width >= 2**31:
+        raise ValueError(f"a map of one image must have fewer than 2³¹ values, got {C} x {height} x {width}")
+    mask = features if attention_mask is None else attention_mask.contiguous().view(torch.uint8)
+    return gaussians.contiguous(), features.contiguous(), mask
+
+
+def _channel_block(num_channels: int) -> int:
+    """Channels of one program: a power of two, at least the 16 that a matrix product takes."""
+    return max(16, min(MAX_CHANNEL_BLOCK, triton.next_power_of_2(num_channels)))
+
+
+def _on_device(tensor: torch.Tensor) -> contextlib.AbstractContextManager[Any]:
+    """Kernels are launched on the current device, which need not be that of the tensors."""
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
