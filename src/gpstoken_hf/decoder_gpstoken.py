@@ -150,8 +150,9 @@ class MapAttention(nn.Module):
         """`(B, C, H, W)` -> the same shape."""
         size = hidden_states.shape[-2:]
         normed = self.norm(hidden_states)
+        # Contiguous, or the fused kernels decline and all (H W)² weights are stored, gigabytes for a large image.
         query, key, value = (
-            projection(normed).flatten(2).transpose(1, 2).unsqueeze(1)  # (B, 1, H W, C)
+            projection(normed).flatten(2).transpose(1, 2).unsqueeze(1).contiguous()  # (B, 1, H W, C)
             for projection in (self.q_proj, self.k_proj, self.v_proj)
         )
         attended = F.scaled_dot_product_attention(query, key, value)
