@@ -1,0 +1,162 @@
+# Copyright 2026 The gpstoken-hf authors. Licensed under the Apache License, Version 2.0.
+"""The shape of the project: public names, the arrows between modules, the file tree of the README, quiet imports."""
+
+import ast
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import gpstoken_hf
+
+ROOT = Path(__file__).resolve().parents[1]
+LIBRARY = ROOT / "src" / "gpstoken_hf"
+PROGRAM_FOLDERS = ("pipelines", "conversion", "training")
+
+# Which siblings a module of the library may import. Data flows one way: nothing here points back.
+ARROWS = {
+    "configuration_gpstoken": set(),
+    "gaussians": set(),
+    "programs": set(),
+    "metrics": set(),
+    "losses": set(),
+    "partition": {"gaussians"},
+    "splatting": {"gaussians", "splatting_triton"},
+    "splatting_triton": {"gaussians"},
+    "calibration": {"gaussians", "partition"},
+    "image_processing_gpstoken": set(),
+    "decoder_gpstoken": set(),
+    "encoder_gpstoken": {"configuration_gpstoken", "decoder_gpstoken", "gaussians"},
+    "modeling_gpstoken": {
+        "configuration_gpstoken",
+        "decoder_gpstoken",
+        "encoder_gpstoken",
+        "gaussians",
+        "partition",
+        "splatting",
+    },
+    "autoencoder_gpstoken": {"configuration_gpstoken", "gaussians", "modeling_gpstoken"},
+    "transformer_sit": {"gaussians"},
+    "scheduling_flow_match_sde": set(),
+    "layout_bank": {"gaussians"},
+    "visualization": {"gaussians"},
+    "hub": set(),
+    "pipeline_gpstoken": {
+        "calibration",
+        "gaussians",
+        "hub",
+        "image_processing_gpstoken",
+        "layout_bank",
+        "modeling_gpstoken",
+        "scheduling_flow_match_sde",
+        "transformer_sit",
+    },
+}
+
+PUBLIC_NAMES = (
+    "GPSTokenConfig",
+    "GPSTokenModel",
+    "GPSTokenImageProcessor",
+    "SiTTransformer1DModel",
+    "FlowMatchSDEScheduler",
+    "AutoencoderGPSToken",
+    "GPSTokenPipeline",
+    "splat_gaussians",
+    "partition_images",
+    "calibrate_layout",
+    "GaussianLayoutBank",
+)
+
+
+def imported_modules(path: Path) -> list[tuple[int, str]]:
+    """`(level, module)` of every import in a file, wherever it stands."""
+    found = []
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom):
+            found.append((node.level, node.module or ""))
+        elif isinstance(node, ast.Import):
+            found.extend((0, alias.name) for alias in node.names)
+    return found
+
+
+def library_modules() -> list[Path]:
+    return sorted(path for path in LIBRARY.glob("*.py") if path.name != "__init__.py")
+
+
+@pytest.mark.parametrize("name", PUBLIC_NAMES)
+def test_public_name_is_importable(name):
+    assert name in gpstoken_hf.__all__
+    assert getattr(gpstoken_hf, name) is not None
+
+
+@pytest.mark.parametrize("path", library_modules(), ids=lambda path: path.stem)
+def test_arrows_between_modules(path):
+    assert path.stem in ARROWS, "a new module: write down here what it may import"
+    siblings = {module for level, module in imported_modules(path) if level == 1}
+    assert siblings <= ARROWS[path.stem]
+    for level, module in imported_modules(path):
+        # Remote code on the Hub follows `from .x import y` and nothing else.
+        assert level <= 1
+        assert not (level == 0 and module.split(".")[0] == "gpstoken_hf")
+        assert module.split(".")[0] not in PROGRAM_FOLDERS
+
+
+def test_arrows_have_no_circle():
+    def reachable(name: str, seen: tuple[str, ...]) -> None:
+        assert name not in seen, f"a circle: {' -> '.join((*seen, name))}"
+        for target in ARROWS[name]:
+            reachable(target, (*seen, name))
+
+    for name in ARROWS:
+        reachable(name, ())
+    assert set(ARROWS) == {path.stem for path in library_modules()}
+
+
+@pytest.mark.parametrize("path", library_modules(), ids=lambda path: path.stem)
+def test_modules_are_short(path):
+    assert len(path.read_text().splitlines()) <= 700
+
+
+def test_readme_tree_is_true():
+    readme = (ROOT / "README.md").read_text()
+    tree = re.search(r"```text\n(.*?)```", readme, re.DOTALL)
+    assert tree, "the README shows the file tree in a ```text block"
+    folder, named = "", set()
+    for line in tree[1].splitlines():
+        entry = line.split()[0] if line.strip() else ""
+        if not line.startswith(" ") and entry.endswith("/"):
+            folder = entry
+        elif entry:
+            named.add((folder if line.startswith(" ") else "") + entry)
+    for name in named:
+        assert (ROOT / name).exists(), f"the README names {name}, which is not there"
+    for folder in ("src/gpstoken_hf", *PROGRAM_FOLDERS):
+        for path in (ROOT / folder).glob("*.py"):
+            if path.name != "__init__.py":
+                assert f"{folder}/{path.name}" in named, f"the README does not name {folder}/{path.name}"
+
+
+def test_import_is_quiet_and_offline():
+    """Nothing is printed, compiled or asked of the network when the package is imported."""
+    program = (
+        "import socket\n"
+        "def refuse(*arguments, **options): raise AssertionError('network at import')\n"
+        "socket.socket.connect = refuse\n"
+        "import gpstoken_hf, sys\n"
+        "from numba.core.dispatcher import Dispatcher\n"
+        "import gc\n"
+        "ours = [d for d in gc.get_objects() if isinstance(d, Dispatcher) and d.py_func.__module__.startswith('gpstoken_hf')]\n"
+        "assert ours and not any(d.signatures for d in ours), 'compiled at import'\n"
+        "assert 'matplotlib' not in sys.modules and 'skimage' not in sys.modules and 'datasets' not in sys.modules\n"
+    )
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout == ""
+
+
+def test_every_file_carries_the_licence():
+    for folder in ("src", "tests", *PROGRAM_FOLDERS):
+        for path in (ROOT / folder).rglob("*.py"):
+            assert path.read_text().startswith("# Copyright 2026 The gpstoken-hf authors."), path
