@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from gpstoken_hf.configuration_gpstoken import GPSTokenConfig
 from gpstoken_hf.layout_bank import GaussianLayoutBank
+from gpstoken_hf.pipeline_gpstoken import GPSTokenPipeline
 
 PAPER = "[GPSToken: Gaussian Parameterized Spatially-adaptive Tokenization](https://arxiv.org/abs/2509.01109)"
 
@@ -126,4 +127,37 @@ transformer = SiTTransformer1DModel.from_pretrained("path/or/repo")
 | time | `forward` takes `timestep = 1000 (1 - t)` and returns `x_0 - x_1`, minus the checkpoint's velocity |
 
 For the training data and the licence of the weights ask the source of `{source}`.
+"""
+
+
+def pipeline_card(pipeline: GPSTokenPipeline) -> str:
+    """README.md of an assembled pipeline."""
+    vae, transformer = pipeline.vae.config, pipeline.transformer.config
+    sources = []
+    if pipeline.layout_transformer is not None:
+        sources.append("a layout transformer, whose layouts are calibrated")
+    if pipeline.layout_bank is not None:
+        sources.append(f"a bank of {len(pipeline.layout_bank)} layouts")
+    layouts = " and ".join(sources) or ("made with the texture" if pipeline.is_one_stage else "given by the caller")
+    return f"""{front_matter("diffusers", ["gpstoken", "class-conditional", "arxiv:2509.01109"])}
+# GPSToken pipeline
+
+Class label to layout to texture to image, assembled from converted components with `gpstoken_hf`. See {PAPER}.
+
+```python
+import torch
+from gpstoken_hf import GPSTokenPipeline
+
+pipe = GPSTokenPipeline.from_pretrained("path/or/repo").to("cuda")
+out = pipe([0, 1], num_inference_steps=250, guidance_scale=1.5, generator=torch.Generator().manual_seed(0))
+out.images[0].save("image.png")
+```
+
+| | |
+|---|---|
+| images | {vae.image_size} x {vae.image_size} |
+| tokens | {transformer["sample_size"]} of 5 + {vae.texture_channels} numbers |
+| classes | {transformer["num_classes"]} |
+| layouts | {layouts} |
+| sampler | {type(pipeline.scheduler).__name__}, 250 steps, guidance 1.5 for t in [0.2, 1] as in the release |
 """
