@@ -1,0 +1,623 @@
+# Copyright 2026 The gpstoken-hf authors. Licensed under the Apache License, Version 2.0.
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import PIL.Image
+import pytest
+import sit_golden
+import tiny_pipeline
+import torch
+from diffusers import (
+    DiffusionPipeline,
+    DPMSolverMultistepScheduler,
+    FirstBlockCacheConfig,
+    FlowMatchEulerDiscreteScheduler,
+    FlowMatchHeunDiscreteScheduler,
+    UniPCMultistepScheduler,
+)
+from tiny_pipeline import CHANNELS, SIDE, TOKENS, make_components, make_pipeline, seeded
+
+from gpstoken_hf.calibration import calibrate_layout
+from gpstoken_hf.partition import partition_images
+from gpstoken_hf.pipeline_gpstoken import GPSTokenPipeline
+from gpstoken_hf.scheduling_flow_match_sde import FlowMatchSDEScheduler
+
+MODES = ("generated", "bank", "one_stage")
+
+
+def pixels(output) -> torch.Tensor:
+    assert isinstance(output.images, torch.Tensor)
+    return output.images
+
+
+class RecordedNoise(FlowMatchSDEScheduler):
+    """The same scheduler with the noise of a recording."""
+
+    noise: torch.Tensor
+
+    def step(self, model_output, timestep, sample, generator=None, **kwargs):
+        index = self.step_index or 0
+        noise = self.noise[index] if index < len(self.noise) else None
+        return super().step(model_output, timestep, sample, variance_noise=noise, **kwargs)
+
+
+@pytest.mark.parametrize("name", sit_golden.available_sets())
+@pytest.mark.parametrize("sampler", ["sde", "ode_euler"])
+def test_the_loop_follows_the_guided_trajectories_of_the_release(name, sampler):
+    golden, config = sit_golden.load_arrays(name), sit_golden.load_config(name)
+    states = []
+    if sampler == "sde":
+        scheduler, trajectory = RecordedNoise(), golden["sde_trajectory"]
+        scheduler.noise = golden["sde_noise"]
+    else:
+        scheduler, trajectory = FlowMatchEulerDiscreteScheduler(), golden["ode_euler_trajectory"][1:]
+    pipeline = make_pipeline("bank", transformer=sit_golden.load_model(name), scheduler=scheduler)
+    pipeline._guidance_scale = config["cfg"]["scale"]
+    with torch.no_grad():
+        pipeline._sample(
+            pipeline.transformer,
+            scheduler,
+            golden["cfg_x"],
+            golden["cfg_y"],
+            golden["cfg_cond"],
+            None,
+            len(trajectory),
+            (config["cfg"]["low"], config["cfg"]["high"]),
+            None,
+            "texture",
+            lambda _pipe, _i, _t, tensors: states.append(tensors["latents"]),
+            ["latents"],
+        )
+    assert len(states) == len(trajectory)
+    for state, expected in zip(states, trajectory):
+        torch.testing.assert_close(state, expected, rtol=0, atol=1e-4)
+
+
+def record_calls(transformer) -> list[tuple[int, list[int]]]:
+    """(batch size, labels) of every forward pass from now on."""
+    calls = []
+    transformer.register_forward_hook(lambda _m, args, _o: calls.append((len(args[0]), args[2].tolist())))
+    return calls
+
+
+def test_guidance_makes_no_forward_pass_it_does_not_need():
+    null = tiny_pipeline.CLASSES
+
+    def run(**kwargs):
+        pipeline = make_pipeline("bank", scheduler=FlowMatchEulerDiscreteScheduler())
+        calls = record_calls(pipeline.transformer)
+        pipeline([3, 4], num_inference_steps=10, generator=seeded(0, 1), output_type="pt", **kwargs)
+        return calls
+
+    labelled, unlabelled, both = (2, [3, 4]), (2, [null, null]), (4, [null, null, 3, 4])
+    # t of the steps: 0, 0.1, ..., 0.9; both ends of the interval belong to it.
+    assert run(guidance_scale=1.5, guidance_interval=(0.2, 1.0)) == [labelled] * 2 + [both] * 8
+    assert run(guidance_scale=1.5, guidance_interval=(0.3, 0.7)) == [labelled] * 3 + [both] * 5 + [labelled] * 2
+    assert run(guidance_scale=1.0, guidance_interval=(0.0, 1.0)) == [labelled] * 10
+    assert run(guidance_scale=0.0, guidance_interval=(0.0, 0.4)) == [unlabelled] * 5 + [labelled] * 5
+
+
+def test_guidance_scale_one_is_no_guidance_and_others_are():
+    def run(w):
+        return pixels(make_pipeline("bank")([3], 6, guidance_scale=w, generator=seeded(0), output_type="pt"))
+
+    # Worst seen 2e-7: a batch of one and of two.
+    torch.testing.assert_close(run(1.0), run(1.0 + 1e-7), rtol=0, atol=1e-5)
+    assert (run(1.0) - run(4.0)).abs().max() > 1e-3
+
+
+def test_the_layout_stage_is_not_guided():
+    pipeline = make_pipeline("generated")
+    calls = record_calls(pipeline.layout_transformer)
+    pipeline([3], 2, num_layout_steps=4, guidance_scale=5.0, generator=seeded(0), output_type="layout")
+    assert calls == [(1, [3])] * 4
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_the_same_image_alone_and_in_a_batch(mode):
+    pipeline = make_pipeline(mode)
+    together = pipeline([1, 2, 3], 6, generator=seeded(7, 8, 9), output_type="pt")
+    again = pipeline([1, 2, 3], 6, generator=seeded(7, 8, 9), output_type="pt")
+    assert torch.equal(pixels(together), pixels(again))
+    for i in range(3):
+        alone = pipeline([1 + i], 6, generator=seeded(7 + i), output_type="pt")
+        # Worst seen 6e-7.
+        torch.testing.assert_close(pixels(alone)[0], pixels(together)[i], rtol=0, atol=1e-5)
+    other = pipeline([1, 2, 3], 6, generator=seeded(10, 8, 9), output_type="pt")
+    assert (pixels(other)[0] - pixels(together)[0]).abs().max() > 1e-3
+    # Layout and class of a sample are its own: the neighbours did not change.
+    torch.testing.assert_close(pixels(other)[1:], pixels(together)[1:], rtol=0, atol=1e-5)
+
+
+def test_one_generator_for_the_batch():
+    pipeline = make_pipeline()
+    first = pipeline([1, 2], 4, generator=torch.Generator().manual_seed(0), output_type="pt")
+    second = pipeline([1, 2], 4, generator=torch.Generator().manual_seed(0), output_type="pt")
+    assert torch.equal(pixels(first), pixels(second))
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_output_types(mode):
+    pipeline = make_pipeline(mode)
+
+    def run(output_type):
+        return pipeline([1, 2], 3, generator=seeded(0, 1), output_type=output_type)
+
+    pil, np_, pt, latent = (run(kind) for kind in ("pil", "np", "pt", "latent"))
+    assert [(image.size, image.mode) for image in pil.images] == [((SIDE, SIDE), "RGB")] * 2
+    assert np_.images.shape == (2, SIDE, SIDE, 3)
+    assert np_.images.dtype == np.float32
+    assert 0 <= np_.images.min() <= np_.images.max() <= 1
+    np.testing.assert_array_equal(np_.images.transpose(0, 3, 1, 2), pt.images.numpy())
+    np.testing.assert_allclose(np.stack([np.asarray(image) for image in pil.images]) / 255, np_.images, atol=0.5 / 255)
+    assert latent.images.shape == pt.tokens.shape == (2, TOKENS, CHANNELS)
+    assert torch.equal(latent.tokens, pt.tokens)
+    assert torch.equal(pipeline.vae.decode(pt.tokens).sample.clamp(-1, 1) / 2 + 0.5, pt.images)
+    assert (pt.layout is None) == (mode == "one_stage")
+    if mode != "one_stage":
+        assert pt.layout.shape == (2, TOKENS, 5)
+        assert pt.layout.dtype == torch.float32
+    images, layout, tokens = pipeline([1, 2], 3, generator=seeded(0, 1), output_type="pt", return_dict=False)
+    assert torch.equal(images, pt.images)
+    assert torch.equal(tokens, pt.tokens)
+    assert (layout is None) == (mode == "one_stage")
+
+
+def test_generated_layouts_are_legal():
+    layout = make_pipeline()(list(range(10)), generator=torch.Generator().manual_seed(0), output_type="layout").layout
+    calibrated = calibrate_layout(layout, (SIDE, SIDE), min_region_size=4)
+    assert torch.equal(calibrated.gaussians, layout)
+    assert len(torch.unique(layout, dim=0)) > 1
+
+
+def test_layouts_from_the_bank_are_of_the_class():
+    pipeline = make_pipeline("bank")
+    stored = pipeline.layout_bank.layouts_by_class()
+    layout = pipeline([4, 7], generator=seeded(0, 1), output_type="layout").layout
+    for one, label in zip(layout, (4, 7)):
+        assert any(torch.equal(one, other) for other in stored[label])
+
+
+def test_layout_source_by_name():
+    pipeline, stored = make_pipeline("both"), tiny_pipeline.make_bank().layouts_by_class()[4]
+    generated = pipeline([4], generator=seeded(0), output_type="layout").layout
+    named = pipeline([4], generator=seeded(0), layout="generated", output_type="layout").layout
+    banked = pipeline([4], generator=seeded(0), layout="bank", output_type="layout").layout
+    assert torch.equal(generated, named)
+    assert any(torch.equal(banked[0], other) for other in stored)
+    assert not any(torch.equal(generated[0], other) for other in stored)
+
+
+@pytest.mark.parametrize("mode", ["generated", "bank"])
+def test_a_layout_can_be_taken_out_and_put_back_in(mode):
+    pipeline = make_pipeline(mode)
+    latents = torch.randn(2, TOKENS, CHANNELS, generator=torch.Generator().manual_seed(0))
+    arguments = {"num_inference_steps": 3, "latents": latents, "output_type": "pt"}
+    pipeline.scheduler = FlowMatchEulerDiscreteScheduler()
+    whole = pipeline([1, 2], generator=seeded(0, 1), **arguments)
+    layout = pipeline([1, 2], generator=seeded(0, 1), output_type="layout").layout
+    assert torch.equal(layout, whole.layout)
+    assert torch.equal(pixels(pipeline([1, 2], layout=layout, **arguments)), pixels(whole))
+
+    edited = layout.clone()
+    edited[:, 0, 3:] *= -0.5
+    moved = pipeline([1, 2], layout=edited, **arguments)
+    assert torch.equal(moved.layout, edited)
+    assert (pixels(moved) - pixels(whole)).abs().max() > 1e-3
+
+
+def test_a_layout_given_by_hand_needs_no_source_of_layouts():
+    pipeline = make_pipeline("bank", layout_bank=None)
+    layout = tiny_pipeline.make_bank().layout(0)
+    output = pipeline([1, 2], 3, layout=layout[None], generator=seeded(0, 1), output_type="pt")
+    assert torch.equal(output.layout, layout.expand(2, -1, -1))
+
+
+def test_any_number_of_tokens_and_different_numbers_in_one_batch():
+    pipeline = make_pipeline("bank", scheduler=FlowMatchEulerDiscreteScheduler())
+    image = torch.rand(1, 3, SIDE, SIDE, generator=torch.Generator().manual_seed(3)) * 2 - 1
+    short, long = (partition_images(image, length, min_region_size=4).gaussians[0] for length in (3, 12))
+    noise = torch.randn(2, 12, CHANNELS, generator=torch.Generator().manual_seed(0))
+    output = pipeline([1, 2], 4, layout=[short, long], latents=noise, output_type="pt")
+    assert output.layout.shape == (2, 12, 5)
+    assert output.attention_mask.sum(1).tolist() == [3, 12]
+    for i, layout in enumerate((short, long)):
+        alone = pipeline([1 + i], 4, layout=layout[None], latents=noise[i : i + 1, : len(layout)], output_type="pt")
+        assert alone.attention_mask is None
+        torch.testing.assert_close(pixels(alone)[0], pixels(output)[i], rtol=0, atol=1e-5)
+    listed = [one[mask.bool()] for one, mask in zip(output.layout, output.attention_mask)]
+    again = pipeline([1, 2], 4, layout=listed, latents=noise, output_type="pt")
+    assert torch.equal(pixels(again), pixels(output))
+
+
+def test_a_bank_of_layouts_of_different_lengths():
+    pipeline = make_pipeline("bank", layout_bank=tiny_pipeline.make_bank(lengths=(4, 6, 10)))
+    output = pipeline(list(range(10)), 2, generator=torch.Generator().manual_seed(0), output_type="pt")
+    assert set(output.attention_mask.sum(1).tolist()) == {4, 6, 10}
+    assert torch.isfinite(pixels(output)).all()
+
+
+def test_the_layout_of_an_image_is_borrowed():
+    pipeline = make_pipeline("generated")
+    array = np.full((48, 64, 3), 255, dtype=np.uint8)
+    array[20:30, 10:40] = np.random.default_rng(0).integers(0, 255, (10, 30, 3))
+    image = PIL.Image.fromarray(array)
+    cropped = image.resize((43, 32), PIL.Image.BICUBIC)
+    borrowed = pipeline([1, 2], 2, layout=image, generator=seeded(0, 1), output_type="pt").layout
+    assert borrowed.shape == (2, TOKENS, 5)
+    assert torch.equal(borrowed[0], borrowed[1])
+    assert torch.equal(calibrate_layout(borrowed, (SIDE, SIDE), 4).gaussians, borrowed)
+
+    # An image of the right size keeps its pixels: its layout is the partition's own.
+    exact = cropped.crop((5, 0, 37, 32))
+    pixel_values = torch.from_numpy(np.asarray(exact).copy()).permute(2, 0, 1)[None] / 127.5 - 1
+    expected = partition_images(pixel_values, TOKENS, min_region_size=4).gaussians
+    kinds = [exact, [exact], np.asarray(exact), pixel_values / 2 + 0.5]
+    for kind in kinds:
+        layout = pipeline([1], layout=kind, output_type="layout").layout
+        torch.testing.assert_close(layout, expected, rtol=0, atol=0)
+    two = pipeline([1, 2], layout=[exact, image], output_type="layout").layout
+    assert torch.equal(two[0], expected[0])
+    assert torch.equal(two[1], borrowed[0])
+    with pytest.raises(ValueError, match="1 or 3 images, one per class label, got 2"):
+        pipeline([1, 2, 3], layout=[exact, image], output_type="layout")
+
+
+def test_noise_can_be_given():
+    pipeline = make_pipeline("generated", scheduler=FlowMatchEulerDiscreteScheduler())
+    generator = torch.Generator().manual_seed(0)
+    noise = {"latents": torch.randn(1, TOKENS, CHANNELS, generator=generator)}
+    noise["layout_latents"] = torch.randn(1, TOKENS, 5, generator=generator)
+    first, second = (pixels(pipeline([1], 3, generator=seeded(seed), output_type="pt", **noise)) for seed in (0, 1))
+    assert torch.equal(first, second)
+    # With seeds, the noise of the layout is drawn first and that of the texture next.
+    generator = seeded(3)[0]
+    noise = {
+        "layout_latents": torch.randn(1, TOKENS, 5, generator=generator),
+        "latents": torch.randn(1, TOKENS, CHANNELS, generator=generator),
+    }
+    given, seeds = pipeline([1], 3, output_type="pt", **noise), pipeline([1], 3, generator=seeded(3), output_type="pt")
+    assert torch.equal(pixels(given), pixels(seeds))
+
+
+def test_statistics_are_the_transformers_and_else_the_tokenizers():
+    mean, std = [float(i) for i in range(CHANNELS)], [float(i + 1) for i in range(CHANNELS)]
+    latents, layout = torch.randn(1, TOKENS, CHANNELS), tiny_pipeline.make_bank().layout(0)[None]
+
+    def texture(pipeline):
+        return pipeline._to_tokens(pipeline.transformer, latents, layout)[..., 5:]
+
+    def transformer(**statistics):
+        return tiny_pipeline.make_transformer(CHANNELS, 5, seed=1, **statistics)
+
+    own = make_pipeline("bank", transformer=transformer(latents_mean=mean, latents_std=std))
+    expected = latents[..., 5:] * torch.tensor(std[5:]) + torch.tensor(mean[5:])
+    assert torch.equal(texture(own), expected)
+    vae = tiny_pipeline.make_vae(latents_mean=mean, latents_std=std)
+    assert torch.equal(texture(make_pipeline("bank", vae=vae, transformer=transformer())), expected)
+    other = transformer(latents_mean=[0.0] * CHANNELS, latents_std=[2.0] * CHANNELS)
+    assert torch.equal(texture(make_pipeline("bank", vae=vae, transformer=other)), latents[..., 5:] * 2)
+    assert torch.equal(texture(make_pipeline("bank", transformer=transformer())), latents[..., 5:])
+    # Statistics of `g - g_init` say nothing of whole Gaussians.
+    whole = tiny_pipeline.make_transformer(CHANNELS, None, seed=1)
+    one_stage = make_pipeline("one_stage", vae=vae, transformer=whole)
+    assert torch.equal(texture(one_stage), latents[..., 5:])
+
+
+def test_labels_by_id_name_and_tensor():
+    pipeline = make_pipeline("bank")
+    expected = pixels(pipeline([0, 1, 2], 2, generator=seeded(0, 1, 2), output_type="pt"))
+    for labels in (["cat", "DOG ", "bird"], ["cat, tabby", 1, "crane, bird"], torch.tensor([0, 1, 2]), (0, "dog", 2)):
+        assert torch.equal(pixels(pipeline(labels, 2, generator=seeded(0, 1, 2), output_type="pt")), expected)
+    one = pixels(pipeline("dog", 2, generator=seeded(1), output_type="pt"))
+    assert torch.equal(one, pixels(pipeline(1, 2, generator=seeded(1), output_type="pt")))
+    assert pipeline.get_label_ids(["tabby", "machine"]) == [0, 3]
+    assert pipeline.labels["crane"] == [2, 3]
+
+
+def test_callbacks():
+    pipeline, seen = make_pipeline(), []
+
+    def callback(pipe, i, timestep, tensors):
+        assert pipe is pipeline
+        assert pipe.current_timestep is timestep
+        seen.append((i, set(tensors)))
+        return {}
+
+    names = pipeline._callback_tensor_inputs
+    pipeline([1], 4, callback_on_step_end=callback, callback_on_step_end_tensor_inputs=names, generator=seeded(0))
+    assert seen == [(i, {"latents", "layout"}) for i in range(4)]
+    assert pipeline.num_timesteps == 4
+    assert pipeline.current_timestep is None
+    with pytest.raises(ValueError, match="prompt"):
+        pipeline([1], 4, callback_on_step_end=callback, callback_on_step_end_tensor_inputs=["prompt"])
+
+
+def test_a_callback_changes_tensors_guidance_and_stops():
+    pipeline = make_pipeline("bank", scheduler=FlowMatchEulerDiscreteScheduler())
+
+    def zero(pipe, i, timestep, tensors):
+        return {"latents": torch.zeros_like(tensors["latents"])} if i == pipe.num_timesteps - 1 else None
+
+    assert not pipeline([1], 4, callback_on_step_end=zero, output_type="latent").images.any()
+
+    def stop(pipe, i, timestep, tensors):
+        pipe._interrupt = i == 1
+        return {}
+
+    calls = record_calls(pipeline.transformer)
+    pipeline([1], 6, callback_on_step_end=stop, guidance_scale=1.0, output_type="latent")
+    assert len(calls) == 2
+    assert len(pipeline([1], 6, guidance_scale=1.0).images) == 1  # the next call is not interrupted
+    assert len(calls) == 8
+
+    def guide_more(pipe, i, timestep, tensors):
+        pipe._guidance_scale += 1.0
+        return {}
+
+    pipeline([1], 3, callback_on_step_end=guide_more, guidance_scale=1.0, guidance_interval=(0, 1))
+    assert [size for size, _ in calls[8:]] == [1, 2, 2]
+    assert pipeline.guidance_scale == 4.0
+
+    other = tiny_pipeline.make_bank().layout(3)[None]
+    edited = pipeline(
+        [1],
+        3,
+        generator=seeded(0),
+        callback_on_step_end=lambda *_: {"layout": other},
+        callback_on_step_end_tensor_inputs=["layout"],
+    )
+    assert torch.equal(edited.layout, other)
+
+
+def test_progress_bars_of_both_stages(capsys):
+    pipeline = make_pipeline()
+    pipeline.set_progress_bar_config(disable=False)
+    pipeline([1], 6, num_layout_steps=3, generator=seeded(0))
+    text = capsys.readouterr().err
+    assert "layout: 100%" in text
+    assert "3/3" in text
+    assert "texture: 100%" in text
+    assert "6/6" in text
+    pipeline.set_progress_bar_config(disable=True)
+    pipeline([1], 2, generator=seeded(0))
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.filterwarnings("ignore:__array:DeprecationWarning")  # diffusers with NumPy 2
+@pytest.mark.parametrize(
+    ("scheduler", "calls"),
+    [
+        (FlowMatchSDEScheduler, 6),
+        (FlowMatchEulerDiscreteScheduler, 6),
+        (FlowMatchHeunDiscreteScheduler, 11),
+        (DPMSolverMultistepScheduler, 6),
+        (UniPCMultistepScheduler, 6),
+    ],
+)
+def test_schedulers_swap_by_from_config(scheduler, calls):
+    pipeline = make_pipeline("generated")
+    pipeline.scheduler = scheduler.from_config(pipeline.scheduler.config)
+    seen = record_calls(pipeline.transformer)
+    output = pipeline([1], 6, generator=seeded(0), guidance_scale=1.0, output_type="pt")
+    assert len(seen) == calls
+    assert torch.isfinite(output.tokens).all()
+
+
+def test_accurate_solvers_agree_with_many_euler_steps():
+    def run(scheduler, steps):
+        pipeline = make_pipeline("bank", scheduler=scheduler)
+        return pipeline([1], steps, generator=seeded(0), guidance_scale=1.0, output_type="latent").images
+
+    euler = run(FlowMatchEulerDiscreteScheduler(), 200)
+    heun = run(FlowMatchHeunDiscreteScheduler(), 25)
+    # Worst seen: 0.012, the error of 200 steps of Euler; 10 steps are 0.23 away.
+    torch.testing.assert_close(heun, euler, rtol=0, atol=0.03)
+
+
+OFFLOADS = {
+    "model": lambda pipe, device: pipe.enable_model_cpu_offload(device=device),
+    "sequential": lambda pipe, device: pipe.enable_sequential_cpu_offload(device=device),
+    "group_leaf": lambda pipe, device: pipe.enable_group_offload(torch.device(device), offload_type="leaf_level"),
+    "group_block": lambda pipe, device: pipe.enable_group_offload(
+        torch.device(device), offload_type="block_level", num_blocks_per_group=1
+    ),
+}
+
+
+@pytest.mark.parametrize("offload", OFFLOADS)
+@pytest.mark.parametrize("mode", ["both", "one_stage"])
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_offload(offload, mode, device):
+    if device == "cuda" and not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    if device == "cpu" and offload == "sequential":
+        pytest.skip("accelerate cannot offload from the CPU to the CPU")
+
+    def run(pipeline):
+        kinds = {} if mode == "one_stage" else {"layout": "bank"}
+        first = pixels(pipeline([1, 2], 3, generator=seeded(0, 1), output_type="pt", **kinds))
+        second = pixels(pipeline([1, 2], 3, generator=seeded(0, 1), output_type="pt"))
+        return torch.stack([first, second]).cpu()
+
+    expected = run(make_pipeline(mode))
+    pipeline = make_pipeline(mode)
+    OFFLOADS[offload](pipeline, device)
+    # Twice: the hooks must be as they were after a call.
+    for _ in range(2):
+        torch.testing.assert_close(run(pipeline), expected, rtol=0, atol=1e-5 if device == "cpu" else 2e-3)
+
+
+def test_slicing_and_half_precision():
+    pipeline = make_pipeline("generated")
+    latents = torch.randn(3, TOKENS, CHANNELS, generator=torch.Generator().manual_seed(0))
+    pipeline.scheduler = FlowMatchEulerDiscreteScheduler()
+
+    def run():
+        layout = tiny_pipeline.make_bank().layout(0)[None]
+        return pipeline([1, 2, 3], 4, latents=latents, layout=layout, output_type="pt")
+
+    expected = run()
+    pipeline.vae.enable_slicing()
+    torch.testing.assert_close(pixels(run()), pixels(expected), rtol=0, atol=1e-5)
+    pipeline.to(torch.bfloat16)
+    half = run()
+    assert pixels(half).dtype == half.tokens.dtype == half.layout.dtype == torch.float32
+    # Worst seen: 0.02 of pixels in [0, 1].
+    torch.testing.assert_close(pixels(half), pixels(expected), rtol=0, atol=0.06)
+    generated = pipeline([1], 2, generator=seeded(0), output_type="pt")
+    assert torch.isfinite(pixels(generated)).all()
+
+
+def test_caches_live_with_guidance():
+    pipeline = make_pipeline("bank")
+    expected = pixels(pipeline([1], 8, generator=seeded(0), output_type="pt"))
+    pipeline.transformer.enable_cache(FirstBlockCacheConfig(threshold=0.0))
+    exact = pixels(pipeline([1], 8, generator=seeded(0), output_type="pt"))
+    torch.testing.assert_close(exact, expected, rtol=0, atol=1e-5)
+    again = pixels(pipeline([1, 2], 8, generator=seeded(0, 1), output_type="pt"))
+    torch.testing.assert_close(again[:1], expected, rtol=0, atol=1e-5)
+    pipeline.transformer.disable_cache()
+
+
+@pytest.mark.parametrize("mode", [*MODES, "both"])
+def test_save_and_load(mode, tmp_path):
+    pipeline = make_pipeline(mode)
+    expected = pixels(pipeline([1, "crane, machine"], 3, generator=seeded(0, 1), output_type="pt"))
+    pipeline.save_pretrained(tmp_path)
+    index = json.loads((tmp_path / "model_index.json").read_text())
+    assert index["transformer"] == ["gpstoken_hf.transformer_sit", "SiTTransformer1DModel"]
+    assert (index["layout_bank"] == [None, None]) == (mode not in ("bank", "both"))
+    for cls in (GPSTokenPipeline, DiffusionPipeline):
+        loaded = cls.from_pretrained(tmp_path)
+        assert type(loaded) is GPSTokenPipeline
+        loaded.set_progress_bar_config(disable=True)
+        again = pixels(loaded([1, "crane, machine"], 3, generator=seeded(0, 1), output_type="pt"))
+        assert torch.equal(again, expected)
+    # A component can be passed, or left out.
+    if mode == "both":
+        loaded = GPSTokenPipeline.from_pretrained(tmp_path, layout_transformer=None, layout_scheduler=None)
+        assert loaded.layout_transformer is None
+        assert loaded([1], 2, generator=seeded(0), output_type="layout").layout.shape == (1, TOKENS, 5)
+        loaded = GPSTokenPipeline.from_pretrained(tmp_path, vae=pipeline.vae)
+        assert loaded.vae is pipeline.vae
+
+
+@pytest.mark.parametrize("saved", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("asked", [None, torch.float32, torch.bfloat16])
+def test_one_dtype_whatever_the_file_has(saved, asked, tmp_path):
+    make_pipeline("both").to(saved).save_pretrained(tmp_path)
+    arguments = {} if asked is None else {"dtype": asked}
+    loaded = GPSTokenPipeline.from_pretrained(tmp_path, **arguments)
+    expected = asked or torch.float32
+    assert {loaded.vae.dtype, loaded.transformer.dtype, loaded.layout_transformer.dtype} == {expected}
+    assert loaded.layout_bank.gaussians.dtype == torch.float32
+    loaded.set_progress_bar_config(disable=True)
+    assert torch.isfinite(pixels(loaded([1], 2, generator=seeded(0), output_type="pt"))).all()
+    if asked is None:
+        # Through the base class dtypes may be mixed; the pipeline casts between its components.
+        mixed = DiffusionPipeline.from_pretrained(tmp_path)
+        mixed.set_progress_bar_config(disable=True)
+        assert torch.isfinite(pixels(mixed([1], 2, generator=seeded(0), output_type="pt"))).all()
+
+
+def test_the_recorded_model_index_goes_on_loading(tmp_path):
+    """Paths of modules and names of classes are recorded in every saved pipeline, so they may not change."""
+    make_pipeline("both").save_pretrained(tmp_path)
+    recorded = Path(__file__).parent / "golden" / "model_index.json"
+    written = json.loads((tmp_path / "model_index.json").read_text())
+    kept = {key: value for key, value in json.loads(recorded.read_text()).items() if key != "_diffusers_version"}
+    assert {key: written[key] for key in kept} == kept
+    shutil.copy(recorded, tmp_path / "model_index.json")
+    for cls in (GPSTokenPipeline, DiffusionPipeline):
+        loaded = cls.from_pretrained(tmp_path)
+        assert loaded.layout_bank is not None
+        assert loaded.image_processor is not None
+
+
+def test_without_an_image_processor():
+    pipeline = make_pipeline("bank", image_processor=None)
+    expected = pixels(make_pipeline("bank")([1], 2, generator=seeded(0), output_type="pt"))
+    assert torch.equal(pixels(pipeline([1], 2, generator=seeded(0), output_type="pt")), expected)
+
+
+LEGAL = tiny_pipeline.make_bank().layout(0)
+
+
+@pytest.mark.parametrize(
+    ("mode", "arguments", "message"),
+    [
+        ("bank", {"class_labels": "cot"}, r"15 class names, such as \['cat'\], got 'cot'"),
+        ("bank", {"class_labels": "crane"}, r"'crane', which the classes \[2, 3\] share"),
+        ("bank", {"class_labels": 10}, "0 to 9, got 10"),
+        ("bank", {"class_labels": [1, -1]}, "0 to 9, got -1"),
+        ("bank", {"class_labels": []}, "at least one class"),
+        ("bank", {"class_labels": [1.5]}, "names or ids, got 1.5"),
+        ("bank", {"class_labels": [True]}, "names or ids, got True"),
+        ("bank", {"num_inference_steps": 0}, "num_inference_steps must be .* at least 1, got 0"),
+        ("bank", {"num_inference_steps": 2.5}, "num_inference_steps must be an integer .* got 2.5"),
+        ("generated", {"num_layout_steps": 0}, "num_layout_steps must be .* at least 1, got 0"),
+        ("bank", {"guidance_scale": -0.5}, "guidance_scale must be at least 0 .* got -0.5"),
+        ("bank", {"guidance_scale": float("nan")}, "guidance_scale must be at least 0 .* got nan"),
+        ("bank", {"guidance_interval": (0.8, 0.2)}, r"low <= high <= 1, got \(0.8, 0.2\)"),
+        ("bank", {"guidance_interval": (0.0, 1.5)}, r"low <= high <= 1, got \(0.0, 1.5\)"),
+        ("bank", {"output_type": "jpeg"}, "'layout'.*'jpeg'"),
+        ("bank", {"generator": seeded(0, 1, 2)}, "list of 1, one per label, got 3"),
+        ("bank", {"layout": "random"}, r"\['generated', 'bank'\].*'random'"),
+        ("bank", {"layout": "generated"}, "layout_transformer, which is missing"),
+        ("generated", {"layout": "bank"}, "layout_bank, which is missing"),
+        ("bank", {"layout": LEGAL[None, :, :4]}, r"\(1, L, 5\) Gaussians, got \(1, 8, 4\)"),
+        ("bank", {"layout": LEGAL}, r"\(1, L, 5\) Gaussians, got \(8, 5\)"),
+        ("bank", {"layout": LEGAL.expand(3, -1, -1)}, "1 or 1, one per class label, got 3"),
+        ("bank", {"layout": [LEGAL, LEGAL]}, r"1 tensors \(L, 5\), one per class label, got 2"),
+        ("bank", {"layout": [LEGAL[:, :4]]}, r"must be \(L, 5\), got \(8, 4\)"),
+        ("bank", {"layout": LEGAL[None] * 5}, "0 < sigma < 1"),
+        ("bank", {"layout": LEGAL[None] * float("nan")}, "finite"),
+        ("bank", {"latents": torch.zeros(1, 3, 9)}, r"latents must be \(1, 8, 9\), got \(1, 3, 9\)"),
+        (
+            "generated",
+            {"layout_latents": torch.zeros(1, 3, 5)},
+            r"layout_latents must be \(1, 8, 5\), got \(1, 3, 5\)",
+        ),
+        ("bank", {"layout_latents": torch.zeros(1, 8, 5)}, "given or from the bank"),
+        ("one_stage", {"layout": LEGAL[None]}, "layout and texture at once"),
+        ("one_stage", {"output_type": "layout"}, "layout and texture at once"),
+    ],
+)
+def test_call_errors(mode, arguments, message):
+    pipeline = make_pipeline(mode)
+    calls = record_calls(pipeline.transformer)
+    with pytest.raises(ValueError, match=message):
+        pipeline(**{"class_labels": [1], "num_inference_steps": 2, **arguments})
+    assert not calls
+
+
+def test_errors_of_missing_components():
+    with pytest.raises(ValueError, match="layout_transformer with layout_scheduler or a layout_bank"):
+        make_pipeline("bank", layout_bank=None)([1])
+    with pytest.raises(ValueError, match=r"no class names .* got 'cat'"):
+        make_pipeline("bank", id2label=None)("cat")
+    pipeline = make_pipeline("generated")
+    pipeline.layout_scheduler = None
+    with pytest.raises(ValueError, match="layout_scheduler, which is missing"):
+        pipeline([1])
+
+
+@pytest.mark.parametrize(
+    ("mode", "changes", "message"),
+    [
+        ("bank", {"transformer": tiny_pipeline.make_transformer(7, 5, 0)}, "in_channels = 9, .* got 7"),
+        ("bank", {"transformer": tiny_pipeline.make_transformer(9, 3, 0)}, "condition_channels 5 or None, got 3"),
+        ("bank", {"transformer": tiny_pipeline.make_transformer(9, None, 0)}, "makes layouts itself"),
+        ("generated", {"layout_scheduler": None}, "needs a layout_scheduler"),
+        ("generated", {"layout_transformer": tiny_pipeline.make_transformer(9, None, 0)}, "in_channels=5 .* got 9"),
+        ("generated", {"layout_transformer": tiny_pipeline.make_transformer(5, 5, 0)}, "no condition, got 5 and 5"),
+    ],
+)
+def test_components_must_fit(mode, changes, message):
+    with pytest.raises(ValueError, match=message):
+        GPSTokenPipeline(**{**make_components(mode), **changes})
