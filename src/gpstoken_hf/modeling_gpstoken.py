@@ -4,15 +4,19 @@
 Letters: B batch, L tokens, C texture channels, D hidden size, R RoI size, H x W pixels, h x w map pixels, N tiles.
 """
 
-from __future__ import annotations
-
+# Annotations stay objects here (no `from __future__ import annotations`): transformers reads what `**kwargs` may hold
+# from the signature of `forward`.
 import math
-from collections.abc import Sequence
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from diffusers.utils.accelerate_utils import apply_forward_hook
+from safetensors import SafetensorError
 from torch import nn
 from transformers import PreTrainedModel
 from transformers import initialization as init
@@ -91,6 +95,7 @@ class GPSTokenPreTrainedModel(PreTrainedModel):
     """What transformers needs to know of the model: names, capabilities and initial weights."""
 
     config: GPSTokenConfig
+    config_class = GPSTokenConfig
     base_model_prefix = "gpstoken"
     main_input_name = "pixel_values"
     input_modalities = ("image",)
@@ -99,6 +104,31 @@ class GPSTokenPreTrainedModel(PreTrainedModel):
     _supports_sdpa = True
     _supports_attention_backend = True
     _can_record_outputs = {"hidden_states": GPSTokenEncoderLayer, "attentions": GPSTokenAttention}  # noqa: RUF012
+
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str | os.PathLike[str] | None, *model_args: Any, **kwargs: Any
+    ) -> Any:
+        """Load weights and config; as in transformers, but a checkpoint that does not fit is an error.
+
+        Raises:
+            ValueError: weights are missing, left over or of another shape, or the file is damaged. Pass
+                `output_loading_info=True`, `ignore_mismatched_sizes=True` or a `state_dict` of your own to load what
+                fits and judge for yourself.
+        """
+        lenient = (
+            kwargs.get("output_loading_info")
+            or kwargs.get("ignore_mismatched_sizes")
+            or kwargs.get("state_dict") is not None
+        )
+        with readable_weights(pretrained_model_name_or_path):
+            if lenient:
+                return super().from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)
+            # Weights of another shape are named below; transformers' own error names none.
+            kwargs.update(output_loading_info=True, ignore_mismatched_sizes=True)
+            model, info = super().from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)
+        check_loading_info(cls.__name__, pretrained_model_name_or_path, info)
+        return model
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -219,7 +249,9 @@ class GPSTokenModel(GPSTokenPreTrainedModel):
         if tile_size is None and self.use_tiling and max(height, width) > self.tiling_size:
             tile_size = self.tiling_size
         if tile_size is None:
-            return self._encode_whole(pixel_values, num_tokens or self._default_tokens(num_tokens), importance, **kwargs)
+            return self._encode_whole(
+                pixel_values, num_tokens or self._default_tokens(num_tokens), importance, **kwargs
+            )
         self._check_tile_size(tile_size)
         return self._encode_tiles(pixel_values, num_tokens, importance, tile_size, **kwargs)
 
@@ -273,7 +305,7 @@ class GPSTokenModel(GPSTokenPreTrainedModel):
         **kwargs: Unpack[TransformersKwargs],
     ) -> GPSTokenEncoderOutput:
         batch_size, _, height, width = pixel_values.shape
-        tile_boxes = self._tiles_of_image((height, width), tile_size)[1]
+        tile_boxes = self.tiles_of_image((height, width), tile_size)[1]
         counts = share_tokens(num_tokens, len(tile_boxes), batch_size, self.config.num_tokens)
         longest = max(map(max, counts))
         parts = []
@@ -368,8 +400,8 @@ class GPSTokenModel(GPSTokenPreTrainedModel):
 
         Args:
             tokens: `(B, L, 5 + C)`.
-            image_size: `(H, W)` or one side; `config.image_size` by default. The map is `image_size / map_scale`, rounded
-                up; what that adds at the right and lower border is cropped off again.
+            image_size: `(H, W)` or one side; `config.image_size` by default. The map is `image_size / map_scale`,
+                rounded up; what that adds at the right and lower border is cropped off again.
             attention_mask: `(B, L)`, 1 for a token, 0 for padding, which changes nothing in the image.
             tile_size: the one that `encode` was given, for the way `config.tile_decode` decodes tiles.
 
@@ -388,10 +420,7 @@ class GPSTokenModel(GPSTokenPreTrainedModel):
         if self.use_slicing and tokens.shape[0] > 1:
             masks = [None] * tokens.shape[0] if attention_mask is None else attention_mask.split(1)
             sample = torch.cat(
-                [
-                    self._decode(part, (height, width), mask, tile_size)
-                    for part, mask in zip(tokens.split(1), masks)
-                ]
+                [self._decode(part, (height, width), mask, tile_size) for part, mask in zip(tokens.split(1), masks)]
             )
         else:
             sample = self._decode(tokens, (height, width), attention_mask, tile_size)
@@ -404,7 +433,7 @@ class GPSTokenModel(GPSTokenPreTrainedModel):
         attention_mask: torch.Tensor | None,
         tile_size: int | None,
     ) -> torch.Tensor:
-        tiles = None if tile_size is None else self._tiles_of_image(image_size, tile_size)[0]
+        tiles = None if tile_size is None else self.tiles_of_image(image_size, tile_size)[0]
         if tiles is not None and tiles.shape != (1, 1) and self.config.tile_decode == "stitched":
             return self._decode_stitched(tokens, image_size, attention_mask, tile_size)
         height, width = image_size
@@ -428,7 +457,7 @@ class GPSTokenModel(GPSTokenPreTrainedModel):
         attention_mask: torch.Tensor | None,
         tile_size: int | None,
     ) -> torch.Tensor:
-        tile_boxes = self._tiles_of_image(image_size, tile_size)[1]
+        tile_boxes = self.tiles_of_image(image_size, tile_size)[1]
         per_tile, rest = divmod(tokens.shape[1], len(tile_boxes))
         if rest:
             raise ValueError(
@@ -484,7 +513,7 @@ class GPSTokenModel(GPSTokenPreTrainedModel):
 
     # -- tiles and checks
 
-    def _tiles_of_image(
+    def tiles_of_image(
         self, image_size: tuple[int, int], tile_size: int
     ) -> tuple[TileGrid, list[tuple[int, int, int, int]]]:
         """The tiles on the map, and the same tiles in pixels of the image, `(y0, x0, h, w)` each."""
@@ -504,7 +533,9 @@ class GPSTokenModel(GPSTokenPreTrainedModel):
 
     def _check_pixel_values(self, pixel_values: torch.Tensor) -> None:
         if pixel_values.ndim != 4 or pixel_values.shape[1] != 3 or 0 in pixel_values.shape:
-            raise ValueError(f"pixel_values must be (B, 3, H, W) with 3 colour channels, got {tuple(pixel_values.shape)}")
+            raise ValueError(
+                f"pixel_values must be (B, 3, H, W) with 3 colour channels, got {tuple(pixel_values.shape)}"
+            )
         if not pixel_values.is_floating_point():
             raise ValueError(f"pixel_values must be floating point in [-1, 1], got {pixel_values.dtype}")
         if torch.compiler.is_compiling():  # reading values would break the graph
@@ -569,6 +600,41 @@ class GPSTokenModel(GPSTokenPreTrainedModel):
         if init_gaussians is None:
             init_gaussians = boxes_to_gaussians(boxes, (height, width), self.config.sigma_scale)
         return boxes.to(pixel_values.device), init_gaussians.to(pixel_values.device)
+
+
+@contextmanager
+def readable_weights(source: Any) -> Iterator[None]:
+    """Turn the error of a damaged safetensors file into a ValueError that names the checkpoint."""
+    try:
+        yield
+    except SafetensorError as error:
+        raise ValueError(
+            f"the weights of {source} must be whole safetensors files, got a damaged one: {error}"
+        ) from error
+
+
+def check_loading_info(class_name: str, source: Any, info: dict[str, Any]) -> None:
+    """Raise ValueError unless a checkpoint held exactly the weights of its model.
+
+    Args:
+        info: the loading info of transformers or diffusers, with `missing_keys`, `unexpected_keys` and
+            `mismatched_keys`, the last of `(key, shape in the checkpoint, shape in the model)`.
+    """
+    mismatched = [
+        f"{key} {tuple(found)} instead of {tuple(expected)}" for key, found, expected in info["mismatched_keys"]
+    ]
+    problems = []
+    for kind, keys in (
+        ("missing", info["missing_keys"]),
+        ("unexpected", info["unexpected_keys"]),
+        ("of another shape", mismatched),
+    ):
+        if keys:
+            shown = sorted(keys)
+            more = f", and {len(shown) - 5} more" if len(shown) > 5 else ""
+            problems.append(f"{len(shown)} {kind} ({', '.join(shown[:5])}{more})")
+    if problems:
+        raise ValueError(f"expected exactly the weights of {class_name} in {source}, got: {'; '.join(problems)}")
 
 
 def share_tokens(

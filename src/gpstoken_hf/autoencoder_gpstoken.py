@@ -1,0 +1,424 @@
+# Copyright 2026 The gpstoken-hf authors. Licensed under the Apache License, Version 2.0.
+"""AutoencoderGPSToken: the interface of diffusers' AutoencoderKL over a GPSTokenModel.
+
+Tokens are laid out on a grid, so that generators and pipelines made for image latents can use them. A latent
+`(B, 5 + C, h, w)` holds the `h w = l` tokens of an image, its Gaussians in logit space (unbounded, where any value
+that a generator draws is a legal Gaussian) and every channel standardised.
+
+Letters: B batch, l tokens of an image, C texture channels, h x w grid of tokens, H x W pixels.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from diffusers import ConfigMixin, ModelMixin
+from diffusers.configuration_utils import register_to_config
+from diffusers.models.autoencoders.vae import AutoencoderMixin, DecoderOutput, DiagonalGaussianDistribution
+from diffusers.models.modeling_outputs import AutoencoderKLOutput
+from diffusers.utils.accelerate_utils import apply_forward_hook
+
+from .configuration_gpstoken import GPSTokenConfig
+from .gaussians import (
+    clamp_gaussians,
+    gaussians_from_frame,
+    gaussians_to_frame,
+    gaussians_to_logits,
+    join_tokens,
+    logits_to_gaussians,
+    split_tokens,
+)
+from .modeling_gpstoken import GPSTokenModel, check_loading_info, readable_weights
+
+# Of GPSTokenConfig's fields these have other names here: diffusers' pipelines multiply latents with whatever is called
+# `latents_std` in the config of a vae, and the latents here are standardised already.
+RENAMED_FIELDS = {"latents_mean": "texture_target_mean", "latents_std": "texture_target_std"}
+MODEL_FIELDS = (
+    "image_size",
+    "num_tokens",
+    "texture_channels",
+    "hidden_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "mlp_ratio",
+    "roi_size",
+    "conditioner_channels",
+    "decoder_base_channels",
+    "decoder_channel_multipliers",
+    "decoder_layers_per_block",
+    "norm_num_groups",
+    "splat_support",
+    "complexity_exponent",
+    "min_region_size",
+    "sigma_scale",
+    "tile_decode",
+    "latents_mean",
+    "latents_std",
+)
+# Logits are taken of Gaussians this far inside their ranges, as the encoder's refinement does.
+RANGE_EPS = 1e-6
+
+
+def token_grid(num_tokens: int) -> tuple[int, int]:
+    """The grid `(h, w)` of l tokens that is nearest to a square: `h w = l`, `h <= w`."""
+    if num_tokens < 1:
+        raise ValueError(f"num_tokens must be at least 1, got {num_tokens}")
+    height = next(side for side in range(math.isqrt(num_tokens), 0, -1) if num_tokens % side == 0)
+    return height, num_tokens // height
+
+
+def grid_positions(num_tokens: int) -> torch.Tensor:
+    """Where each token goes on the grid of `token_grid`, row by row: `(l,)` int64, a permutation.
+
+    Tokens come in Morton order of their regions. When l is a power of two the grid is filled along the same Z-curve
+    (token i goes to the column of i's even bits and the row of its odd bits), so that tokens that are neighbours in
+    the image are neighbours on the grid. Otherwise the grid is filled row by row.
+    """
+    width = token_grid(num_tokens)[1]
+    index = torch.arange(num_tokens)
+    if num_tokens & (num_tokens - 1):
+        return index
+    column, row = torch.zeros_like(index), torch.zeros_like(index)
+    for bit in range(num_tokens.bit_length() // 2):
+        column |= ((index >> (2 * bit)) & 1) << bit
+        row |= ((index >> (2 * bit + 1)) & 1) << bit
+    return row * width + column
+
+
+def tokens_to_grid(tokens: torch.Tensor) -> torch.Tensor:
+    """Values of l tokens `(B, l, F)` -> `(B, F, h, w)`."""
+    grid = torch.empty_like(tokens)
+    grid[:, grid_positions(tokens.shape[1]).to(tokens.device)] = tokens
+    return grid.transpose(1, 2).unflatten(2, token_grid(tokens.shape[1]))
+
+
+def grid_to_tokens(grid: torch.Tensor) -> torch.Tensor:
+    """The inverse of `tokens_to_grid`: `(B, F, h, w)` -> `(B, h w, F)`."""
+    flat = grid.flatten(2).transpose(1, 2)
+    return flat[:, grid_positions(flat.shape[1]).to(grid.device)]
+
+
+class AutoencoderGPSToken(ModelMixin, AutoencoderMixin, ConfigMixin):
+    r"""A GPSTokenModel behind the interface of [`AutoencoderKL`], for pipelines that want latents `(B, C, h, w)`.
+
+    Args:
+        image_size, num_tokens, texture_channels, hidden_size, num_hidden_layers, num_attention_heads, mlp_ratio,
+            roi_size, conditioner_channels, decoder_base_channels, decoder_channel_multipliers,
+            decoder_layers_per_block, norm_num_groups, splat_support, complexity_exponent, min_region_size,
+            sigma_scale, tile_decode: those of [`GPSTokenConfig`].
+        texture_target_mean, texture_target_std: `latents_mean` and `latents_std` of [`GPSTokenConfig`].
+        latents_channel_mean, latents_channel_std (`list[float]`, *optional*): 5 + C numbers each, the statistics of
+            `[logit(g), texture]` that latents are standardised with; see [`~AutoencoderGPSToken.measure_statistics`].
+            Without them latents are not scaled.
+        latent_channels (`int`, *optional*): 5 + C; it follows from `texture_channels`, and is checked when given.
+        scaling_factor (`float`): what pipelines multiply latents with. They are standardised, so 1.
+    """
+
+    _supports_gradient_checkpointing = True
+    _no_split_modules = ["GPSTokenEncoderLayer", "ResidualBlock", "GPSTokenRegionFeatures"]  # noqa: RUF012
+
+    @register_to_config
+    def __init__(
+        self,
+        image_size: int = 256,
+        num_tokens: int = 128,
+        texture_channels: int = 16,
+        hidden_size: int = 512,
+        num_hidden_layers: int = 30,
+        num_attention_heads: int = 8,
+        mlp_ratio: float = 4.0,
+        roi_size: int = 8,
+        conditioner_channels: int = 128,
+        decoder_base_channels: int = 128,
+        decoder_channel_multipliers: Sequence[int] = (1, 2, 4),
+        decoder_layers_per_block: int = 2,
+        norm_num_groups: int = 32,
+        splat_support: float = 3.0,
+        complexity_exponent: float = 2.5,
+        min_region_size: int = 8,
+        sigma_scale: float = 2 / 3,
+        tile_decode: str = "merged",
+        texture_target_mean: Sequence[float] | None = None,
+        texture_target_std: Sequence[float] | None = None,
+        latents_channel_mean: Sequence[float] | None = None,
+        latents_channel_std: Sequence[float] | None = None,
+        latent_channels: int | None = None,
+        scaling_factor: float = 1.0,
+    ):
+        super().__init__()
+        expected = 5 + texture_channels
+        if latent_channels not in (None, expected):
+            raise ValueError(f"latent_channels must be 5 + texture_channels = {expected}, got {latent_channels}")
+        self.register_to_config(latent_channels=expected)
+        self._check_statistics(latents_channel_mean, latents_channel_std)
+        fields = {name: self.config[RENAMED_FIELDS.get(name, name)] for name in MODEL_FIELDS}
+        self.model = GPSTokenModel(GPSTokenConfig(**fields))
+
+    # -- to and from GPSTokenModel
+
+    @classmethod
+    def from_gpstoken(
+        cls, model: GPSTokenModel, pixel_values: Iterable[torch.Tensor] | None = None, **kwargs: Any
+    ) -> AutoencoderGPSToken:
+        """Put a tokenizer behind this interface; the two share their weights.
+
+        Args:
+            model: the tokenizer.
+            pixel_values: batches of images `(B, 3, H, W)` to measure the statistics of the latents on. Without them
+                (and without `latents_channel_mean` and `_std` in `kwargs`) latents are not scaled.
+            kwargs: further arguments of the constructor.
+        """
+        fields = {RENAMED_FIELDS.get(name, name): getattr(model.config, name) for name in MODEL_FIELDS}
+        with torch.device("meta"):  # weights of its own would only be thrown away
+            vae = cls(**fields, **kwargs)
+        vae.model = model
+        vae.train(model.training)
+        if pixel_values is not None:
+            vae.measure_statistics(pixel_values)
+        return vae
+
+    def to_gpstoken(self) -> GPSTokenModel:
+        """The tokenizer itself, weights shared."""
+        return self.model
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike[str], **kwargs: Any) -> Any:
+        """Load weights and config; as in diffusers, but a checkpoint that does not fit is an error.
+
+        Raises:
+            ValueError: weights are missing, left over or of another shape, or the file is damaged. Pass
+                `output_loading_info=True` or `ignore_mismatched_sizes=True` to load what fits and judge for yourself.
+        """
+        lenient = kwargs.get("output_loading_info") or kwargs.get("ignore_mismatched_sizes")
+        with readable_weights(pretrained_model_name_or_path):
+            if lenient:
+                return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+            vae, info = super().from_pretrained(pretrained_model_name_or_path, **kwargs, output_loading_info=True)
+        check_loading_info(cls.__name__, pretrained_model_name_or_path, info)
+        return vae
+
+    # -- standardisation
+
+    @torch.no_grad()
+    def measure_statistics(self, pixel_values: Iterable[torch.Tensor]) -> None:
+        """Mean and standard deviation of every latent channel over batches of images, written to the config.
+
+        Args:
+            pixel_values: batches `(B, 3, H, W)` in [-1, 1].
+
+        Raises:
+            ValueError: there are fewer than two tokens, or a channel does not vary.
+        """
+        count, total, squares = 0, torch.zeros(()), torch.zeros(())
+        for batch in pixel_values:
+            values = self._tokens_to_logits(self._encode_tiles(batch)[0]).flatten(0, 1).to("cpu", torch.float64)
+            count += len(values)
+            total = total + values.sum(0)
+            squares = squares + values.square().sum(0)
+        if count < 2:
+            raise ValueError(f"statistics need at least two tokens, got {count}")
+        mean = total / count
+        std = (squares / count - mean.square()).clamp(min=0).sqrt()
+        if std.min() < 1e-6:
+            channel = int(std.argmin())
+            raise ValueError(
+                f"channel {channel} of the latents does not vary: standard deviation {std.min().item():.3g}"
+            )
+        self.register_to_config(latents_channel_mean=mean.tolist(), latents_channel_std=std.tolist())
+
+    def _check_statistics(self, mean: Sequence[float] | None, std: Sequence[float] | None) -> None:
+        if (mean is None) != (std is None):
+            raise ValueError(
+                "latents_channel_mean and latents_channel_std must be given together, got only one of them"
+            )
+        if mean is None or std is None:
+            return
+        expected = self.config.latent_channels
+        if len(mean) != expected or len(std) != expected:
+            raise ValueError(
+                f"latents_channel_mean and latents_channel_std must hold 5 + texture_channels = {expected} numbers, "
+                f"got {len(mean)} and {len(std)}"
+            )
+        if not all(math.isfinite(value) for value in mean) or not all(0 < value < math.inf for value in std):
+            raise ValueError("latents_channel_mean must be finite and latents_channel_std finite and above 0")
+
+    def _statistics(self, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Mean and standard deviation `(5 + C,)`, 0 and 1 where none were measured."""
+        mean, std = self.config.latents_channel_mean, self.config.latents_channel_std
+        if mean is None:
+            mean, std = [0.0] * self.config.latent_channels, [1.0] * self.config.latent_channels
+        return like.new_tensor(mean), like.new_tensor(std)
+
+    @staticmethod
+    def _tokens_to_logits(tokens: torch.Tensor) -> torch.Tensor:
+        gaussians, texture = split_tokens(tokens)
+        return join_tokens(gaussians_to_logits(clamp_gaussians(gaussians, RANGE_EPS)), texture)
+
+    def tokens_to_latents(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Tokens of one image or tile, `(B, l, 5 + C)` -> latents `(B, 5 + C, h, w)`, float32."""
+        logits = self._tokens_to_logits(tokens.float())
+        mean, std = self._statistics(logits)
+        return tokens_to_grid((logits - mean) / std)
+
+    def latents_to_tokens(self, latents: torch.Tensor) -> torch.Tensor:
+        """The inverse of `tokens_to_latents`; any finite latent becomes a legal token. Float32."""
+        logits = grid_to_tokens(latents.float())
+        mean, std = self._statistics(logits)
+        logits, texture = split_tokens(logits * std + mean)
+        # A sigmoid of a large logit rounds to the very end of its range, which no Gaussian may have.
+        return join_tokens(clamp_gaussians(logits_to_gaussians(logits), RANGE_EPS), texture)
+
+    # -- AutoencoderKL's interface
+
+    @property
+    def use_slicing(self) -> bool:
+        """Whether batches are taken one image at a time."""
+        return self.model.use_slicing
+
+    @use_slicing.setter
+    def use_slicing(self, value: bool) -> None:
+        self.model.use_slicing = value
+
+    @property
+    def use_tiling(self) -> bool:
+        """Whether images larger than `config.image_size` are taken in tiles."""
+        return self.model.use_tiling
+
+    @use_tiling.setter
+    def use_tiling(self, value: bool) -> None:
+        if value:
+            self.model.enable_tiling()
+        else:
+            self.model.disable_tiling()
+
+    def enable_gradient_checkpointing(self, gradient_checkpointing_func: Any = None) -> None:
+        """Recompute activations of encoder blocks and residual blocks in the backward pass: less memory."""
+        if gradient_checkpointing_func is not None:
+            super().enable_gradient_checkpointing(gradient_checkpointing_func)
+        else:
+            self.model.gradient_checkpointing_enable()
+
+    def disable_gradient_checkpointing(self) -> None:
+        """Keep activations again."""
+        self.model.gradient_checkpointing_disable()
+
+    @apply_forward_hook
+    def encode(
+        self, x: torch.Tensor, return_dict: bool = True
+    ) -> AutoencoderKLOutput | tuple[DiagonalGaussianDistribution]:
+        """Images -> latents.
+
+        Args:
+            x: `(B, 3, H, W)` in [-1, 1], any H x W. With tiling enabled an image larger than `config.image_size` is
+                taken in tiles of near-equal size, each with `config.num_tokens` tokens, and the grids of the tiles
+                stand beside each other as the tiles do: latents grow with the image. Without, an image of any size has
+                one grid.
+
+        Returns:
+            `latent_dist`, a distribution without variance: `sample()` and `mode()` are the latents `(B, 5 + C, h, w)`,
+            float32 whatever the dtype of the weights, because a mean needs more than the 8 bits of bfloat16.
+        """
+        tokens, (rows, columns) = self._encode_tiles(x)
+        latents = self.tokens_to_latents(tokens).unflatten(0, (-1, rows, columns))
+        # (B, rows, columns, F, h, w) -> (B, F, rows h, columns w)
+        latents = latents.permute(0, 3, 1, 4, 2, 5).flatten(4, 5).flatten(2, 3)
+        posterior = DiagonalGaussianDistribution(
+            torch.cat([latents, torch.zeros_like(latents)], dim=1), deterministic=True
+        )
+        return AutoencoderKLOutput(latent_dist=posterior) if return_dict else (posterior,)
+
+    def _encode_tiles(self, x: torch.Tensor) -> tuple[torch.Tensor, tuple[int, int]]:
+        """Tokens of every tile in the tile's own frame, `(B tiles, l, 5 + C)`, and the rows and columns of tiles."""
+        tile_size = self.config.image_size
+        if not self.use_tiling or x.ndim != 4 or max(x.shape[-2:]) <= tile_size:
+            return self.model.encode(x).tokens, (1, 1)
+        encoded = self.model.encode(x, tile_size=tile_size)
+        image_size = (x.shape[-2], x.shape[-1])
+        boxes, tiles = self._tiles(image_size)
+        gaussians, texture = split_tokens(encoded.tokens.unflatten(1, (len(boxes), -1)))
+        gaussians = torch.stack(
+            [gaussians_from_frame(gaussians[:, index], box, image_size) for index, box in enumerate(boxes)], dim=1
+        )
+        return join_tokens(gaussians, texture).flatten(0, 1), tiles
+
+    def _tiles(self, image_size: tuple[int, int]) -> tuple[list[tuple[int, int, int, int]], tuple[int, int]]:
+        """The tiles of an image, `(y0, x0, h, w)` each, row by row, and how many rows and columns they form."""
+        grid, boxes = self.model.tiles_of_image(image_size, self.config.image_size)
+        return boxes, grid.shape
+
+    @apply_forward_hook
+    def decode(
+        self,
+        z: torch.Tensor,
+        return_dict: bool = True,
+        generator: torch.Generator | None = None,
+        image_size: int | tuple[int, int] | None = None,
+    ) -> DecoderOutput | tuple[torch.Tensor]:
+        """Latents -> images.
+
+        Args:
+            z: `(B, 5 + C, h, w)`.
+            generator: part of the interface; decoding draws nothing.
+            image_size: `(H, W)` or one side; by default `config.image_size` for every tile that the grid holds.
+
+        Raises:
+            ValueError: what was expected and what came.
+        """
+        self._check_latents(z)
+        grid_h, grid_w = token_grid(self.config.num_tokens)
+        rows, columns = z.shape[2] // grid_h, z.shape[3] // grid_w
+        side = self.config.image_size
+        if image_size is None:
+            image_size = (rows * side, columns * side)
+        height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
+        # (B, F, rows h, columns w) -> (B rows columns, F, h, w)
+        tiles = z.unflatten(3, (columns, grid_w)).unflatten(2, (rows, grid_h)).permute(0, 2, 4, 1, 3, 5).flatten(0, 2)
+        tokens = self.latents_to_tokens(tiles).unflatten(0, (-1, rows * columns))  # (B, tiles, l, 5 + C)
+        tile_size = None
+        if (rows, columns) != (1, 1):
+            boxes, found = self._tiles((height, width))
+            if found != (rows, columns):
+                raise ValueError(
+                    f"latents of {rows} x {columns} tiles need an image of as many tiles of at most {side} pixels, "
+                    f"got image_size {(height, width)}"
+                )
+            gaussians, texture = split_tokens(tokens)
+            gaussians = torch.stack(
+                [gaussians_to_frame(gaussians[:, index], box, (height, width)) for index, box in enumerate(boxes)],
+                dim=1,
+            )
+            tokens = join_tokens(gaussians, texture)
+            # With tiling the model decodes in overlapping windows: bounded memory.
+            tile_size = None if self.use_tiling else side
+        tokens = tokens.flatten(1, 2)
+        sample = self.model.decode(tokens, (height, width), tile_size=tile_size).sample
+        return DecoderOutput(sample=sample) if return_dict else (sample,)
+
+    def forward(
+        self,
+        sample: torch.Tensor,
+        sample_posterior: bool = False,
+        return_dict: bool = True,
+        generator: torch.Generator | None = None,
+    ) -> DecoderOutput | tuple[torch.Tensor]:
+        """Reconstruct images `(B, 3, H, W)`, at their own size."""
+        posterior = self.encode(sample).latent_dist
+        latents = posterior.sample(generator) if sample_posterior else posterior.mode()
+        return self.decode(latents, return_dict=return_dict, image_size=(sample.shape[-2], sample.shape[-1]))
+
+    def _check_latents(self, z: torch.Tensor) -> None:
+        channels, grid = self.config.latent_channels, token_grid(self.config.num_tokens)
+        if z.ndim != 4 or z.shape[1] != channels or 0 in z.shape or z.shape[2] % grid[0] or z.shape[3] % grid[1]:
+            raise ValueError(
+                f"latents must be (B, 5 + C = {channels}, h, w) with h and w multiples of the {grid[0]} x {grid[1]} "
+                f"grid of {self.config.num_tokens} tokens, got {tuple(z.shape)}"
+            )
+        if not torch.compiler.is_compiling() and not torch.isfinite(z.detach()).all():
+            raise ValueError("latents must be finite, got NaN or infinite values")
+
+
+__all__ = ["AutoencoderGPSToken"]
