@@ -1,14 +1,53 @@
 # Copyright 2026 The gpstoken-hf authors. Licensed under the Apache License, Version 2.0.
-"""GPSToken for Hugging Face: images as 2D-Gaussian tokens, for reconstruction and two-stage generation."""
+"""GPSToken for Hugging Face: images as 2D-Gaussian tokens, for reconstruction and two-stage generation.
 
+Reading the modules in the order of the imports below is reading the paper: image -> partition -> encode -> splat ->
+decode -> image, then label -> layout -> calibration -> texture -> decode.
+"""
+
+# ruff: noqa: I001 - the order of the data flow
 from importlib.resources import files
 
-from .calibration import CalibrationOutput, calibrate_layout
+from transformers import AutoConfig, AutoImageProcessor, AutoModel
+
+from .configuration_gpstoken import GPSTokenConfig
+from .image_processing_gpstoken import GPSTokenImageProcessor
 from .partition import PartitionOutput, partition_images
-from .scheduling_flow_match_sde import FlowMatchSDEScheduler
+from .splatting import splat_gaussians
+from .modeling_gpstoken import GPSTokenModel
+from .autoencoder_gpstoken import AutoencoderGPSToken
 from .transformer_sit import SiTTransformer1DModel
+from .scheduling_flow_match_sde import FlowMatchSDEScheduler
+from .calibration import CalibrationOutput, calibrate_layout
+from .layout_bank import GaussianLayoutBank
+from .pipeline_gpstoken import GPSTokenPipeline
+from .hub import register_with_diffusers
 
 __version__ = "0.1.0"
+
+__all__ = [
+    "AutoencoderGPSToken",
+    "CalibrationOutput",
+    "FlowMatchSDEScheduler",
+    "GPSTokenConfig",
+    "GPSTokenImageProcessor",
+    "GPSTokenModel",
+    "GPSTokenPipeline",
+    "GaussianLayoutBank",
+    "PartitionOutput",
+    "SiTTransformer1DModel",
+    "bundled",
+    "calibrate_layout",
+    "partition_images",
+    "splat_gaussians",
+]
+
+AutoConfig.register("gpstoken", GPSTokenConfig, exist_ok=True)
+AutoModel.register(GPSTokenConfig, GPSTokenModel, exist_ok=True)
+AutoImageProcessor.register(
+    GPSTokenConfig, image_processor_classes={"torchvision": GPSTokenImageProcessor}, exist_ok=True
+)
+register_with_diffusers()
 
 
 def bundled(name: str) -> str:
