@@ -16,6 +16,7 @@ import itertools
 import math
 import os
 import signal
+import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -30,10 +31,13 @@ from gpstoken_hf.programs import ProgramError
 # What a random stream is for, beside the seed in the generator's key.
 ORDER, AUGMENTATION, RESOLUTION, TOKEN_COUNT = range(4)
 
+WORKER_GRACE_SECONDS = 10.0
 FILE_BUILDERS = {".parquet": "parquet", ".arrow": "arrow", ".tar": "webdataset"}
 
 
-def load_image_dataset(options: argparse.Namespace, files: Sequence[str] | None = None, split: str | None = None) -> Any:
+def load_image_dataset(
+    options: argparse.Namespace, files: Sequence[str] | None = None, split: str | None = None
+) -> Any:
     """The dataset that the options name, its images left encoded until they are wanted.
 
     Args:
@@ -290,7 +294,11 @@ class ImageBatches(Dataset):
     """`batches[request]` is one whole batch, cropped, partitioned and padded: the work of a DataLoader worker.
 
     Items are dicts of tensors: pixel_values (B, 3, H, W) in [-1, 1]; boxes (B, L, 4); init_gaussians (B, L, 5);
-    attention_mask (B, L).
+    attention_mask (B, L); with a label column also labels (B,).
+
+    Args:
+        crop: "center", "random" or "random_resized".
+        flip: "never", "random" or "always".
     """
 
     def __init__(
@@ -301,26 +309,33 @@ class ImageBatches(Dataset):
         seed: int,
         crop: str,
         min_crop_scale: float,
-        random_flip: bool,
+        flip: str,
         token_counts: TokenCounts,
         partition: PartitionSettings,
+        label_column: str | None = None,
     ) -> None:
-        self.source, self.image_column, self.seed = source, image_column, seed
-        self.crop, self.min_crop_scale, self.random_flip = crop, min_crop_scale, random_flip
+        self.source, self.image_column, self.label_column, self.seed = source, image_column, label_column, seed
+        self.crop, self.min_crop_scale, self.flip = crop, min_crop_scale, flip
         self.token_counts, self.partition = token_counts, partition
 
     def __getitem__(self, request: BatchRequest) -> dict[str, torch.Tensor]:
+        rows = [self.source[row] if isinstance(row, int) else row for row in request.rows]
+        names = [f"row {row}" if isinstance(row, int) else "sample {}" for row in request.rows]
         images = np.stack(
-            [self._image(row, position, request.resolution) for row, position in zip(request.rows, request.positions)]
+            [
+                self._image(row[self.image_column], position, request.resolution, name.format(position))
+                for row, position, name in zip(rows, request.positions, names)
+            ]
         )
         rng = np.random.default_rng([self.seed, TOKEN_COUNT, request.number, request.rank])
         counts = self.token_counts.draw(request.resolution, len(images), rng)
-        return partitioned_batch(torch.from_numpy(images), counts, self.partition)
+        batch = partitioned_batch(torch.from_numpy(images), counts, self.partition)
+        if self.label_column is not None:
+            batch["labels"] = torch.tensor([int(row[self.label_column]) for row in rows])
+        return batch
 
-    def _image(self, row: Any, position: int, resolution: int) -> np.ndarray:
-        where = f"row {row} of the dataset" if isinstance(row, int) else f"sample {position} of the stream"
-        value = self.source[row][self.image_column] if isinstance(row, int) else row[self.image_column]
-        image = decode_image(value, where)
+    def _image(self, value: Any, position: int, resolution: int, name: str) -> np.ndarray:
+        image = decode_image(value, f"{name} of the dataset")
         rng = np.random.default_rng([self.seed, AUGMENTATION, position])
         if self.crop == "center":
             image = center_crop(image, resolution)
@@ -328,7 +343,7 @@ class ImageBatches(Dataset):
             image = random_crop(image, resolution, rng)
         else:
             image = random_resized_crop(image, resolution, rng, self.min_crop_scale)
-        if self.random_flip and rng.random() < 0.5:
+        if self.flip == "always" or (self.flip == "random" and rng.random() < 0.5):
             image = ImageOps.mirror(image)
         return image_to_array(image)
 
@@ -376,19 +391,30 @@ def batch_loader(batches: Dataset, plan: BatchPlan, num_workers: int, pin_memory
         pin_memory=pin_memory,
         worker_init_fn=_prepare_worker if num_workers else None,
         prefetch_factor=4 if num_workers else None,
+        # Its own: a loader draws its workers' seed from the global one otherwise, and a resumed run would be one off.
+        generator=torch.Generator(),
     )
+
+
+def close_loader(iterator: Any) -> None:
+    """End the workers of a loader's iterator now, not when the interpreter gets to it."""
+    shut_down = getattr(iterator, "_shutdown_workers", None)
+    if shut_down is not None:
+        shut_down()
 
 
 def _prepare_worker(worker_id: int) -> None:
     """Let the main process decide when to stop: it still has a checkpoint to write.
 
-    Ctrl-C and a SIGTERM sent to the whole process group reach the workers too. They pass over the first one; the
-    loader's own `terminate()`, meant for a worker that hangs, comes second.
+    Ctrl-C and a SIGTERM sent to the whole process group reach the workers too, and a worker that dies of one raises an
+    error in the main process wherever that is. So a worker stays for a while, and then leaves without a complaint.
     """
     torch.set_num_threads(1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
-    def on_sigterm(signum: int, frame: Any) -> None:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    def leave_later(signum: int, frame: Any) -> None:
+        timer = threading.Timer(WORKER_GRACE_SECONDS, os._exit, [0])
+        timer.daemon = True
+        timer.start()
 
-    signal.signal(signal.SIGTERM, on_sigterm)
+    signal.signal(signal.SIGTERM, leave_later)

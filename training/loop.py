@@ -30,6 +30,7 @@ from accelerate.utils import ProjectConfiguration, broadcast, set_seed
 from tqdm.auto import tqdm
 
 from gpstoken_hf.programs import ProgramError, atomic_directory, atomic_file
+from training.data import close_loader
 from training.ema import ExponentialMovingAverage
 from training.options import save_options
 
@@ -135,7 +136,9 @@ class StopRequest:
 
 def checkpoints_of(output_dir: Path) -> list[Path]:
     """The whole checkpoints of a run, oldest first."""
-    found = [(int(match[1]), path) for path in output_dir.glob("checkpoint-*") if (match := _STEP.fullmatch(path.name))]
+    found = [
+        (int(match[1]), path) for path in output_dir.glob("checkpoint-*") if (match := _STEP.fullmatch(path.name))
+    ]
     return [path for _, path in sorted(found)]
 
 
@@ -329,7 +332,9 @@ def _load_checkpoint(accelerator: Accelerator, path: Path) -> None:
     try:
         accelerator.load_state(str(path))
     except (RuntimeError, ValueError, KeyError) as error:
-        raise ProgramError(f"{path} does not fit this run (was the model's configuration changed?): {error}") from error
+        raise ProgramError(
+            f"{path} does not fit this run (was the model's configuration changed?): {error}"
+        ) from error
 
 
 class _Run:
@@ -362,10 +367,9 @@ class _Run:
     def train(self, stop: StopRequest) -> bool:
         """Take steps until the end of the run (True) or until a stop is requested (False)."""
         options, state = self.options, self.state
-        loader = iter(self.task.loader(state.batches, self.accelerator))
         meter, window_start, window_images = Meter(), time.monotonic(), 0
         self.module.train()
-        with self._bar() as bar:
+        with self._bar() as bar, self._batches() as loader:
             while (progress := self._progress()) < 1:
                 factor = learning_rate_factor(
                     options.lr_scheduler, state.step, progress, options.lr_warmup_steps, options.lr_final_ratio
@@ -381,8 +385,13 @@ class _Run:
                     now = time.monotonic()
                     rate = window_images / (now - window_start)
                     window_start, window_images = now, 0
-                    self._write({f"train/{k}": v for k, v in means.items()})
-                    self._write({"train/learning_rate": options.learning_rate * factor, "train/images_per_s": rate})
+                    self._write(
+                        {
+                            **{f"train/{name}": value for name, value in means.items()},
+                            "train/learning_rate": options.learning_rate * factor,
+                            "train/images_per_s": rate,
+                        }
+                    )
                     bar.set_postfix(step=state.step, loss=f"{means['loss']:.4f}", img_s=f"{rate:.1f}", refresh=False)
                 self._advance(bar)
                 if state.step % options.validation_steps == 0:
@@ -395,6 +404,14 @@ class _Run:
                 if state.step % options.checkpointing_steps == 0:
                     self.checkpoint()
         return True
+
+    @contextmanager
+    def _batches(self) -> Iterator[Iterator[dict[str, torch.Tensor]]]:
+        loader = iter(self.task.loader(self.state.batches, self.accelerator))
+        try:
+            yield loader
+        finally:
+            close_loader(loader)
 
     def _step(self, loader: Iterator[dict[str, torch.Tensor]]) -> tuple[dict[str, torch.Tensor], int]:
         """One optimizer step over its micro-batches: the mean of their losses, and the images in them."""
@@ -445,9 +462,9 @@ class _Run:
             )
 
     def _bar(self) -> tqdm:
-        """Counts steps, or seconds when time alone ends the run; quiet in log files."""
+        """Counts steps, or seconds when time may end the run; quiet in log files."""
         options = self.options
-        by_time = options.max_train_steps is None
+        by_time = options.max_train_minutes is not None
         return tqdm(
             total=round(60 * options.max_train_minutes) if by_time else options.max_train_steps,
             initial=round(self.state.elapsed_seconds) if by_time else self.state.step,
@@ -460,7 +477,7 @@ class _Run:
 
     def _advance(self, bar: tqdm) -> None:
         now = self.state.step
-        if self.options.max_train_steps is None:
+        if self.options.max_train_minutes is not None:
             now = min(bar.total, round(self.elapsed_before + time.monotonic() - self.clock))
         bar.update(now - bar.n)
 

@@ -33,7 +33,9 @@ def add_run_options(parser: argparse.ArgumentParser) -> None:
     """Where a run is kept, how long it lasts and how it goes on after a break."""
     group = parser.add_argument_group("run")
     group.add_argument("--config", type=Path, help="YAML file of defaults for these options; the command line wins")
-    group.add_argument("--output_dir", type=Path, required=True, help="checkpoints, logs, pictures and the final model")
+    group.add_argument(
+        "--output_dir", type=Path, required=True, help="checkpoints, logs, pictures and the final model"
+    )
     group.add_argument("--seed", type=non_negative_int, default=0)
     group.add_argument("--dry_run", "--dry-run", action="store_true", help="print the resolved configuration and stop")
     group.add_argument("--max_train_steps", type=positive, help="optimizer steps of the whole run")
@@ -60,7 +62,9 @@ def add_run_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--hub_private", action="store_true")
 
 
-def add_optimizer_options(parser: argparse.ArgumentParser, *, betas: tuple[float, float], learning_rate: float) -> None:
+def add_optimizer_options(
+    parser: argparse.ArgumentParser, *, betas: tuple[float, float], learning_rate: float
+) -> None:
     """Optimizer, schedule, average and precision."""
     group = parser.add_argument_group("optimization")
     group.add_argument("--learning_rate", type=positive_float, default=learning_rate)

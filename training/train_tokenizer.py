@@ -76,7 +76,9 @@ def make_parser() -> argparse.ArgumentParser:
     )
     group.add_argument("--min_crop_scale", type=unit_interval, default=0.25, help="smallest area of random_resized")
     group.add_argument("--random_flip", action=argparse.BooleanOptionalAction, default=True)
-    group.add_argument("--min_tokens", type=positive, help="at --resolution, scaled with the area; default: the model's")
+    group.add_argument(
+        "--min_tokens", type=positive, help="at --resolution, scaled with the area; default: the model's"
+    )
     group.add_argument("--max_tokens", type=positive, help="likewise")
     group.add_argument(
         "--token_counts_per",
@@ -212,7 +214,7 @@ class TokenizerTask(TrainingTask):
             seed=options.seed,
             crop=options.crop,
             min_crop_scale=options.min_crop_scale,
-            random_flip=options.random_flip,
+            flip="random" if options.random_flip else "never",
             token_counts=self.sizes.token_counts,
             partition=self.partition,
         )
@@ -227,7 +229,9 @@ class TokenizerTask(TrainingTask):
             if index == 0:
                 shown = self.options.num_grid_images
                 save_comparison(
-                    self.validation_images[:shown], reconstruction[:shown], directory / "images" / f"step-{step:07d}.png"
+                    self.validation_images[:shown],
+                    reconstruction[:shown],
+                    directory / "images" / f"step-{step:07d}.png",
                 )
         return values
 

@@ -1,0 +1,421 @@
+# Copyright 2026 The gpstoken-hf authors. Licensed under the Apache License, Version 2.0.
+"""Make gpstoken-digits, the pipeline that ships with the package: data, training, evaluation, model card.
+
+    python -m training.make_digits --work_dir runs/digits --output_dir src/gpstoken_hf/bundled/gpstoken-digits
+
+The data is scikit-learn's `load_digits`, upscaled to 32 x 32, white on black. Every step is skipped when its result is
+there and goes on where it was interrupted, so the same command may be given again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from tqdm.auto import tqdm
+
+from gpstoken_hf.image_processing_gpstoken import GPSTokenImageProcessor
+from gpstoken_hf.metrics import psnr
+from gpstoken_hf.modeling_gpstoken import GPSTokenModel
+from gpstoken_hf.pipeline_gpstoken import GPSTokenPipeline
+from gpstoken_hf.programs import (
+    atomic_directory,
+    atomic_file,
+    non_negative_float,
+    non_negative_int,
+    run_program,
+)
+from gpstoken_hf.programs import positive_int as positive
+from gpstoken_hf.transformer_sit import SiTTransformer1DModel
+from training import cache_tokens, train_sit, train_tokenizer
+from training.options import unit_interval
+
+PRESETS = Path(__file__).parent / "presets"
+NUM_CLASSES = 10
+IMAGE_SIZE = 32
+NUM_TEST_IMAGES = 360
+CLASS_NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="make_digits", description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser.add_argument("--work_dir", type=Path, required=True, help="data, checkpoints and pictures of the way there")
+    parser.add_argument("--output_dir", type=Path, required=True, help="the finished pipeline")
+    parser.add_argument("--tokenizer_steps", type=positive, help="default: the preset's")
+    parser.add_argument("--generator_steps", type=positive, help="default: the preset's; the same for all three")
+    parser.add_argument("--samples_per_class", type=positive, default=50)
+    parser.add_argument("--num_inference_steps", type=positive, default=50)
+    parser.add_argument("--num_layout_steps", type=positive, default=20)
+    parser.add_argument("--guidance_scale", type=non_negative_float, default=1.5)
+    parser.add_argument("--guidance_interval", type=unit_interval, nargs=2, default=(0.0, 1.0))
+    parser.add_argument("--seed", type=non_negative_int, default=0)
+    parser.add_argument("--threads", type=positive, help="CPU threads of the arithmetic; default: torch's own choice")
+    parser.add_argument("--overwrite", action="store_true", help="replace a pipeline that is already at --output_dir")
+    return parser
+
+
+# ------------------------------------------------------------------------------------------------------------ data
+
+
+def load_digit_images() -> tuple[np.ndarray, np.ndarray]:
+    """The 1797 digits: grey (N, 8, 8) in 0..16, labels (N,)."""
+    from sklearn.datasets import load_digits
+
+    data = load_digits()
+    return data.images, data.target
+
+
+def upscale(digits: np.ndarray) -> np.ndarray:
+    """(N, 8, 8) in 0..16 -> uint8 RGB (N, 32, 32, 3), bicubic, 16 -> 255."""
+    images = []
+    for digit in digits:
+        grey = Image.fromarray((digit * (255 / 16)).astype(np.float32), mode="F")
+        grey = grey.resize((IMAGE_SIZE, IMAGE_SIZE), Image.Resampling.BICUBIC)
+        images.append(np.asarray(grey).clip(0, 255).round().astype(np.uint8))
+    return np.repeat(np.stack(images)[..., None], 3, axis=-1)
+
+
+def downscale(images: np.ndarray) -> np.ndarray:
+    """uint8 RGB (N, 32, 32, 3) -> (N, 64) in 0..16: what the classifier and the distances look at."""
+    grey = images.astype(np.float64).mean(axis=-1)
+    factor = IMAGE_SIZE // 8
+    blocks = grey.reshape(-1, 8, factor, 8, factor).mean(axis=(2, 4))
+    return blocks.reshape(-1, 64) * (16 / 255)
+
+
+def split_digits(seed: int) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """Upscaled images and labels, "train" and "test", every class in proportion."""
+    from sklearn.model_selection import train_test_split
+
+    digits, labels = load_digit_images()
+    images = upscale(digits)
+    train, test = train_test_split(
+        np.arange(len(labels)), test_size=NUM_TEST_IMAGES, stratify=labels, random_state=seed
+    )
+    return {"train": (images[train], labels[train]), "test": (images[test], labels[test])}
+
+
+def write_parquet(images: np.ndarray, labels: np.ndarray, path: Path) -> None:
+    """A dataset file with the columns image (PNG) and label (named classes)."""
+    import datasets
+
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=list(CLASS_NAMES))})
+    rows = []
+    for image, label in zip(images, labels):
+        buffer = io.BytesIO()
+        Image.fromarray(image).save(buffer, format="PNG")
+        rows.append({"image": {"bytes": buffer.getvalue(), "path": None}, "label": int(label)})
+    with atomic_file(path) as staging:
+        datasets.Dataset.from_list(rows, features=features).to_parquet(staging)
+
+
+# -------------------------------------------------------------------------------------------------------- training
+
+
+def train(options: argparse.Namespace) -> int:
+    """Tokenizer, token cache and the three generators; returns the code of the first step that did not finish."""
+    work = options.work_dir
+    for name, (images, labels) in split_digits(options.seed).items():
+        if not (path := work / "data" / f"{name}.parquet").exists():
+            write_parquet(images, labels, path)
+    shared = ["--seed", str(options.seed)]
+    if options.threads is not None:
+        shared += ["--threads", str(options.threads)]
+    steps: list[tuple[Path, Callable[[Sequence[str]], int], list[str]]] = []
+
+    command = ["--config", str(PRESETS / "digits_tokenizer.yaml"), "--output_dir", str(work / "tokenizer"), *shared]
+    command += ["--train_data_files", str(work / "data" / "train.parquet")]
+    command += ["--validation_data_files", str(work / "data" / "test.parquet")]
+    if options.tokenizer_steps is not None:
+        command += ["--max_train_steps", str(options.tokenizer_steps)]
+    steps.append((work / "tokenizer" / "model", train_tokenizer.main, command))
+
+    command = ["--tokenizer", str(work / "tokenizer" / "model"), "--output_dir", str(work / "tokens")]
+    command += ["--train_data_files", str(work / "data" / "train.parquet"), "--dataloader_num_workers", "0"]
+    steps.append((work / "tokens" / cache_tokens.STATISTICS, cache_tokens.main, command))
+
+    for stage in ("layout", "texture", "one-stage"):
+        command = ["--config", str(PRESETS / "digits_sit.yaml"), "--output_dir", str(work / stage), *shared]
+        command += ["--stage", stage, "--tokens_dir", str(work / "tokens")]
+        if options.generator_steps is not None:
+            command += ["--max_train_steps", str(options.generator_steps)]
+        steps.append((work / stage / "model", train_sit.main, command))
+
+    for result, program, command in steps:
+        if result.exists():
+            continue
+        started = time.monotonic()
+        code = program(command)
+        if code:
+            return code
+        _note_minutes(work / "minutes.json", result.parent.name, (time.monotonic() - started) / 60)
+    return 0
+
+
+def _note_minutes(path: Path, name: str, minutes: float) -> None:
+    noted = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    with atomic_file(path) as staging:
+        staging.write_text(json.dumps({**noted, name: round(minutes, 1)}), encoding="utf-8")
+
+
+# -------------------------------------------------------------------------------------------------------- pipelines
+
+
+def make_pipelines(work: Path) -> dict[str, GPSTokenPipeline]:
+    """The two-stage pipeline and the one-stage baseline, from what was trained."""
+    statistics = json.loads((work / "tokens" / cache_tokens.STATISTICS).read_text(encoding="utf-8"))
+    vae = GPSTokenModel.from_pretrained(work / "tokenizer" / "model").eval()
+    vae.config.latents_mean = statistics["channels"]["offset"]["mean"]
+    vae.config.latents_std = statistics["channels"]["offset"]["std"]
+    generators = {
+        stage: SiTTransformer1DModel.from_pretrained(work / stage / "model").eval()
+        for stage in ("layout", "texture", "one-stage")
+    }
+    id2label = dict(enumerate(f"{name}, {digit}" for digit, name in enumerate(CLASS_NAMES)))
+    shared = {"vae": vae, "image_processor": GPSTokenImageProcessor(), "id2label": id2label}
+    return {
+        "two-stage": GPSTokenPipeline(
+            transformer=generators["texture"],
+            scheduler=FlowMatchEulerDiscreteScheduler(),
+            layout_transformer=generators["layout"],
+            layout_scheduler=FlowMatchEulerDiscreteScheduler(),
+            **shared,
+        ),
+        "one-stage": GPSTokenPipeline(
+            transformer=generators["one-stage"], scheduler=FlowMatchEulerDiscreteScheduler(), **shared
+        ),
+    }
+
+
+def store_as_half(directory: Path) -> None:
+    """Rewrite all weights below a folder in float16; the configurations stay, so that they are used in float32."""
+    for path in directory.rglob("*.safetensors"):
+        tensors = {
+            name: value.half() if value.is_floating_point() else value for name, value in load_file(path).items()
+        }
+        save_file(tensors, path, metadata={"format": "pt"})
+
+
+def sample(pipeline: GPSTokenPipeline, options: argparse.Namespace, name: str) -> tuple[np.ndarray, np.ndarray]:
+    """uint8 images (10 n, 32, 32, 3) and the labels (10 n,) that they were asked for, class by class."""
+    images = []
+    pipeline.set_progress_bar_config(disable=True)
+    for label in tqdm(range(NUM_CLASSES), desc=f"sampling {name}", unit="class", mininterval=5):
+        generator = torch.Generator().manual_seed(options.seed * 1000 + label)
+        batch = pipeline(
+            [label] * options.samples_per_class,
+            num_inference_steps=options.num_inference_steps,
+            num_layout_steps=options.num_layout_steps,
+            guidance_scale=options.guidance_scale,
+            guidance_interval=tuple(options.guidance_interval),
+            generator=generator,
+        ).images
+        images += [np.asarray(image) for image in batch]
+    return np.stack(images), np.repeat(np.arange(NUM_CLASSES), options.samples_per_class)
+
+
+# -------------------------------------------------------------------------------------------------------- evaluation
+
+
+def nearest_distances(queries: np.ndarray, references: np.ndarray) -> np.ndarray:
+    """Euclidean distance of every query (N, D) to its nearest reference (M, D): (N,)."""
+    squared = (queries**2).sum(1)[:, None] - 2 * queries @ references.T + (references**2).sum(1)[None]
+    return np.sqrt(np.maximum(squared, 0).min(axis=1))
+
+
+def fit_classifier(images: np.ndarray, labels: np.ndarray) -> Any:
+    """An RBF support vector machine on 8 x 8 pixels."""
+    from sklearn.svm import SVC
+
+    return SVC(C=10.0, gamma=1e-3).fit(downscale(images), labels)
+
+
+def evaluate(classifier: Any, images: np.ndarray, labels: np.ndarray, train_images: np.ndarray) -> dict[str, Any]:
+    """How many samples are recognised as their class, and how far they are from the training images."""
+    pixels = downscale(images)
+    correct = classifier.predict(pixels) == labels
+    distances = nearest_distances(pixels, downscale(train_images))
+    return {
+        "accuracy": float(correct.mean()),
+        "accuracy_per_class": [float(correct[labels == digit].mean()) for digit in range(NUM_CLASSES)],
+        "nearest_distance_min": float(distances.min()),
+        "nearest_distance_5_percent": float(np.quantile(distances, 0.05)),
+        "nearest_distance_median": float(np.median(distances)),
+    }
+
+
+def measure(options: argparse.Namespace, pipelines: dict[str, GPSTokenPipeline]) -> dict[str, Any]:
+    """All numbers of the model card; leaves the samples and their contact sheets in the work folder."""
+    data = split_digits(options.seed)
+    train_images, train_labels = data["train"]
+    test_images, test_labels = data["test"]
+    classifier = fit_classifier(train_images, train_labels)
+    results: dict[str, Any] = {"held-out digits": evaluate(classifier, test_images, test_labels, train_images)}
+
+    vae = pipelines["two-stage"].vae
+    pixels = torch.from_numpy(test_images).permute(0, 3, 1, 2).float() / 127.5 - 1
+    with torch.no_grad():
+        reconstructions = torch.cat([vae(part).sample.clamp(-1, 1) for part in pixels.split(60)])
+    results["tokenizer"] = {
+        "psnr": psnr(reconstructions, pixels).mean().item(),
+        "accuracy": float((classifier.predict(downscale(_to_bytes(reconstructions))) == test_labels).mean()),
+    }
+    for name, pipeline in pipelines.items():
+        images, labels = sample(pipeline, options, name)
+        results[name] = evaluate(classifier, images, labels, train_images)
+        results[name]["parameters"] = sum(
+            parameter.numel()
+            for part in (pipeline.transformer, pipeline.layout_transformer)
+            if part is not None
+            for parameter in part.parameters()
+        )
+        np.savez_compressed(options.work_dir / f"samples-{name}.npz", images=images, labels=labels)
+        save_sheet(images, options.samples_per_class, options.work_dir / f"samples-{name}.png")
+    save_sheet(
+        np.concatenate([train_images[train_labels == digit][:20] for digit in range(NUM_CLASSES)]),
+        20,
+        options.work_dir / "training-images.png",
+    )
+    with atomic_file(options.work_dir / "results.json") as staging:
+        staging.write_text(json.dumps(results, indent=1), encoding="utf-8")
+    return results
+
+
+def _to_bytes(images: torch.Tensor) -> np.ndarray:
+    return ((images + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy()
+
+
+def save_sheet(images: np.ndarray, per_class: int, path: Path, shown: int = 20, scale: int = 2) -> None:
+    """A contact sheet, one row per class, the first `shown` images of each."""
+    rows = [
+        np.concatenate(list(images[digit * per_class : digit * per_class + min(shown, per_class)]), axis=1)
+        for digit in range(NUM_CLASSES)
+    ]
+    sheet = Image.fromarray(np.concatenate(rows))
+    with atomic_file(path) as staging:
+        sheet.resize((sheet.width * scale, sheet.height * scale), Image.Resampling.NEAREST).save(staging)
+
+
+# -------------------------------------------------------------------------------------------------------- model card
+
+
+def model_card(options: argparse.Namespace, results: dict[str, Any], minutes: dict[str, float], command: str) -> str:
+    """README.md of the pipeline."""
+    two, one, real = results["two-stage"], results["one-stage"], results["held-out digits"]
+
+    def row(name: str, values: dict[str, Any]) -> str:
+        recognised = f"{100 * values['accuracy']:.1f} %"
+        distances = (values[f"nearest_distance_{part}"] for part in ("min", "5_percent", "median"))
+        return f"| {name} | {recognised} | " + " | ".join(f"{value:.1f}" for value in distances) + " |"
+
+    per_class = ", ".join(f"{digit}: {100 * value:.0f} %" for digit, value in enumerate(two["accuracy_per_class"]))
+    low, high = options.guidance_interval
+    timing = ", ".join(f"{name} {value} min" for name, value in minutes.items())
+    return f"""---
+license: apache-2.0
+library_name: diffusers
+pipeline_tag: unconditional-image-generation
+tags:
+- gpstoken
+- class-conditional
+---
+# gpstoken-digits
+
+A tiny `GPSTokenPipeline` that draws handwritten digits, 32 x 32: class label -> layout of 16 Gaussians -> calibration ->
+texture -> image. It shows the two-stage generation of GPSToken (arXiv 2509.01109) at a size that anyone can train on a
+CPU, and it is what the tests and the demo run. It is of no other use.
+
+```python
+import gpstoken_hf
+from gpstoken_hf import GPSTokenPipeline
+
+pipe = GPSTokenPipeline.from_pretrained(gpstoken_hf.bundled("gpstoken-digits"))
+images = pipe(["three", 7], num_inference_steps={options.num_inference_steps},
+              num_layout_steps={options.num_layout_steps}, guidance_scale={options.guidance_scale:g},
+              guidance_interval=({low:g}, {high:g})).images
+```
+
+## Training
+
+Data: scikit-learn's `load_digits` (UCI optical recognition of handwritten digits), 8 x 8 pixels upscaled to 32 x 32 by a
+bicubic filter, white on black; {1797 - NUM_TEST_IMAGES} images for training, {NUM_TEST_IMAGES} held out. Nothing else was
+used. Command:
+
+```
+{command}
+```
+
+Wall time on a shared CPU: {timing}.
+
+## Results
+
+Tokenizer on the held-out digits: PSNR {results["tokenizer"]["psnr"]:.1f} dB; the classifier recognises
+{100 * results["tokenizer"]["accuracy"]:.1f} % of the reconstructions.
+
+{options.samples_per_class} samples per class, Euler with {options.num_inference_steps} steps ({options.num_layout_steps}
+for the layout), guidance {options.guidance_scale:g} in the interval {low:g} to {high:g}, layouts generated, none stored.
+"Recognised" is the share that a support vector machine, trained on the real training digits, takes for the class that
+was asked for. Distances are Euclidean, on 8 x 8 pixels of 0 to 16, from an image to the nearest training image: copies
+would lie at 0.
+
+| | recognised | nearest, min | nearest, 5 % | nearest, median |
+|---|---|---|---|---|
+{row("real, held out", real)}
+{row("two-stage (this pipeline)", two)}
+{row("one-stage baseline", one)}
+
+Per class, two-stage: {per_class}.
+
+The one-stage baseline generates all 13 channels of the tokens at once. Its network has the size of one of the two
+generators here and the same training; it is not part of this folder.
+
+Limits: 1437 training images of ten classes; the guidance that makes classes clear narrows their variety.
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = make_parser()
+    options = parser.parse_args(argv)
+    if options.output_dir.exists() and any(options.output_dir.iterdir()) and not options.overwrite:
+        print(f"{options.output_dir} is there already; --overwrite makes it again", file=sys.stderr)
+        return 0
+    if options.threads is not None:
+        torch.set_num_threads(options.threads)
+    if code := train(options):
+        return code
+    with atomic_directory(options.output_dir, overwrite=options.overwrite) as staging:
+        pipelines = make_pipelines(options.work_dir)
+        pipelines["two-stage"].save_pretrained(staging)
+        store_as_half(staging)
+        # What is measured is what ships.
+        pipelines["two-stage"] = GPSTokenPipeline.from_pretrained(staging)
+        results = measure(options, pipelines)
+        minutes = json.loads((options.work_dir / "minutes.json").read_text(encoding="utf-8"))
+        card = model_card(
+            options, results, minutes, "python -m training.make_digits " + " ".join(argv or sys.argv[1:])
+        )
+        (staging / "README.md").write_text(card, encoding="utf-8")
+        size = sum(path.stat().st_size for path in staging.rglob("*") if path.is_file())
+    for name in ("held-out digits", "two-stage", "one-stage"):
+        values = results[name]
+        print(
+            f"{name}: {100 * values['accuracy']:.1f} % recognised, nearest training image at "
+            f"{values['nearest_distance_median']:.1f} (median), {values['nearest_distance_min']:.1f} (least)"
+        )
+    print(f"{options.output_dir}: {size / 1e6:.1f} MB; contact sheets in {options.work_dir}")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(run_program(main))
