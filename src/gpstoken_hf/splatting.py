@@ -10,9 +10,9 @@ Every path evaluates the exponent in the whitened form `-(t² + v²) / 2` with `
 equals the form above, and keeps its digits where that one cancels, as rho comes near ±1. The gradients of a token's
 Gaussian follow from five moments of `A = g · <grad R, f>` over the pixels: sums of A t, A v, A t², A t v, A v².
 
-The path for the CPU sorts tokens into the 8 x 8 pixel tiles that their boxes touch, and renders tiles with about
-as many tokens together as one batched matrix product. It is written in PyTorch alone and runs on any device; on CUDA
-the kernels of `splatting_triton` take its place.
+On the CPU the compiled loops of `splatting_cpu` run, on CUDA the kernels of `splatting_triton`. Where neither is to be
+had, and in float64 on CUDA, the tiled path below: it sorts tokens into the 8 x 8 pixel tiles that their boxes touch,
+and renders tiles with about as many tokens together as one batched matrix product, in PyTorch alone.
 
 Letters: B batch, L tokens, C channels, h x w pixels of the map, T tiles of a bucket, K tokens of a tile, P (token,
 tile) pairs, S = 8 the side of a tile.
@@ -20,6 +20,7 @@ tile) pairs, S = 8 the side of a tile.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import warnings
 from collections.abc import Iterator
@@ -57,8 +58,9 @@ def splat_gaussians(
     """Render tokens into a feature map (paper Eq. 1-3), differentiable in Gaussians and features.
 
     Computed in float32 (float64 when either input is); the result has the promoted dtype of the inputs, and float32
-    under autocast. The gradients are closed-form; double backward raises, and forward-mode AD is not implemented (a
-    custom op gives zero tangents without saying so): use `backend="reference"` for either. Deterministic.
+    under autocast. Deterministic. The gradients are closed-form; double backward and `torch.func.grad` raise, and
+    forward-mode AD is not implemented (a custom op gives zero tangents without saying so): use
+    `backend="reference"` for those.
 
     Args:
         gaussians: `(B, L, 5)` finite `[sigma_x, sigma_y, rho, mu_x, mu_y]`, sigma > 0, -1 < rho < 1 (see
@@ -66,8 +68,8 @@ def splat_gaussians(
         features: `(B, L, C)`.
         size: `(h, w)` of the map in pixels.
         support: half side of a token's box, in sigmas; outside the box its weight is 0.
-        backend: `"auto"` takes Triton on CUDA and the tiled path elsewhere; `"reference"`, `"cpu"` and `"triton"`
-            force one.
+        backend: `"auto"` takes compiled loops on the CPU, Triton on CUDA, and PyTorch operations by tiles elsewhere;
+            `"reference"`, `"cpu"` and `"triton"` force one.
         attention_mask: `(B, L)` bool or integer, 0 for padded tokens: they add nothing and get zero gradients,
             whatever values they hold.
 
@@ -87,7 +89,7 @@ def splat_gaussians(
     maps = torch.ops.gpstoken.splat(
         gaussians.to(compute_dtype), features.to(compute_dtype), mask, height, width, float(support), path
     )
-    return maps if torch.is_autocast_enabled(gaussians.device.type) else maps.to(out_dtype)
+    return maps if _autocast_enabled(gaussians.device.type) else maps.to(out_dtype)
 
 
 def splat_reference(
@@ -105,12 +107,16 @@ def splat_reference(
     height, width = _check_inputs(gaussians, features, size, support, attention_mask)
     out_dtype = torch.promote_types(gaussians.dtype, features.dtype)
     compute_dtype = torch.float64 if out_dtype == torch.float64 else torch.float32
-    autocast = torch.is_autocast_enabled(gaussians.device.type)
-    with torch.autocast(gaussians.device.type, enabled=False):
+    autocast = _autocast_enabled(gaussians.device.type)
+    with torch.autocast(gaussians.device.type, enabled=False) if autocast else contextlib.nullcontext():
         maps = _dense_splat(
             gaussians.to(compute_dtype), features.to(compute_dtype), attention_mask, height, width, float(support)
         )
     return maps if autocast else maps.to(out_dtype)
+
+
+def _autocast_enabled(device_type: str) -> bool:
+    return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
 
 
 def _dense_splat(

@@ -1,0 +1,57 @@
+# Copyright 2026 The gpstoken-hf authors. Licensed under the Apache License, Version 2.0.
+"""Inputs for the tests of splatting, and the renderer as a naive loop."""
+
+import math
+
+import numpy as np
+import torch
+
+
+def random_tokens(seed, B, L, C, dtype=torch.float32, extreme=False):
+    """Gaussians `(B, L, 5)` and features `(B, L, C)`.
+
+    `extreme` draws sigma from its lower bound 1e-5 to 1, |rho| up to 1 - 1e-5, and means outside of the frame too.
+    """
+    rng = np.random.default_rng(seed)
+    if extreme:
+        sigma = 10 ** rng.uniform(-5, 0, (B, L, 2))
+        sigma[rng.random((B, L, 2)) < 0.1] = 1e-5
+        rho = (1 - 10 ** rng.uniform(-5, 0, (B, L, 1))) * rng.choice([-1, 1], (B, L, 1))
+        mu = rng.uniform(-1.5, 1.5, (B, L, 2))
+    else:
+        sigma = rng.uniform(0.3, 1.5, (B, L, 2)) * (2 / 3 / math.sqrt(max(L, 1)))
+        rho = rng.uniform(-0.9, 0.9, (B, L, 1))
+        mu = rng.uniform(-1, 1, (B, L, 2))
+    gaussians = torch.from_numpy(np.concatenate([sigma, rho, mu], axis=-1)).to(dtype)
+    return gaussians, torch.from_numpy(rng.standard_normal((B, L, C))).to(dtype)
+
+
+def random_mask(seed, B, L):
+    return torch.from_numpy(np.random.default_rng(seed + 1).random((B, L)) < 0.7)
+
+
+def naive_splat(gaussians, features, size, support, mask=None):
+    """Eq. 1-3 as written, token by token and pixel by pixel, in Python floats."""
+    B, L, C = features.shape
+    height, width = size
+    maps = np.zeros((B, C, height, width))
+    for b in range(B):
+        for l in range(L):
+            if mask is not None and not mask[b, l]:
+                continue
+            sigma_x, sigma_y, rho, mu_x, mu_y = gaussians[b, l].tolist()
+            for j in range(height):
+                for i in range(width):
+                    dx = (2 * i / (width - 1) - 1 if width > 1 else 0.0) - mu_x
+                    dy = (2 * j / (height - 1) - 1 if height > 1 else 0.0) - mu_y
+                    if abs(dx) <= support * sigma_x and abs(dy) <= support * sigma_y:
+                        q = dx**2 / sigma_x**2 - 2 * rho * dx * dy / (sigma_x * sigma_y) + dy**2 / sigma_y**2
+                        maps[b, :, j, i] += math.exp(-q / (2 * (1 - rho**2))) * features[b, l].numpy()
+    return torch.from_numpy(maps)
+
+
+def value_and_gradients(splat, gaussians, features, weights):
+    """The map, and the gradients of `<weights, map>` by Gaussians and features."""
+    gaussians, features = gaussians.detach().requires_grad_(), features.detach().requires_grad_()
+    maps = splat(gaussians, features)
+    return maps.detach(), *torch.autograd.grad(maps, (gaussians, features), weights)
