@@ -88,7 +88,9 @@ def convert(arguments: argparse.Namespace) -> None:
     bank = GaussianLayoutBank.from_layouts(layouts)
     with atomic_directory(arguments.output) as staging:
         bank.save_pretrained(staging)
-        (staging / "README.md").write_text(layout_bank_card(bank, arguments.source.name), encoding="utf-8")
+        name = arguments.source.name
+        card = layout_bank_card(bank, f"converted from `{name}`", f"the source of `{name}`")
+        (staging / "README.md").write_text(card, encoding="utf-8")
         if arguments.verify:
             error = verify(GaussianLayoutBank.from_pretrained(staging), layouts)
             print(f"verified: largest error against {arguments.source.name}: {error:g}")

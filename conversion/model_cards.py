@@ -19,14 +19,20 @@ def front_matter(library: str, tags: list[str], pipeline_tag: str | None = None)
     return "\n".join(lines)
 
 
-def layout_bank_card(bank: GaussianLayoutBank, source: str) -> str:
-    """README.md of a converted layout bank."""
+def layout_bank_card(bank: GaussianLayoutBank, origin: str, source: str) -> str:
+    """README.md of a layout bank.
+
+    Args:
+        bank: the bank.
+        origin: how its layouts came about, "converted from ..." or "taken from ...".
+        source: whom to ask for data and licence.
+    """
     counts = bank.class_counts
     return f"""{front_matter("diffusers", ["gpstoken", "layout-bank"])}
 # Layout bank for GPSToken
 
 {len(bank)} layouts of {len(counts)} classes ({min(counts.values())} to {max(counts.values())} per class, layouts of \
-{", ".join(str(length) for length in sorted(bank.token_counts))} tokens), converted from `{source}` with \
+{", ".join(str(length) for length in sorted(bank.token_counts))} tokens), {origin} with \
 `gpstoken_hf`. A layout is a set of 2D Gaussians that says where the tokens of an image lie; see {PAPER}.
 
 ```python
@@ -39,7 +45,7 @@ layouts.gaussians       # (B, L, 5): sigma_x, sigma_y, rho, mu_x, mu_y
 layouts.attention_mask  # (B, L): 1 for a token, 0 for padding
 ```
 
-The converter copied the numbers and did not change them; for the data and the licence ask the source of `{source}`.
+For the data and the licence of the layouts ask {source}.
 """
 
 

@@ -134,7 +134,7 @@ def hostile_pickles(marker):
     """Files that would make the file `marker`, take the memory, or crash the interpreter, if pickle read them."""
     touch = f"touch {marker}"
     protocol_2 = pickle.dumps(Hostile(os.system, touch), 2)
-    nested = b")" + b"\x85" * 200_000  # tuples in each other, deep enough to crash a recursive hash
+    nested = b")" + b"\x85" * 100_000  # tuples in each other, deep enough to crash a recursive hash
     laughs = b"".join(b"](" + b"h%c" % i * 12 + b"e\x940" for i in range(12))  # 12 ** 12 lists
     return {
         "os.system": (pickle.dumps({0: [Hostile(os.system, touch)]}), "system"),

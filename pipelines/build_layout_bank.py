@@ -1,0 +1,226 @@
+# Copyright 2026 The gpstoken-hf authors. Licensed under the Apache License, Version 2.0.
+"""A labelled dataset -> a GaussianLayoutBank: the layouts of real images, per class.
+
+    python -m pipelines.build_layout_bank --train_data_dir photos/ --num_tokens 128 --output_dir bank/
+    python -m pipelines.build_layout_bank --train_data_files train.parquet --tokenizer gpstoken-m128 --output_dir bank/
+
+Images are cropped to their central square, resized and partitioned as the tokenizer does it. Parts that are done are
+kept beside the output; the same command goes on where it was stopped, and the output appears when it is whole. It
+holds the bank, a model card and `layouts.png`, a sheet of some of the layouts.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import PIL.Image
+import torch
+from safetensors.torch import load_file, save_file
+from tqdm.auto import tqdm
+
+from conversion.model_cards import layout_bank_card
+from conversion.publishing import push_folder
+from gpstoken_hf.configuration_gpstoken import GPSTokenConfig
+from gpstoken_hf.layout_bank import GaussianLayoutBank
+from gpstoken_hf.partition import partition_images
+from gpstoken_hf.programs import (
+    ProgramError,
+    atomic_directory,
+    atomic_file,
+    non_negative_float,
+    non_negative_int,
+    positive_float,
+    positive_int,
+    run_program,
+)
+from gpstoken_hf.visualization import contact_sheet, draw_gaussians
+from training.data import center_crop, decode_image, image_to_array, load_image_dataset
+from training.options import add_dataset_options, describe_options, parse_options
+
+SETTINGS = ("resolution", "num_tokens", "complexity_exponent", "min_region_size", "sigma_scale")
+SHEET_LAYOUTS = 16
+SHEET_SIDE = 192
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="build_layout_bank", description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser.add_argument("--config", type=Path, help="YAML file of defaults for these options; the command line wins")
+    parser.add_argument("--output_dir", type=Path, required=True, help="folder to write")
+    parser.add_argument(
+        "--tokenizer", help="a GPSTokenModel, folder or Hub repository, whose config gives the defaults"
+    )
+    parser.add_argument(
+        "--resolution", type=positive_int, help="side of the central squares; default: the tokenizer's"
+    )
+    parser.add_argument(
+        "--num_tokens", type=positive_int, nargs="+", help="tokens of a layout; several: one layout of each per image"
+    )
+    parser.add_argument("--complexity_exponent", type=non_negative_float, help="lambda of the partition")
+    parser.add_argument("--min_region_size", type=positive_int, help="s_min of the partition, pixels")
+    parser.add_argument("--sigma_scale", type=positive_float, help="initial sigma over a region's extent")
+    parser.add_argument(
+        "--images_per_class", type=positive_int, default=50, help="drawn at random, without repetition"
+    )
+    parser.add_argument("--seed", type=non_negative_int, default=0)
+    parser.add_argument("--batch_size", type=positive_int, default=32)
+    parser.add_argument("--part_size", type=positive_int, default=1024, help="images between two saved parts")
+    parser.add_argument("--dry_run", "--dry-run", action="store_true", help="print the resolved options and stop")
+    parser.add_argument("--push_to_hub", metavar="REPO", help="upload the written folder to this model repository")
+    add_dataset_options(parser)
+    return parser
+
+
+def resolve_settings(options: argparse.Namespace) -> None:
+    """Fill in what was not given from the tokenizer's config (without one: the released m128's)."""
+    config = GPSTokenConfig() if options.tokenizer is None else GPSTokenConfig.from_pretrained(options.tokenizer)
+    defaults = {name: getattr(config, {"resolution": "image_size"}.get(name, name)) for name in SETTINGS}
+    for name, value in defaults.items():
+        if getattr(options, name) is None:
+            setattr(options, name, [value] if name == "num_tokens" else value)
+    if len(set(options.num_tokens)) != len(options.num_tokens):
+        raise ProgramError(f"--num_tokens must be different numbers, got {options.num_tokens}")
+
+
+def choose_rows(labels: Sequence[Any], per_class: int, seed: int) -> list[int]:
+    """Up to `per_class` rows of every class, drawn at random without repetition, in ascending order.
+
+    Raises:
+        ProgramError: a label that is no class id.
+    """
+    rows: dict[int, list[int]] = {}
+    for row, label in enumerate(labels):
+        if not isinstance(label, int) or isinstance(label, bool) or label < 0:
+            raise ProgramError(f"labels must be class ids >= 0, row {row} has {label!r}")
+        rows.setdefault(label, []).append(row)
+    chosen: list[int] = []
+    for label, members in rows.items():
+        # A generator per class: the choice within a class does not depend on the other classes.
+        order = np.random.default_rng([seed, label]).permutation(len(members))
+        chosen += [members[place] for place in order[:per_class]]
+    return sorted(chosen)
+
+
+def layouts_of(images: Sequence[PIL.Image.Image], options: argparse.Namespace) -> list[torch.Tensor]:
+    """The layouts `(L, 5)` of square images, for each image one per number of tokens."""
+    pixel_values = torch.from_numpy(np.stack([image_to_array(image) for image in images]))
+    settings = {name: getattr(options, name) for name in ("complexity_exponent", "min_region_size", "sigma_scale")}
+    columns = [partition_images(pixel_values, count, **settings).gaussians for count in options.num_tokens]
+    return [column[row] for row in range(len(images)) for column in columns]
+
+
+def build_part(dataset: Any, rows: Sequence[int], options: argparse.Namespace, bar: tqdm) -> dict[str, torch.Tensor]:
+    """Layouts of some rows: `gaussians` (T, 5), `lengths` (N,) and `class_labels` (N,)."""
+    layouts: list[torch.Tensor] = []
+    labels: list[int] = []
+    for start in range(0, len(rows), options.batch_size):
+        batch = [dataset[row] for row in rows[start : start + options.batch_size]]
+        images = [
+            center_crop(decode_image(sample[options.image_column], f"row {row}"), options.resolution)
+            for row, sample in zip(rows[start:], batch)
+        ]
+        layouts += layouts_of(images, options)
+        labels += [sample[options.label_column] for sample in batch for _ in options.num_tokens]
+        bar.update(len(batch))
+    return {
+        "gaussians": torch.cat(layouts),
+        "lengths": torch.tensor([len(layout) for layout in layouts]),
+        "class_labels": torch.tensor(labels),
+    }
+
+
+def build_parts(dataset: Any, rows: Sequence[int], options: argparse.Namespace, folder: Path) -> list[Path]:
+    """Every part as a file; those that are there already are taken as they are.
+
+    Raises:
+        ProgramError: the parts that are there were made with other options.
+    """
+    resolved = json.dumps({"rows": list(rows), **{name: getattr(options, name) for name in SETTINGS}})
+    record = folder / "options.json"
+    if record.exists() and record.read_text(encoding="utf-8") != resolved:
+        raise ProgramError(f"{folder} holds parts made with other options or data: finish with those, or delete it")
+    folder.mkdir(parents=True, exist_ok=True)
+    with atomic_file(record) as staging:
+        staging.write_text(resolved, encoding="utf-8")
+    files = []
+    with tqdm(total=len(rows), unit="image", desc="layouts", disable=None, file=sys.stderr) as bar:
+        for start in range(0, len(rows), options.part_size):
+            part = rows[start : start + options.part_size]
+            file = folder / f"{start:08d}-{len(part)}.safetensors"
+            if file.exists():
+                bar.update(len(part))
+            else:
+                tensors = build_part(dataset, part, options, bar)
+                with atomic_file(file) as staging:
+                    save_file(tensors, staging)
+            files.append(file)
+    return files
+
+
+def read_parts(files: Sequence[Path]) -> Iterator[tuple[int, torch.Tensor]]:
+    """(class, layout) of all parts."""
+    for file in files:
+        part = load_file(file)
+        layouts = part["gaussians"].split(part["lengths"].tolist())
+        yield from zip(part["class_labels"].tolist(), layouts)
+
+
+def draw_layouts(bank: GaussianLayoutBank) -> PIL.Image.Image:
+    """A sheet of layouts of classes spread over all, on grey."""
+    places = np.unique(np.linspace(0, len(bank) - 1, SHEET_LAYOUTS).round().astype(int))
+    ground = PIL.Image.new("RGB", (SHEET_SIDE, SHEET_SIDE), (40, 40, 44))
+    pictures = [draw_gaussians(ground, bank.layout(int(place)), zoom=1) for place in places]
+    titles = [f"class {bank.class_labels[place].item()}, {len(bank.layout(int(place)))} tokens" for place in places]
+    return contact_sheet(pictures, titles)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    options = parse_options(make_parser(), argv)
+    resolve_settings(options)
+    if options.dry_run:
+        print(describe_options(options), end="")
+        return 0
+    if options.streaming:
+        raise ProgramError("the classes are counted before images are read: expected a dataset without --streaming")
+    dataset = load_image_dataset(options)
+    if options.label_column not in dataset.column_names:
+        raise ProgramError(
+            f"no column {options.label_column!r} in the dataset; it has {', '.join(dataset.column_names)}"
+        )
+    rows = choose_rows(dataset[options.label_column][:], options.images_per_class, options.seed)
+    if not rows:
+        raise ProgramError("the dataset holds no rows")
+
+    parts = options.output_dir.parent / f"{options.output_dir.name}.parts"
+    with atomic_directory(options.output_dir) as staging:
+        files = build_parts(dataset, rows, options, parts)
+        layouts: dict[int, list[torch.Tensor]] = {}
+        for label, layout in read_parts(files):
+            layouts.setdefault(label, []).append(layout)
+        bank = GaussianLayoutBank.from_layouts(layouts)
+        bank.save_pretrained(staging)
+        draw_layouts(bank).save(staging / "layouts.png")
+        source = options.dataset_name or options.train_data_dir or ", ".join(options.train_data_files)
+        card = layout_bank_card(bank, f"taken from images of `{Path(source).name}`", "that dataset")
+        settings = ", ".join(f"{name} {getattr(options, name)}" for name in SETTINGS)
+        card += f"\nPartition: {settings}.\n\n![some of the layouts](layouts.png)\n"
+        (staging / "README.md").write_text(card, encoding="utf-8")
+    shutil.rmtree(parts)
+    counts = bank.class_counts.values()
+    print(
+        f"wrote {options.output_dir}: {len(bank)} layouts of {len(counts)} classes "
+        f"({min(counts)} to {max(counts)} per class), tokens per layout {sorted(bank.token_counts)}"
+    )
+    if options.push_to_hub:
+        print(push_folder(options.output_dir, options.push_to_hub))
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(run_program(main))
