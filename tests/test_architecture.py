@@ -50,6 +50,7 @@ ARROWS = {
         "image_processing_gpstoken",
         "layout_bank",
         "modeling_gpstoken",
+        "partition",
         "scheduling_flow_match_sde",
         "transformer_sit",
     },
