@@ -137,12 +137,11 @@ class GPSTokenPipeline(HubDownloadMixin, DiffusionPipeline):
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any) -> GPSTokenPipeline:
         """Load from a folder or the Hub, as every diffusers pipeline; all in float32 unless a dtype is given."""
-        pipeline = super().from_pretrained(pretrained_model_name_or_path, **kwargs)
-        # Without a dtype transformers keeps that of the file and diffusers takes float32.
+        # Without a dtype transformers takes the one that the config names and diffusers takes float32.
         no_dtype = kwargs.get("dtype") is None and kwargs.get("torch_dtype") is None
-        if no_dtype and "vae" not in kwargs and pipeline.vae.dtype != torch.float32:
-            pipeline.vae.to(torch.float32)
-        return pipeline
+        if no_dtype:
+            kwargs["dtype"] = torch.float32
+        return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
 
     # ------------------------------------------------------------------------------------------------ what is running
 

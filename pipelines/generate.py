@@ -1,0 +1,354 @@
+# Copyright 2026 The gpstoken-hf authors. Licensed under the Apache License, Version 2.0.
+"""Class labels -> images, their layouts and a contact sheet.
+
+    python -m pipelines.generate --classes 3 7 --count 8 --output out/
+    python -m pipelines.generate --pipeline owner/name --classes "golden retriever" 88 --steps 100 --scheduler heun
+    accelerate launch --num_processes 4 -m pipelines.generate --pipeline owner/name --count 50 --output samples/
+
+The output folder:
+
+    images/<class>/<index>.png              the images
+    layouts/<class>/<index>.safetensors     layout (L, 5) and tokens (L, 5 + C); --layout takes it, edited or not
+    sheet.png, layouts.png                  the first images of every class, and their Gaussians
+    settings.json                           what they were made with
+
+The noise of an image comes from the seed, its class and its index alone: it is the same image whatever the batch size,
+the number of processes and the other images asked for. Running the same command again goes on where it was stopped,
+and more classes or a larger count add to the folder; other settings are an error unless --overwrite clears it.
+With several processes each makes its own share of the images, and no image is made twice.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import numpy as np
+import PIL.Image
+import torch
+import transformers
+from accelerate import PartialState
+from diffusers import (
+    DPMSolverMultistepScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    FlowMatchHeunDiscreteScheduler,
+    UniPCMultistepScheduler,
+)
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from tqdm import tqdm
+
+import gpstoken_hf
+from gpstoken_hf.image_processing_gpstoken import open_image
+from gpstoken_hf.pipeline_gpstoken import GPSTokenPipeline
+from gpstoken_hf.programs import (
+    atomic_file,
+    non_negative_float,
+    non_negative_int,
+    positive_int,
+    run_program,
+)
+from gpstoken_hf.scheduling_flow_match_sde import FlowMatchSDEScheduler
+from gpstoken_hf.visualization import contact_sheet, draw_gaussians
+
+DEFAULT_PIPELINE = "gpstoken-digits"
+SCHEDULERS = {
+    "sde": FlowMatchSDEScheduler,
+    "euler": FlowMatchEulerDiscreteScheduler,
+    "heun": FlowMatchHeunDiscreteScheduler,
+    "dpmsolver++": DPMSolverMultistepScheduler,
+    "unipc": UniPCMultistepScheduler,
+}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+SETTINGS_FILE = "settings.json"
+SHEET_COLUMNS, SHEET_ROWS = 10, 12
+DRAWN_SIDE = 128  # small images are drawn enlarged, to at least this many pixels
+
+
+@dataclass(frozen=True)
+class Job:
+    """One image to make."""
+
+    label: int
+    index: int
+
+    def image_path(self, output: Path) -> Path:
+        return output / "images" / f"{self.label:04d}" / f"{self.index:05d}.png"
+
+    def layout_path(self, output: Path) -> Path:
+        return output / "layouts" / f"{self.label:04d}" / f"{self.index:05d}.safetensors"
+
+    def generator(self, seed: int) -> torch.Generator:
+        """On the CPU, so that every device starts from the same noise."""
+        state = np.random.SeedSequence([seed, self.label, self.index]).generate_state(1, np.uint64)[0]
+        return torch.Generator().manual_seed(int(state) >> 1)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = _parse(argv)
+    state = PartialState(cpu=args.device == "cpu")
+    layout = None if args.layout is None else read_layout(args.layout)
+    with _quiet_loading():
+        pipeline = load_pipeline(args.pipeline, DTYPES[args.dtype], args.device or state.device)
+    swap_scheduler(pipeline, args.scheduler)
+    labels = class_ids(pipeline, args.classes)
+    settings = {
+        "version": gpstoken_hf.__version__,
+        "pipeline": args.pipeline,
+        "weights": weights_fingerprint(pipeline),
+        "scheduler": type(pipeline.scheduler).__name__,
+        "steps": args.steps,
+        "layout_steps": args.layout_steps,
+        "guidance_scale": args.guidance_scale,
+        "guidance_interval": list(args.guidance_interval),
+        "layout": _layout_setting(args.layout),
+        "dtype": args.dtype,
+        "seed": args.seed,
+    }
+    with state.main_process_first():
+        open_output(args.output, settings, may_clear=args.overwrite and state.is_main_process)
+
+    jobs = [Job(label, index) for index in range(args.count) for label in labels]
+    # The share of a process follows from the list alone, not from what is done already: no two can meet.
+    share = jobs[state.process_index :: state.num_processes]
+    pending = [job for job in share if not job.image_path(args.output).exists()]
+    with tqdm(
+        total=len(share), initial=len(share) - len(pending), unit="image", disable=not state.is_main_process
+    ) as bar:
+        for start in range(0, len(pending), args.batch_size):
+            batch = pending[start : start + args.batch_size]
+            make_images(pipeline, batch, layout, args, bar)
+            bar.update(len(batch))
+    state.wait_for_everyone()
+    if state.is_main_process:
+        draw_sheets(pipeline, labels, args.count, args.output)
+        state.print(f"{len(jobs)} images of {len(labels)} classes, see {args.output / 'sheet.png'}")
+    return 0
+
+
+def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m pipelines.generate",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "--pipeline",
+        default=DEFAULT_PIPELINE,
+        help=f"folder or Hub repository; default: the bundled {DEFAULT_PIPELINE}",
+    )
+    parser.add_argument("--classes", nargs="+", metavar="CLASS", help="class ids or names; default: all classes")
+    parser.add_argument("--count", type=positive_int, default=8, help="images of each class")
+    parser.add_argument("--seed", type=non_negative_int, default=0)
+    parser.add_argument("--steps", type=positive_int, default=250, help="steps of the texture stage")
+    parser.add_argument("--layout-steps", type=positive_int, default=5, help="steps of the layout stage")
+    parser.add_argument("--guidance-scale", type=non_negative_float, default=1.5, help="1: no guidance")
+    parser.add_argument(
+        "--guidance-interval",
+        type=non_negative_float,
+        nargs=2,
+        default=(0.2, 1.0),
+        metavar=("LOW", "HIGH"),
+        help="the time in which guidance acts, 0 noise to 1 data",
+    )
+    parser.add_argument("--scheduler", choices=SCHEDULERS, help="of the texture stage; default: the pipeline's own")
+    parser.add_argument(
+        "--layout",
+        metavar="SOURCE",
+        help="'generated', 'bank', an image whose layout is borrowed, or a .safetensors file with a layout; "
+        "default: generated if the pipeline can, else from its bank",
+    )
+    parser.add_argument("--batch-size", type=positive_int, default=16)
+    parser.add_argument("--dtype", choices=DTYPES, default="float32")
+    parser.add_argument("--device", help="default: the accelerator of this process, or the CPU")
+    parser.add_argument("--output", type=Path, default=Path("out"))
+    parser.add_argument("--overwrite", action="store_true", help="clear an output folder of other settings")
+    return parser.parse_args(argv)
+
+
+# ---------------------------------------------------------------------------------------------------------- inputs
+
+
+def load_pipeline(name: str, dtype: torch.dtype, device: str | torch.device) -> GPSTokenPipeline:
+    """A folder, a Hub repository or the bundled pipeline -> the pipeline, ready to run."""
+    is_folder = Path(name).is_dir()
+    if not is_folder and name != DEFAULT_PIPELINE and name.count("/") != 1:
+        raise ValueError(f"expected {DEFAULT_PIPELINE}, a pipeline folder or a Hub repository owner/name, got {name}")
+    pipeline = GPSTokenPipeline.from_pretrained(name if is_folder or "/" in name else gpstoken_hf.bundled(name))
+    pipeline.set_progress_bar_config(disable=True)
+    if dtype != torch.float32:
+        pipeline.to(dtype)
+    return pipeline.to(device)
+
+
+@contextmanager
+def _quiet_loading() -> Iterator[None]:
+    """One bar, for the images, is enough."""
+    modules = (diffusers.utils.logging, transformers.utils.logging)
+    shown = [module for module in modules if module.is_progress_bar_enabled()]
+    levels = [(module, module.get_verbosity()) for module in modules]
+    for module in modules:
+        module.disable_progress_bar()
+        module.set_verbosity_error()
+    try:
+        yield
+    finally:
+        for module, level in levels:
+            module.set_verbosity(level)
+        for module in shown:
+            module.enable_progress_bar()
+
+
+def swap_scheduler(pipeline: GPSTokenPipeline, name: str | None) -> None:
+    """Put another scheduler into the texture stage, by name."""
+    if name is None or type(pipeline.scheduler) is SCHEDULERS[name]:
+        return
+    # Diffusers' multistep solvers serve many kinds of models and must be told that this is a flow model.
+    flow = {"prediction_type": "flow_prediction", "use_flow_sigmas": True}
+    is_multistep = name in ("dpmsolver++", "unipc")
+    with _quiet_loading():
+        pipeline.scheduler = SCHEDULERS[name].from_config(pipeline.scheduler.config, **(flow if is_multistep else {}))
+
+
+def class_ids(pipeline: GPSTokenPipeline, classes: Sequence[str] | None) -> list[int]:
+    """Ids and names as they were typed -> ids, each once; all of them by default.
+
+    Raises:
+        ValueError: an unknown id or name.
+    """
+    num_classes = pipeline.transformer.config.num_classes
+    if classes is None:
+        return list(range(num_classes))
+    ids = []
+    for text in classes:
+        label = int(text) if text.removeprefix("-").isdigit() else pipeline.get_label_ids(text)[0]
+        if not 0 <= label < num_classes:
+            raise ValueError(f"class ids are 0 to {num_classes - 1}, got {label}")
+        ids.append(label)
+    return list(dict.fromkeys(ids))
+
+
+def read_layout(source: str) -> str | torch.Tensor | PIL.Image.Image:
+    """The argument --layout -> what the pipeline takes: a word, `(1, L, 5)` Gaussians, or an image."""
+    if source in ("generated", "bank"):
+        return source
+    if not source.endswith(".safetensors"):
+        return open_image(source)
+    try:
+        tensors = load_file(source)
+    except SafetensorError as error:
+        raise ValueError(f"expected a safetensors file, cannot read {source}: {error}") from error
+    if "layout" not in tensors:
+        raise ValueError(f"expected a tensor 'layout' in {source}, got {sorted(tensors)}")
+    return tensors["layout"][None]
+
+
+def _layout_setting(source: str | None) -> str | None:
+    if source is None or source in ("generated", "bank"):
+        return source
+    return hashlib.sha256(Path(source).read_bytes()).hexdigest() if Path(source).is_file() else source
+
+
+def weights_fingerprint(pipeline: GPSTokenPipeline) -> str:
+    """Changes when the weights do: a hash of the sum and the sum of squares of every tensor."""
+    digest = hashlib.sha256()
+    for name in ("vae", "transformer", "layout_transformer", "layout_bank"):
+        component = getattr(pipeline, name)
+        for key, value in sorted(component.state_dict().items()) if component is not None else ():
+            value = value.double()
+            digest.update(f"{name}.{key} {value.sum().item():.9g} {value.square().sum().item():.9g}\n".encode())
+    return digest.hexdigest()[:16]
+
+
+def open_output(output: Path, settings: dict[str, Any], may_clear: bool) -> None:
+    """Make the output folder, or go on in one of the same settings.
+
+    Raises:
+        ValueError: the folder holds images of other settings, or something else.
+    """
+    path = output / SETTINGS_FILE
+    if path.is_file():
+        present = json.loads(path.read_text())
+        changed = sorted(key for key in {*present, *settings} if present.get(key) != settings.get(key))
+        if not changed:
+            return
+        if not may_clear:
+            pairs = ", ".join(f"{key} {present.get(key)!r} (now {settings.get(key)!r})" for key in changed)
+            raise ValueError(
+                f"{output} holds images of other settings: {pairs}; expected another --output or --overwrite"
+            )
+        for name in ("images", "layouts"):
+            shutil.rmtree(output / name, ignore_errors=True)
+    elif output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise ValueError(f"the output {output} must be new, empty or of this program; it holds something else")
+    with atomic_file(path) as staging:
+        staging.write_text(json.dumps(settings, indent=2) + "\n")
+
+
+# ---------------------------------------------------------------------------------------------------------- images
+
+
+def make_images(
+    pipeline: GPSTokenPipeline,
+    jobs: Sequence[Job],
+    layout: str | torch.Tensor | PIL.Image.Image | None,
+    args: argparse.Namespace,
+    bar: tqdm,
+) -> None:
+    """Make and write one batch; an image appears last, so that it stands for its layout too."""
+
+    def show_step(pipe: GPSTokenPipeline, step: int, timestep: torch.Tensor, tensors: dict) -> dict:
+        bar.set_postfix_str(f"step {step + 1}/{pipe.num_timesteps}")
+        return {}
+
+    output = pipeline(
+        [job.label for job in jobs],
+        num_inference_steps=args.steps,
+        num_layout_steps=args.layout_steps,
+        guidance_scale=args.guidance_scale,
+        guidance_interval=tuple(args.guidance_interval),
+        layout=layout,
+        generator=[job.generator(args.seed) for job in jobs],
+        callback_on_step_end=show_step,
+    )
+    for i, job in enumerate(jobs):
+        real = slice(None) if output.attention_mask is None else output.attention_mask[i].bool().cpu()
+        tensors = {"tokens": output.tokens[i].cpu()[real].contiguous()}
+        if output.layout is not None:
+            tensors["layout"] = output.layout[i].cpu()[real].contiguous()
+        metadata = {"class": str(job.label), "index": str(job.index), "seed": str(args.seed)}
+        with atomic_file(job.layout_path(args.output)) as staging:
+            save_file(tensors, staging, metadata)
+        with atomic_file(job.image_path(args.output)) as staging:
+            output.images[i].save(staging)
+
+
+def draw_sheets(pipeline: GPSTokenPipeline, labels: Sequence[int], count: int, output: Path) -> None:
+    """One row for each of the first classes: their images, and the Gaussians that they were made from."""
+    names = pipeline.config.id2label or {}
+    columns = min(count, SHEET_COLUMNS)
+    jobs = [Job(label, index) for label in labels[:SHEET_ROWS] for index in range(columns)]
+    pictures, layouts, titles = [], [], []
+    for job in jobs:
+        image = PIL.Image.open(job.image_path(output)).convert("RGB")
+        zoom = -(-DRAWN_SIDE // max(image.size))
+        tensors = load_file(job.layout_path(output))
+        gaussians = tensors["layout"] if "layout" in tensors else tensors["tokens"][:, :5]
+        pictures.append(image.resize((image.width * zoom, image.height * zoom), PIL.Image.Resampling.NEAREST))
+        layouts.append(draw_gaussians(image, gaussians, zoom=zoom))
+        titles.append(names.get(str(job.label), str(job.label)).split(",")[0] if job.index == 0 else "")
+    for name, sheet in (("sheet.png", pictures), ("layouts.png", layouts)):
+        with atomic_file(output / name) as staging:
+            contact_sheet(sheet, titles, columns=columns).save(staging)
+
+
+if __name__ == "__main__":
+    raise SystemExit(run_program(main))
