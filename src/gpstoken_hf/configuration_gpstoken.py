@@ -1,16 +1,15 @@
 # Copyright 2026 The gpstoken-hf authors. Licensed under the Apache License, Version 2.0.
 """GPSTokenConfig: every choice that shapes a GPSToken tokenizer, and the table of presets."""
 
-from __future__ import annotations
-
+# No `from __future__ import annotations`: @strict checks the types of the fields, and takes none from strings.
 from typing import Any
 
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
 # s64, m128 and l256 have the shapes of the authors' released checkpoints; their paper (App. B) names 60 blocks for
-# s64, where the release has 30. The small ones are ours: `nano` is the checkpoint that ships with the package, `digits`
-# its sibling for 32 x 32 images, `tiny` is for tests.
+# s64, where the release has 30. The small ones are ours: `nano` is the checkpoint that ships with the package,
+# `digits` its sibling for 32 x 32 images, `tiny` is for tests.
 PRESETS: dict[str, dict[str, Any]] = {
     "s64": {"num_tokens": 64, "texture_channels": 16},
     "m128": {"num_tokens": 128, "texture_channels": 16},
@@ -82,8 +81,8 @@ class GPSTokenConfig(PreTrainedConfig):
         decoder_channel_multipliers (`list[int]`): channels of each decoder level over the base, full resolution
             first. The map that the Gaussians are splatted into is the image size over `2^(levels - 1)`, rounded up.
         decoder_layers_per_block (`int`): a decoder level has one residual block more than this.
-        norm_num_groups (`int`): groups of every group norm. With one channel in each group (32 groups of 32 channels) the
-            last norm would take the brightness and the contrast of an image away; small models want fewer groups.
+        norm_num_groups (`int`): groups of every group norm. With one channel in each group (32 groups of 32 channels)
+            the last norm would take the brightness and the contrast of an image away; small models want fewer groups.
         splat_support (`float`): a Gaussian reaches this many sigmas along each axis (Eq. 3; the paper's text has 5).
         complexity_exponent (`float`): lambda, the exponent of the entropy in a region's complexity (Eq. 4).
         min_region_size (`int`): s_min in pixels: a region is not split when both inclusive extents are at most this.
@@ -112,7 +111,7 @@ class GPSTokenConfig(PreTrainedConfig):
     splat_support: float | int = 3.0
     complexity_exponent: float | int = 2.5
     min_region_size: int = 8
-    sigma_scale: float = 2 / 3
+    sigma_scale: float | int = 2 / 3
     tile_decode: str = "merged"
     latents_mean: list[float] | tuple[float, ...] | None = None
     latents_std: list[float] | tuple[float, ...] | None = None
@@ -152,7 +151,9 @@ class GPSTokenConfig(PreTrainedConfig):
         for name in ("conditioner_channels", "decoder_base_channels"):
             value = getattr(self, name)
             if value < 1 or value % max(self.norm_num_groups, 1):
-                raise ValueError(f"{name} must be a positive multiple of norm_num_groups={self.norm_num_groups}, got {value}")
+                raise ValueError(
+                    f"{name} must be a positive multiple of norm_num_groups={self.norm_num_groups}, got {value}"
+                )
         if not self.decoder_channel_multipliers or min(self.decoder_channel_multipliers) < 1:
             raise ValueError(
                 "decoder_channel_multipliers must hold one integer >= 1 per level, "
@@ -190,7 +191,7 @@ class GPSTokenConfig(PreTrainedConfig):
         return 5 + self.texture_channels
 
     @classmethod
-    def preset(cls, name: str, **overrides: Any) -> GPSTokenConfig:
+    def preset(cls, name: str, **overrides: Any) -> "GPSTokenConfig":
         """The configuration of a named preset, with single fields overridden.
 
         Raises:

@@ -75,9 +75,7 @@ def clamp_gaussians(gaussians: torch.Tensor, eps: float = 1e-5) -> torch.Tensor:
     return torch.cat([sigma, rho_mu], dim=-1)
 
 
-def boxes_to_gaussians(
-    boxes: torch.Tensor, image_size: tuple[int, int], sigma_scale: float = 2 / 3
-) -> torch.Tensor:
+def boxes_to_gaussians(boxes: torch.Tensor, image_size: tuple[int, int], sigma_scale: float = 2 / 3) -> torch.Tensor:
     """The initial Gaussian of every region (Eq. 4).
 
     Args:
@@ -180,7 +178,9 @@ def check_gaussians(gaussians: torch.Tensor, name: str = "gaussians") -> None:
     The means may lie outside the frame. Reads the values, so on an accelerator it waits for the device.
     """
     if gaussians.shape[-1] != NUM_GAUSSIAN_PARAMS:
-        raise ValueError(f"{name} must have {NUM_GAUSSIAN_PARAMS} values {list(GAUSSIAN_FIELDS)}, got {gaussians.shape[-1]}")
+        raise ValueError(
+            f"{name} must have {NUM_GAUSSIAN_PARAMS} values {list(GAUSSIAN_FIELDS)}, got {gaussians.shape[-1]}"
+        )
     if not torch.isfinite(gaussians).all():
         raise ValueError(f"{name} must be finite, got NaN or infinite values")
     sigma, rho = gaussians[..., :2], gaussians[..., 2]
@@ -208,8 +208,9 @@ def gaussians_to_boxes(
     sigma_x, sigma_y, _, mu_x, mu_y = gaussians.to(torch.float64).unbind(-1)
 
     def interval(sigma: torch.Tensor, mu: torch.Tensor, extent: int) -> tuple[torch.Tensor, torch.Tensor]:
-        length = (sigma / sigma_scale * extent).round()
-        # A length of half a pixel stands for one pixel (boxes_to_gaussians); round() takes it to the even 0.
+        length = sigma / sigma_scale * extent
+        # A length of half a pixel stands for one pixel (boxes_to_gaussians), whichever way float32 rounded it.
+        length = torch.where(length < 0.75, 0, length.round())
         first = ((mu / 2 + 0.5) * (extent - 1) - length / 2).round().clamp(0, extent - 1)
         return first, (first + length).clamp(max=extent - 1)
 
@@ -234,7 +235,7 @@ def gaussians_to_padded_frame(
     if tuple(image_size) == tuple(padded_size):
         return gaussians
     ratio_y, ratio_x = (
-        (size - 1) / (padded - 1) if 1 < map_extent else 1.0
+        (size - 1) / (padded - 1) if map_extent > 1 else 1.0
         for size, padded, map_extent in zip(image_size, padded_size, map_size)
     )
     sigma_x, sigma_y, rho, mu_x, mu_y = gaussians.unbind(-1)

@@ -56,8 +56,15 @@ def atomic_directory(path: str | os.PathLike[str], overwrite: bool = False) -> I
     try:
         yield staging
         staging.chmod(0o777 & ~_umask())
-        if path.exists():
-            shutil.rmtree(path)
+        if path.is_file():
+            path.unlink()
+        elif path.exists():
+            # What is replaced goes only when its successor is in place.
+            replaced = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+            path.rename(replaced)
+            staging.rename(path)
+            shutil.rmtree(replaced)
+            return
         staging.rename(path)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
