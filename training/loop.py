@@ -169,8 +169,6 @@ def checkpoint_to_resume(output_dir: Path, choice: str) -> Path | None:
 def save_checkpoint(accelerator: Accelerator, output_dir: Path, step: int, total_limit: int) -> Path:
     """Write checkpoint-{step}; it has that name only once it is whole. Runs on all processes."""
     path = output_dir / f"checkpoint-{step}"
-    if path.exists():
-        return path
     staging = output_dir / f".checkpoint-{step}.partial"
     if accelerator.is_main_process:
         shutil.rmtree(staging, ignore_errors=True)
@@ -179,9 +177,12 @@ def save_checkpoint(accelerator: Accelerator, output_dir: Path, step: int, total
     accelerator.save_state(str(staging))
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
+        if path.exists():  # left by a run that was resumed from an earlier checkpoint
+            shutil.rmtree(path)
         staging.rename(path)
         for old in checkpoints_of(output_dir)[:-total_limit]:
             shutil.rmtree(old)
+    accelerator.wait_for_everyone()
     return path
 
 
@@ -356,6 +357,7 @@ class _Run:
         self.clock = time.monotonic()
         self.elapsed_before = state.elapsed_seconds
         self.validated_step = -1
+        self.saved_step = state.step  # 0 or what was resumed
         self.log: MetricLog | None = None
         if accelerator.is_main_process:
             save_options(self.output_dir / "training_config.yaml", options, **task.describe())
@@ -508,6 +510,10 @@ class _Run:
         self.accelerator.wait_for_everyone()
 
     def checkpoint(self) -> None:
+        """Save the state of the run, unless this step's is saved already."""
+        if self.saved_step == self.state.step:
+            return
+        self.saved_step = self.state.step
         self.state.elapsed_seconds = self.elapsed_before + time.monotonic() - self.clock
         save_checkpoint(self.accelerator, self.output_dir, self.state.step, self.options.checkpoints_total_limit)
 

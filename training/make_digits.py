@@ -44,6 +44,7 @@ from training.options import unit_interval
 PRESETS = Path(__file__).parent / "presets"
 NUM_CLASSES = 10
 IMAGE_SIZE = 32
+NUM_IMAGES = 1797
 NUM_TEST_IMAGES = 360
 CLASS_NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 
@@ -69,7 +70,7 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def load_digit_images() -> tuple[np.ndarray, np.ndarray]:
-    """The 1797 digits: grey (N, 8, 8) in 0..16, labels (N,)."""
+    """All NUM_IMAGES digits: grey (N, 8, 8) in 0..16, labels (N,)."""
     from sklearn.datasets import load_digits
 
     data = load_digits()
@@ -332,9 +333,9 @@ tags:
 ---
 # gpstoken-digits
 
-A tiny `GPSTokenPipeline` that draws handwritten digits, 32 x 32: class label -> layout of 16 Gaussians -> calibration ->
-texture -> image. It shows the two-stage generation of GPSToken (arXiv 2509.01109) at a size that anyone can train on a
-CPU, and it is what the tests and the demo run. It is of no other use.
+A tiny `GPSTokenPipeline` that draws handwritten digits, 32 x 32: class label -> layout of 16 Gaussians ->
+calibration -> texture -> image. It shows the two-stage generation of GPSToken (arXiv 2509.01109) at a size that anyone
+can train on a CPU, and it is what the tests and the demo run. It is of no other use.
 
 ```python
 import gpstoken_hf
@@ -348,9 +349,9 @@ images = pipe(["three", 7], num_inference_steps={options.num_inference_steps},
 
 ## Training
 
-Data: scikit-learn's `load_digits` (UCI optical recognition of handwritten digits), 8 x 8 pixels upscaled to 32 x 32 by a
-bicubic filter, white on black; {1797 - NUM_TEST_IMAGES} images for training, {NUM_TEST_IMAGES} held out. Nothing else was
-used. Command:
+Data: scikit-learn's `load_digits` (UCI optical recognition of handwritten digits), 8 x 8 pixels upscaled to 32 x 32 by
+a bicubic filter, white on black; {NUM_IMAGES - NUM_TEST_IMAGES} images for training, {NUM_TEST_IMAGES} held out.
+Nothing else was used. Command:
 
 ```
 {command}
@@ -363,8 +364,9 @@ Wall time on a shared CPU: {timing}.
 Tokenizer on the held-out digits: PSNR {results["tokenizer"]["psnr"]:.1f} dB; the classifier recognises
 {100 * results["tokenizer"]["accuracy"]:.1f} % of the reconstructions.
 
-{options.samples_per_class} samples per class, Euler with {options.num_inference_steps} steps ({options.num_layout_steps}
-for the layout), guidance {options.guidance_scale:g} in the interval {low:g} to {high:g}, layouts generated, none stored.
+{options.samples_per_class} samples per class, Euler with {options.num_inference_steps} steps
+({options.num_layout_steps} for the layout), guidance {options.guidance_scale:g} in the interval {low:g} to {high:g},
+layouts generated, none stored.
 "Recognised" is the share that a support vector machine, trained on the real training digits, takes for the class that
 was asked for. Distances are Euclidean, on 8 x 8 pixels of 0 to 16, from an image to the nearest training image: copies
 would lie at 0.
@@ -380,7 +382,8 @@ Per class, two-stage: {per_class}.
 The one-stage baseline generates all 13 channels of the tokens at once. Its network has the size of one of the two
 generators here and the same training; it is not part of this folder.
 
-Limits: 1437 training images of ten classes; the guidance that makes classes clear narrows their variety.
+Limits: {NUM_IMAGES - NUM_TEST_IMAGES} training images of ten classes; the guidance that makes classes clear narrows
+their variety.
 """
 
 

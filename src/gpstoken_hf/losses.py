@@ -4,6 +4,8 @@
 Letters: B images, C channels, H, W pixels, L tokens.
 """
 
+import warnings
+
 import torch
 import torch.nn.functional as F
 
@@ -55,7 +57,11 @@ class PerceptualLoss(torch.nn.Module):
         except ImportError as error:
             raise ValueError("the perceptual loss needs the package lpips: pip install lpips") from error
         try:
-            self.metric = lpips.LPIPS(net=network, verbose=False)
+            with warnings.catch_warnings():
+                # lpips still speaks torchvision's old interface.
+                warnings.filterwarnings("ignore", message=".*'(pretrained|weights)'", category=UserWarning)
+                warnings.filterwarnings("ignore", message="Arguments other than a weight enum", category=UserWarning)
+                self.metric = lpips.LPIPS(net=network, verbose=False)
         except OSError as error:  # URLError is one
             raise ValueError(
                 f"the perceptual loss needs torchvision's {network} weights, and they can be neither found in "

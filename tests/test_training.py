@@ -1,0 +1,432 @@
+# Copyright 2026 The gpstoken-hf authors. Licensed under the Apache License, Version 2.0.
+"""The parts of the training programs: options, data order, average, schedule, checkpoints."""
+
+import argparse
+import itertools
+import json
+import math
+import signal
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from PIL import Image
+from torch.utils.data import DataLoader
+
+from gpstoken_hf.programs import ProgramError
+from training import train_sit, train_tokenizer
+from training.data import (
+    BatchPlan,
+    ImageBatches,
+    PartitionSettings,
+    RowOrder,
+    TokenCounts,
+    batch_loader,
+    center_crop,
+    close_loader,
+    decode_image,
+    image_to_array,
+    random_resized_crop,
+)
+from training.ema import ExponentialMovingAverage
+from training.loop import (
+    MetricLog,
+    StopRequest,
+    checkpoint_to_resume,
+    learning_rate_factor,
+    plot_metrics,
+    read_metrics,
+    run_progress,
+)
+from training.options import parse_options
+from training.train_sit import noised_condition
+
+PARTITION = PartitionSettings(complexity_exponent=2.5, min_region_size=4, sigma_scale=2 / 3)
+
+
+def stripes(size=(40, 48), seed=0):
+    """A picture with something to partition: blocks of random colours under a gradient."""
+    rng = np.random.default_rng(seed)
+    blocks = rng.integers(0, 200, size=(5, 6, 3)).repeat(size[0] // 5, 0).repeat(size[1] // 6, 1)
+    return (blocks + np.linspace(0, 55, size[1])[None, :, None]).astype(np.uint8)
+
+
+class Rows:
+    """The part of a dataset that the loader uses."""
+
+    def __init__(self, num_rows):
+        self.images = [stripes(seed=index) for index in range(num_rows)]
+
+    def __len__(self):
+        return len(self.images)
+
+    def __getitem__(self, index):
+        return {"image": self.images[index], "label": index % 3}
+
+
+def plan(source, **changes):
+    settings = {
+        "seed": 5,
+        "resolutions": [16, 32],
+        "weights": [1, 1],
+        "base_resolution": 16,
+        "batch_size": 8,
+        **changes,
+    }
+    return BatchPlan(source, **settings)
+
+
+def image_batches(source, **changes):
+    settings = {
+        "image_column": "image",
+        "seed": 5,
+        "crop": "random_resized",
+        "min_crop_scale": 0.3,
+        "flip": "random",
+        "token_counts": TokenCounts(4, 8, 16, per_image=True),
+        "partition": PARTITION,
+        **changes,
+    }
+    return ImageBatches(source, **settings)
+
+
+def take(iterable, count):
+    return list(itertools.islice(iter(iterable), count))
+
+
+# --------------------------------------------------------------------------------------------------------- options
+
+
+def test_preset_file_gives_defaults_and_the_command_line_wins(tmp_path):
+    preset = tmp_path / "preset.yaml"
+    preset.write_text(
+        "preset: tiny\nconfig_overrides: {num_tokens: 6, decoder_channel_multipliers: [1, 2]}\n"
+        "resolutions: [32, 48]\nrandom_flip: false\nuse_ema: true\nlearning_rate: 1.0e-3\nmax_train_steps: 7\n"
+    )
+    options = parse_options(
+        train_tokenizer.make_parser(),
+        ["--config", str(preset), "--learning_rate", "0.5", "--resolutions", "64", "--output_dir", "out"],
+    )
+    assert options.learning_rate == 0.5
+    assert options.resolutions == [64]
+    assert options.random_flip is False
+    assert options.use_ema is True
+    assert options.max_train_steps == 7
+    config = train_tokenizer.resolve_config(options)
+    assert (config.num_tokens, list(config.decoder_channel_multipliers)) == (6, [1, 2])
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("learning_rat: 1", "unknown option 'learning_rat'"),
+        ("- a\n- b", "must hold a mapping"),
+        ("a: [1", "not valid YAML"),
+        ("learning_rate: true", "takes a value"),
+    ],
+)
+def test_bad_preset_files_are_refused(tmp_path, text, message):
+    preset = tmp_path / "preset.yaml"
+    preset.write_text(text)
+    with pytest.raises(ProgramError, match=message):
+        parse_options(train_tokenizer.make_parser(), ["--config", str(preset), "--output_dir", "out"])
+
+
+def test_shipped_presets_resolve():
+    for name, parser in (
+        ("nano", train_tokenizer),
+        ("digits_tokenizer", train_tokenizer),
+        ("digits_sit", train_sit),
+    ):
+        extra = ["--stage", "layout", "--tokens_dir", "t"] if parser is train_sit else []
+        options = parse_options(
+            parser.make_parser(), ["--config", f"training/presets/{name}.yaml", "--output_dir", "out", *extra]
+        )
+        if parser is train_tokenizer:
+            config = train_tokenizer.resolve_config(options)
+            assert train_tokenizer.Sizes.of(options, config).validation_tokens
+
+
+def test_dry_run_prints_the_resolved_configuration_and_writes_nothing(tmp_path, capsys):
+    code = train_tokenizer.main(
+        ["--preset", "tiny", "--max_train_steps", "3", "--output_dir", str(tmp_path / "run"), "--dry-run"]
+    )
+    printed = yaml.safe_load(capsys.readouterr().out)
+    assert code == 0
+    assert printed["max_train_steps"] == 3
+    assert printed["model_config"]["hidden_size"] == 32
+    assert not (tmp_path / "run").exists()
+
+
+# -------------------------------------------------------------------------------------------------------- schedule
+
+
+def test_progress_is_steps_or_time_whichever_is_further():
+    assert run_progress(25, 0.0, 100, None) == 0.25
+    assert run_progress(25, 60.0, 100, 2.0) == 0.5
+    assert run_progress(75, 60.0, 100, 2.0) == 0.75
+    assert run_progress(10**9, 0.0, 100, None) == 1.0
+
+
+def test_schedules_are_those_of_transformers():
+    from transformers import get_cosine_schedule_with_warmup, get_linear_schedule_with_warmup
+
+    total = 40
+    for name, make in (("cosine", get_cosine_schedule_with_warmup), ("linear", get_linear_schedule_with_warmup)):
+        optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
+        reference = make(optimizer, num_warmup_steps=0, num_training_steps=total)
+        for step in range(total):
+            ours = learning_rate_factor(name, step, run_progress(step, 0.0, total, None), 0, 0.0)
+            assert ours == pytest.approx(optimizer.param_groups[0]["lr"], abs=1e-12)
+            optimizer.step()
+            reference.step()
+
+
+def test_warmup_and_final_ratio():
+    assert learning_rate_factor("constant", 0, 0.0, 10, 0.0) == 1
+    assert learning_rate_factor("constant_with_warmup", 4, 0.5, 10, 0.0) == 0.5
+    assert learning_rate_factor("cosine", 100, 1.0, 10, 0.1) == pytest.approx(0.1)
+    with pytest.raises(ValueError, match="cosin'"):
+        learning_rate_factor("cosin", 0, 0.0, 0, 0.0)
+
+
+# ------------------------------------------------------------------------------------------------------ data order
+
+
+def test_row_order_visits_every_row_once_per_epoch_in_another_order():
+    order = RowOrder(7, seed=3)
+    epochs = [[order[epoch * 7 + place] for place in range(7)] for epoch in range(3)]
+    assert all(sorted(epoch) == list(range(7)) for epoch in epochs)
+    assert epochs[0] != epochs[1]
+    assert [RowOrder(7, seed=3)[7 + place] for place in range(7)] == epochs[1]
+    assert [RowOrder(7, seed=4)[place] for place in range(7)] != epochs[0]
+
+
+def test_plan_resumes_where_it_was():
+    source = Rows(11)
+    whole = take(plan(source), 12)
+    for first in (1, 5, 11):
+        assert take(plan(source, first_batch=first), 12 - first) == whole[first:]
+
+
+def test_processes_share_the_samples_and_the_resolution():
+    source = Rows(11)
+    ranks = [take(plan(source, rank=rank, world_size=3), 10) for rank in range(3)]
+    positions = sorted(p for batches in ranks for batch in batches for p in batch.positions)
+    assert positions == list(range(len(positions)))
+    for parts in zip(*ranks):
+        assert len({part.resolution for part in parts}) == 1
+
+
+def test_batches_keep_their_pixels():
+    batches = take(plan(Rows(11)), 30)
+    assert {batch.resolution for batch in batches} == {16, 32}
+    assert {batch.resolution**2 * len(batch.rows) for batch in batches} == {16 * 16 * 8}
+
+
+def test_loader_gives_the_same_batches_whatever_its_workers():
+    source = Rows(11)
+    alone = take(batch_loader(image_batches(source), plan(source), 0, False), 5)
+    iterator = iter(batch_loader(image_batches(source), plan(source, first_batch=2), 2, False))
+    shared = [next(iterator) for _ in range(3)]
+    close_loader(iterator)
+    for expected, got in zip(alone[2:], shared):
+        assert expected.keys() == got.keys()
+        for name, value in expected.items():
+            assert torch.equal(value, got[name]), name
+
+
+def test_loader_leaves_the_global_generator_alone():
+    """A resumed run makes a new loader; were it to draw from the global generator, what follows would differ."""
+    source = Rows(3)
+    torch.manual_seed(0)
+    expected = torch.get_rng_state()
+    next(iter(batch_loader(image_batches(source), plan(source), 0, False)))
+    assert torch.equal(torch.get_rng_state(), expected)
+
+
+def test_batch_contents():
+    source = Rows(11)
+    batch = image_batches(source, label_column="label")[take(plan(source, resolutions=[32], weights=[1]), 1)[0]]
+    images, mask = batch["pixel_values"], batch["attention_mask"]
+    assert images.shape == (2, 3, 32, 32)
+    assert images.dtype == torch.float32
+    assert images.abs().max() <= 1
+    assert mask.sum(1).min() >= 16  # 4 to 8 tokens at 16 x 16, four times that at 32 x 32
+    assert mask.sum(1).max() <= 32
+    assert batch["boxes"].shape == (2, mask.shape[1], 4)
+    assert batch["init_gaussians"].shape == (2, mask.shape[1], 5)
+    assert batch["labels"].tolist() == [
+        row % 3 for row in take(plan(source, resolutions=[32], weights=[1]), 1)[0].rows
+    ]
+
+
+def test_flip_and_center_crop():
+    source = Rows(1)
+    request = take(plan(source, resolutions=[16], weights=[1], batch_size=1), 1)[0]
+    plain = image_batches(source, crop="center", flip="never")[request]["pixel_values"]
+    flipped = image_batches(source, crop="center", flip="always")[request]["pixel_values"]
+    assert torch.equal(flipped, plain.flip(-1))
+    expected = image_to_array(Image.fromarray(source.images[0][:, 4:44]).resize((16, 16), Image.Resampling.BICUBIC))
+    assert torch.equal(plain[0], torch.from_numpy(expected))
+
+
+def test_crops_stay_inside_of_narrow_images():
+    rng = np.random.default_rng(0)
+    for size in ((1, 9), (9, 1), (3, 3), (200, 31)):
+        image = Image.fromarray(np.zeros((*size, 3), np.uint8))
+        assert random_resized_crop(image, 16, rng, 0.01).size == (16, 16)
+        assert center_crop(image, 16).size == (16, 16)
+
+
+def test_token_counts_are_log_uniform_and_scale_with_the_area():
+    counts = TokenCounts(4, 64, 16, per_image=True)
+    drawn = np.array(counts.draw(16, 4000, np.random.default_rng(0)))
+    assert (drawn.min(), drawn.max()) == (4, 64)
+    assert abs(np.mean(drawn <= 16) - 0.5) < 0.05  # 16 is the geometric middle
+    assert counts.bounds(32) == (16, 256)
+    per_batch = TokenCounts(4, 64, 16, per_image=False).draw(16, 9, np.random.default_rng(0))
+    assert len(per_batch) == 9
+    assert len(set(per_batch)) == 1
+
+
+def test_an_unreadable_row_is_named():
+    with pytest.raises(ProgramError, match="row 3 holds no readable image"):
+        decode_image({"bytes": b"not an image", "path": None}, "row 3")
+
+
+def test_streams_resume_at_their_place():
+    datasets = pytest.importorskip("datasets")
+    rows = [{"number": number} for number in range(23)]
+    stream = datasets.Dataset.from_list(rows).to_iterable_dataset(num_shards=2)
+    whole = take(plan(stream, shuffle_buffer_size=7), 9)
+    assert take(plan(stream, shuffle_buffer_size=7, first_batch=4), 5) == whole[4:]
+    seen = [row["number"] for batch in whole for row in batch.rows]
+    assert sorted(seen[:23]) == list(range(23))
+    assert seen[:23] != list(range(23))
+
+
+# --------------------------------------------------------------------------------------------------------- average
+
+
+def test_average_follows_its_recursion_and_leaves_the_module_as_it_was():
+    torch.manual_seed(0)
+    module = torch.nn.Linear(3, 2).double()
+    ema = ExponentialMovingAverage(module, decay=0.5)
+    expected = module.weight.detach().clone()
+    for update in range(6):
+        with torch.no_grad():
+            module.weight.add_(torch.randn_like(module.weight))
+        rate = min(0.5, (1 + update) / (10 + update))
+        expected = rate * expected + (1 - rate) * module.weight.detach()
+        ema.update(module)
+    own = module.weight.detach().clone()
+    with ema.applied_to(module):
+        # The average is kept in float32.
+        torch.testing.assert_close(module.weight.detach(), expected, atol=1e-6, rtol=0)
+    assert torch.equal(module.weight, own)
+
+
+def test_average_is_saved_and_loaded():
+    module = torch.nn.Linear(3, 2)
+    ema = ExponentialMovingAverage(module, decay=0.9)
+    with torch.no_grad():
+        module.weight.mul_(2)
+    ema.update(module)
+    other = ExponentialMovingAverage(torch.nn.Linear(3, 2), decay=0.9)
+    other.load_state_dict(ema.state_dict())
+    assert other.num_updates == 1
+    assert torch.equal(other.shadow["weight"], ema.shadow["weight"])
+    with pytest.raises(ValueError, match="another module"):
+        ExponentialMovingAverage(torch.nn.Linear(3, 2, bias=False), 0.9).load_state_dict(ema.state_dict())
+
+
+# ---------------------------------------------------------------------------------------------- records and signals
+
+
+def test_metric_log_forgets_what_comes_after_the_resumed_step(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    log = MetricLog(path, resumed_step=0)
+    for step in (1, 2, 3):
+        log.write(step, {"train/loss": 1 / step})
+    with path.open("a") as file:
+        file.write('{"step": 4, "train')  # cut short by a crash
+    MetricLog(path, resumed_step=2)
+    assert [row["step"] for row in read_metrics(path)] == [1, 2]
+    assert all(math.isfinite(json.loads(line)["train/loss"]) for line in path.read_text().splitlines())
+
+
+def test_curves_are_drawn(tmp_path):
+    rows = [{"step": step, "train/loss": 1 / step, "validation/psnr": 20.0 + step} for step in range(1, 30)]
+    plot_metrics(rows, tmp_path / "curves.png")
+    assert np.asarray(Image.open(tmp_path / "curves.png").convert("L")).std() > 5
+
+
+def test_stop_request_catches_the_first_signal_and_yields_to_the_second():
+    before = signal.getsignal(signal.SIGTERM)
+    with StopRequest().listening() as stop:
+        signal.raise_signal(signal.SIGTERM)
+        assert stop.signal == signal.SIGTERM
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_which_checkpoint_is_resumed(tmp_path):
+    assert checkpoint_to_resume(tmp_path, "latest") is None
+    for name in ("checkpoint-9", "checkpoint-10", ".checkpoint-11.partial", "checkpoint-old"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "checkpoint-9" / "random_states_0.pkl").touch()
+    assert checkpoint_to_resume(tmp_path, "latest") == tmp_path / "checkpoint-10"
+    assert checkpoint_to_resume(tmp_path, "checkpoint-9") == tmp_path / "checkpoint-9"
+    with pytest.raises(ProgramError, match="no checkpoint"):
+        checkpoint_to_resume(tmp_path, str(tmp_path / "checkpoint-old"))
+    with pytest.raises(ProgramError, match="holds checkpoints"):
+        checkpoint_to_resume(tmp_path, "none")
+
+
+# ------------------------------------------------------------------------------------------------- condition noise
+
+
+def test_condition_noise_units():
+    layout = torch.tensor([[[0.25, 0.5, 0.1, -0.5, 0.5]]])
+    noise = torch.full_like(layout, 2.0)
+    std = torch.tensor([0.1, 0.2, 1.0, 0.5, 0.6])
+    added = {
+        unit: (noised_condition(layout, noise, 0.5, unit, std) - layout).flatten().tolist()
+        for unit in train_sit.CONDITION_NOISE_UNITS
+    }
+    assert added["absolute"] == pytest.approx([1.0] * 5)
+    assert added["channel_std"] == pytest.approx(std.tolist())
+    assert added["region"] == pytest.approx([0.25, 0.5, 0.0, 0.25, 0.5])
+    with pytest.raises(ValueError, match="'pixels'"):
+        noised_condition(layout, noise, 0.5, "pixels", std)
+
+
+def test_worker_count_does_not_change_the_type():
+    """The plan is a sampler without a length; DataLoader must go on accepting that."""
+    assert isinstance(batch_loader(image_batches(Rows(2)), plan(Rows(2)), 0, False), DataLoader)
+
+
+def test_resolved_sit_configuration_needs_classes():
+    statistics = {
+        "num_tokens": 4,
+        "class_names": None,
+        "channels": {"layout": {"mean": [0.0] * 5, "std": [1.0] * 5}},
+    }
+    options = argparse.Namespace(
+        stage="layout",
+        gaussian_target=None,
+        size="S",
+        config_overrides=[],
+        condition_injection="input",
+        class_dropout_prob=0.1,
+    )
+    with pytest.raises(ProgramError, match="num_classes"):
+        train_sit.resolve_config(options, statistics)
+    options.config_overrides = [("num_classes", 3)]
+    assert train_sit.resolve_config(options, statistics)["num_classes"] == 3
+    options.gaussian_target = "offset"
+    with pytest.raises(ProgramError, match="needs a layout"):
+        train_sit.resolve_config(options, statistics)

@@ -1,0 +1,440 @@
+# Copyright 2026 The gpstoken-hf authors. Licensed under the Apache License, Version 2.0.
+"""The training programs, run for a few steps on tiny data: what they write, how they stop, go on and refuse."""
+
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from accelerate.state import AcceleratorState, GradientState
+from PIL import Image
+
+from gpstoken_hf import GPSTokenImageProcessor, GPSTokenModel, SiTTransformer1DModel
+from gpstoken_hf.programs import run_program
+from training import cache_tokens, make_digits, train_sit, train_tokenizer
+from training.loop import checkpoints_of, read_metrics
+
+datasets = pytest.importorskip("datasets")
+
+NUM_ROWS = 12
+
+
+@pytest.fixture(autouse=True)
+def fresh_accelerator_state(monkeypatch, tmp_path):
+    """Accelerate's state is one per process; each run here is a process of its own in earnest."""
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
+    threads = torch.get_num_threads()
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+    """A parquet file of small pictures with labels."""
+    rng = np.random.default_rng(0)
+    rows = []
+    for index in range(NUM_ROWS):
+        blocks = rng.integers(0, 255, size=(4, 5, 3), dtype=np.uint8).repeat(10, 0).repeat(10, 1)
+        rows.append({"image": Image.fromarray(blocks), "label": index % 3})
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["a", "b", "c"])})
+    path = tmp_path_factory.mktemp("images") / "train.parquet"
+    datasets.Dataset.from_list(rows, features=features).to_parquet(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory):
+    """An untrained tokenizer of the tiny preset."""
+    from gpstoken_hf import GPSTokenConfig
+
+    torch.manual_seed(0)
+    path = tmp_path_factory.mktemp("tokenizer")
+    GPSTokenModel(GPSTokenConfig.preset("tiny")).save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def tokens(images, tokenizer, tmp_path_factory):
+    """The pictures as tokens, in shards of 5."""
+    path = tmp_path_factory.mktemp("cache") / "tokens"
+    assert cache_tokens.main(cache_command(images, tokenizer, path)) == 0
+    return path
+
+
+def cache_command(images, tokenizer, output, *more):
+    return [
+        *("--tokenizer", str(tokenizer), "--train_data_files", str(images), "--output_dir", str(output)),
+        *("--shard_size", "5", "--batch_size", "3", "--dataloader_num_workers", "0", *more),
+    ]
+
+
+def tokenizer_command(images, output, steps, *more):
+    return [
+        *("--preset", "tiny", "--train_data_files", str(images), "--output_dir", str(output)),
+        *("--max_train_steps", str(steps), "--train_batch_size", "3", "--num_validation_images", "2"),
+        *("--resolutions", "32", "48", "--min_tokens", "4", "--max_tokens", "12", "--crop", "random_resized"),
+        *("--learning_rate", "1e-3", "--lr_scheduler", "cosine", "--lr_warmup_steps", "2", "--logging_steps", "1"),
+        *("--dataloader_num_workers", "0", "--report_to", "none", *more),
+    ]
+
+
+def sit_command(tokens, output, stage, steps, *more):
+    return [
+        *("--stage", stage, "--tokens_dir", str(tokens), "--output_dir", str(output), "--max_train_steps", str(steps)),
+        *("--train_batch_size", "4", "--num_validation_samples", "3", "--logging_steps", "1"),
+        *("--config_overrides", "num_layers=2", "num_attention_heads=2", "attention_head_dim=8"),
+        *("--learning_rate", "3e-3", "--dataloader_num_workers", "0", "--report_to", "none", *more),
+    ]
+
+
+def digest(directory):
+    """Of the weights in a folder."""
+    (path,) = directory.glob("*.safetensors")
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def signal_at_step(output, step, number):
+    """Send this process a signal as soon as the run in `output` has logged a step."""
+
+    def wait():
+        metrics = output / "metrics.jsonl"
+        while not metrics.exists() or not any(row["step"] >= step for row in read_metrics(metrics)):
+            time.sleep(0.002)
+        os.kill(os.getpid(), number)
+
+    thread = threading.Thread(target=wait, daemon=True)
+    thread.start()
+    return thread
+
+
+# ------------------------------------------------------------------------------------------------------- tokenizer
+
+
+def test_tokenizer_run_leaves_everything_it_promises(images, tmp_path):
+    pytest.importorskip("tensorboard")
+    output = tmp_path / "run"
+    code = train_tokenizer.main(
+        tokenizer_command(
+            *(
+                images,
+                output,
+                4,
+                "--validation_steps",
+                "2",
+                "--checkpointing_steps",
+                "1",
+                "--report_to",
+                "tensorboard",
+            ),
+            *("--checkpoints_total_limit", "2", "--save_dtype", "fp16", "--validation_tokens", "8", "4"),
+        )
+    )
+    assert code == 0
+    assert [path.name for path in checkpoints_of(output)] == ["checkpoint-3", "checkpoint-4"]
+    rows = read_metrics(output / "metrics.jsonl")
+    validated = [row for row in rows if "validation/psnr" in row]
+    assert [row["step"] for row in validated] == [2, 4]
+    assert all(np.isfinite(row["validation/psnr_4_tokens"]) for row in validated)
+    assert list((output / "logs").rglob("events.out.tfevents.*"))
+    for picture in ("curves.png", "images/step-0000004.png"):
+        assert np.asarray(Image.open(output / picture)).std() > 1
+    recorded = yaml.safe_load((output / "training_config.yaml").read_text())
+    assert recorded["resolutions"] == [32, 48]
+    assert recorded["model_config"]["num_tokens"] == 8
+
+    # Stored in 16 bits, used in 32.
+    from safetensors.torch import load_file
+
+    stored = load_file(output / "model" / "model.safetensors")
+    assert {value.dtype for value in stored.values()} == {torch.float16}
+    model = GPSTokenModel.from_pretrained(output / "model")
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+    processor = GPSTokenImageProcessor.from_pretrained(output / "model")
+    pixel_values = processor(Image.new("RGB", (32, 32), "red"), return_tensors="pt")["pixel_values"]
+    assert torch.isfinite(model(pixel_values).sample).all()
+
+
+def test_tokenizer_learns(images, tmp_path):
+    output = tmp_path / "run"
+    command = tokenizer_command(images, output, 60, "--resolutions", "32", "--ema_decay", "0.5", "--crop", "center")
+    assert train_tokenizer.main([*command, "--learning_rate", "3e-3"]) == 0
+    rows = [row["train/mse"] for row in read_metrics(output / "metrics.jsonl") if "train/mse" in row]
+    # Seen: from 0.6 to 0.2. A constant grey image stands at 0.35.
+    assert np.mean(rows[-5:]) < 0.6 * np.mean(rows[:3])
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_tokenizer_stopped_by_a_signal_goes_on_bit_for_bit(images, tmp_path, number):
+    more = ("--gradient_accumulation_steps", "2", "--dataloader_num_workers", "1")
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    assert train_tokenizer.main(tokenizer_command(images, whole, 8, *more)) == 0
+    thread = signal_at_step(parts, 3, number)
+    assert train_tokenizer.main(tokenizer_command(images, parts, 8, *more)) == 128 + number
+    thread.join()
+    (checkpoint,) = checkpoints_of(parts)
+    assert 3 <= int(checkpoint.name.split("-")[1]) < 8
+    assert not (parts / "model").exists()
+    assert train_tokenizer.main(tokenizer_command(images, parts, 8, *more)) == 0
+    assert digest(parts / "model") == digest(whole / "model")
+    losses = [
+        {row["step"]: row["train/loss"] for row in read_metrics(run / "metrics.jsonl") if "train/loss" in row}
+        for run in (whole, parts)
+    ]
+    assert losses[0] == losses[1]
+
+
+def test_streamed_images_give_the_same_run_after_a_break(images, tmp_path):
+    more = ("--streaming", "--shuffle_buffer_size", "4")
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    assert train_tokenizer.main(tokenizer_command(images, whole, 5, *more)) == 0
+    thread = signal_at_step(parts, 2, signal.SIGTERM)
+    assert train_tokenizer.main(tokenizer_command(images, parts, 5, *more)) == 128 + signal.SIGTERM
+    thread.join()
+    assert train_tokenizer.main(tokenizer_command(images, parts, 5, *more)) == 0
+    assert digest(parts / "model") == digest(whole / "model")
+
+
+def test_image_folder_and_further_training(images, tokenizer, tmp_path):
+    folder = tmp_path / "pictures"
+    for index in range(5):
+        (folder / str(index % 2)).mkdir(parents=True, exist_ok=True)
+        row = datasets.load_dataset("parquet", data_files=str(images), split="train")[index]
+        row["image"].save(folder / str(index % 2) / f"{index}.png")
+    command = [
+        *("--pretrained_model_name_or_path", str(tokenizer), "--train_data_dir", str(folder)),
+        *("--output_dir", str(tmp_path / "run"), "--max_train_steps", "1", "--train_batch_size", "2"),
+        *("--num_validation_images", "2", "--dataloader_num_workers", "0", "--report_to", "none"),
+        *("--mixed_precision", "bf16", "--channels_last", "--gradient_checkpointing", "--l1_weight", "1"),
+    ]
+    assert train_tokenizer.main(command) == 0
+    before, after = GPSTokenModel.from_pretrained(tokenizer), GPSTokenModel.from_pretrained(tmp_path / "run" / "model")
+    moved = max((a - b).abs().max().item() for a, b in zip(before.parameters(), after.parameters()))
+    assert 0 < moved < 1e-3
+
+
+def test_time_budget_ends_the_run_with_the_rate_down(images, tmp_path):
+    output = tmp_path / "run"
+    command = tokenizer_command(images, output, 100000, "--max_train_minutes", "0.03", "--lr_warmup_steps", "0")
+    started = time.monotonic()
+    assert train_tokenizer.main(command) == 0
+    assert time.monotonic() - started < 60
+    rates = [row["train/learning_rate"] for row in read_metrics(output / "metrics.jsonl") if "train/loss" in row]
+    assert rates == sorted(rates, reverse=True)
+    assert rates[-1] < 0.5 * rates[0]
+
+
+@pytest.mark.slow
+def test_tokenizer_killed_in_mid_step_goes_on_bit_for_bit(images, tmp_path):
+    """kill -9: nothing can be said any more, the last whole checkpoint is where it goes on."""
+    more = ("--checkpointing_steps", "3")
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    assert train_tokenizer.main(tokenizer_command(images, whole, 9, *more)) == 0
+    command = tokenizer_command(images, parts, 9, *more)
+    process = subprocess.Popen([sys.executable, "-m", "training.train_tokenizer", *command])
+    while not any(parts.glob("checkpoint-3")):
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.kill()
+    process.wait()
+    assert not (parts / "model").exists()
+    assert train_tokenizer.main(command) == 0
+    assert digest(parts / "model") == digest(whole / "model")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (["--max_tokens", "5000"], "5000 tokens at 32 x 32"),
+        (["--min_tokens", "9", "--max_tokens", "5"], "--min_tokens must not exceed"),
+        (["--resolution_weights", "1"], "one weight per resolution"),
+        (["--image_column", "picture"], "no column 'picture'"),
+        (["--num_validation_images", "500"], "500 images are to be held out"),
+        (["--train_data_dir", "also"], "give one of"),
+        (["--preset", "gigantic"], "gigantic"),
+        (["--config_overrides", "hidden_sizes=3"], "hidden_sizes"),
+        (["--resume_from_checkpoint", "nowhere"], "no checkpoint"),
+        (["--pretrained_model_name_or_path", "x"], "one of --preset"),
+    ],
+)
+def test_tokenizer_refuses_in_one_line(images, tmp_path, capsys, change, message):
+    output = tmp_path / "run"
+    assert run_program(train_tokenizer.main, [*tokenizer_command(images, output, 2), *change]) == 2
+    printed = capsys.readouterr().err.splitlines()
+    assert message in printed[-1]
+    assert printed[-1].startswith("error: ")
+    assert not (output / "model").exists()
+
+
+def test_a_run_needs_an_end_and_readable_images(images, tmp_path, capsys):
+    command = ["--preset", "tiny", "--train_data_files", str(images), "--output_dir", str(tmp_path / "run")]
+    assert run_program(train_tokenizer.main, command) == 2
+    assert "--max_train_steps or --max_train_minutes" in capsys.readouterr().err
+    assert run_program(train_tokenizer.main, tokenizer_command(tmp_path / "no.parquet", tmp_path / "run", 1)) == 2
+    assert "no such data file" in capsys.readouterr().err
+
+    rows = [{"image": {"bytes": b"rubbish", "path": None}}] * 5
+    broken = tmp_path / "broken.parquet"
+    datasets.Dataset.from_list(rows, features=datasets.Features({"image": datasets.Image()})).to_parquet(broken)
+    assert run_program(train_tokenizer.main, tokenizer_command(broken, tmp_path / "run", 1)) == 2
+    assert "holds no readable image" in capsys.readouterr().err
+
+
+def test_a_checkpoint_of_another_model_is_refused(images, tmp_path, capsys):
+    output = tmp_path / "run"
+    assert train_tokenizer.main(tokenizer_command(images, output, 1)) == 0
+    command = tokenizer_command(images, output, 2, "--config_overrides", "texture_channels=6")
+    assert run_program(train_tokenizer.main, command) == 2
+    assert "does not fit this run" in capsys.readouterr().err
+
+
+# ------------------------------------------------------------------------------------------------ cache and generator
+
+
+def test_token_cache_holds_what_the_model_says(images, tokenizer, tokens):
+    from training.data import PartitionSettings, image_to_array, partitioned_batch
+
+    rows = datasets.load_dataset(str(tokens), split="train").with_format("numpy")
+    assert len(rows) == NUM_ROWS
+    assert rows["label"][:].tolist() == [index % 3 for index in range(NUM_ROWS)]
+    model = GPSTokenModel.from_pretrained(tokenizer).eval()
+    picture = datasets.load_dataset("parquet", data_files=str(images), split="train")[7]["image"]
+    cropped = picture.resize((32, 32), Image.Resampling.BICUBIC, box=(5, 0, 45, 40))
+    settings = PartitionSettings(
+        model.config.complexity_exponent, model.config.min_region_size, model.config.sigma_scale
+    )
+    batch = partitioned_batch(torch.from_numpy(image_to_array(cropped))[None], model.config.num_tokens, settings)
+    with torch.no_grad():
+        expected = model.encode(batch["pixel_values"], boxes=batch["boxes"], init_gaussians=batch["init_gaussians"])
+    # Worst error seen 2e-7: the cache encodes three images at a time.
+    np.testing.assert_allclose(rows[7]["tokens"], expected.tokens[0].numpy(), atol=1e-5)
+    np.testing.assert_array_equal(rows[7]["init_gaussians"], batch["init_gaussians"][0].numpy())
+
+
+def test_channel_statistics_are_those_of_the_rows(tokens):
+    rows = datasets.load_dataset(str(tokens), split="train").with_format("numpy")
+    tokens_, layouts = rows["tokens"][:].astype(np.float64), rows["init_gaussians"][:].astype(np.float64)
+    target = np.concatenate([tokens_[..., :5] - layouts, tokens_[..., 5:]], axis=-1).reshape(-1, tokens_.shape[-1])
+    channels = json.loads((tokens / cache_tokens.STATISTICS).read_text())["channels"]
+    np.testing.assert_allclose(channels["offset"]["mean"], target.mean(0), atol=1e-7)
+    varying = target.std(0) > 1e-6
+    np.testing.assert_allclose(np.array(channels["offset"]["std"])[varying], target.std(0)[varying], rtol=1e-4)
+    assert channels["layout"]["std"][2] == 1  # rho of an initial Gaussian is 0 throughout
+
+
+def test_cache_goes_on_with_the_missing_shard(images, tokenizer, tokens, tmp_path, capsys):
+    output = tmp_path / "tokens"
+    assert cache_tokens.main(cache_command(images, tokenizer, output)) == 0
+    kept = output / "data" / "train-00000.parquet"
+    written = kept.stat().st_mtime_ns
+    (output / "sums" / "00001.json").unlink()
+    (output / "data" / "train-00001.parquet").unlink()
+    (output / cache_tokens.STATISTICS).unlink()
+    assert cache_tokens.main(cache_command(images, tokenizer, output)) == 0
+    assert kept.stat().st_mtime_ns == written
+    assert (
+        json.loads((output / cache_tokens.STATISTICS).read_text())["channels"]
+        == (json.loads((tokens / cache_tokens.STATISTICS).read_text())["channels"])
+    )
+    assert run_program(cache_tokens.main, cache_command(images, tokenizer, output, "--num_tokens", "4")) == 2
+    assert "num_tokens 8 there, 4 now" in capsys.readouterr().err
+
+
+def test_cache_with_flips_holds_both(images, tokenizer, tmp_path):
+    output = tmp_path / "tokens"
+    assert cache_tokens.main(cache_command(images, tokenizer, output, "--with_flips")) == 0
+    assert json.loads((output / cache_tokens.STATISTICS).read_text())["num_rows"] == 2 * NUM_ROWS
+
+
+@pytest.mark.parametrize("stage", train_sit.STAGES)
+def test_generators_train(tokens, tmp_path, stage):
+    output = tmp_path / stage
+    assert train_sit.main(sit_command(tokens, output, stage, 60, "--validation_steps", "30")) == 0
+    rows = read_metrics(output / "metrics.jsonl")
+    losses = [row["train/loss"] for row in rows if "train/loss" in row]
+    assert np.mean(losses[-10:]) < np.mean(losses[:5])
+    assert [row["step"] for row in rows if "validation/loss" in row] == [30, 60]
+    model = SiTTransformer1DModel.from_pretrained(output / "model")
+    assert model.config.in_channels == (5 if stage == "layout" else 9)
+    assert model.config.condition_channels == (5 if stage == "texture" else None)
+    assert model.config.num_classes == 3
+    assert (output / "curves.png").exists()
+
+
+def test_generator_stopped_by_a_signal_goes_on_bit_for_bit(tokens, tmp_path):
+    """Noise, times and dropped labels come from the global generator: its state is in the checkpoint."""
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    assert train_sit.main(sit_command(tokens, whole, "texture", 12)) == 0
+    thread = signal_at_step(parts, 4, signal.SIGTERM)
+    assert train_sit.main(sit_command(tokens, parts, "texture", 12)) == 128 + signal.SIGTERM
+    thread.join()
+    assert train_sit.main(sit_command(tokens, parts, "texture", 12)) == 0
+    assert digest(parts / "model") == digest(whole / "model")
+
+
+def test_generator_refuses_in_one_line(tokens, tmp_path, capsys):
+    for command, message in (
+        (sit_command(tmp_path, tmp_path / "run", "layout", 1), "run cache_tokens"),
+        (sit_command(tokens, tmp_path / "run", "layout", 1, "--gaussian_target", "offset"), "needs a layout"),
+        (sit_command(tokens, tmp_path / "run", "layout", 1, "--num_validation_samples", "12"), "there are 12"),
+    ):
+        assert run_program(train_sit.main, command) == 2
+        assert message in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_generator_dry_run(tokens, tmp_path, capsys):
+    assert train_sit.main(sit_command(tokens, tmp_path / "run", "one-stage", 1, "--dry_run")) == 0
+    printed = yaml.safe_load(capsys.readouterr().out)
+    assert printed["model_config"]["in_channels"] == 9
+    assert printed["model_config"]["gaussian_target"] == "absolute"
+    assert not (tmp_path / "run").exists()
+
+
+# ---------------------------------------------------------------------------------------------------------- digits
+
+
+def test_digit_images_keep_their_pixels():
+    pytest.importorskip("sklearn")
+    digits, labels = make_digits.load_digit_images()
+    assert len(digits) == len(labels) == make_digits.NUM_IMAGES
+    images = make_digits.upscale(digits[:50])
+    assert images.shape == (50, 32, 32, 3)
+    # The cubic filter smooths: worst mean error seen 0.9 of 16 levels.
+    assert np.abs(make_digits.downscale(images) - digits[:50].reshape(50, 64)).mean() < 1.5
+
+
+def test_nearest_distances():
+    rng = np.random.default_rng(0)
+    queries, references = rng.normal(size=(5, 3)), rng.normal(size=(9, 3))
+    expected = [min(np.linalg.norm(query - reference) for reference in references) for query in queries]
+    np.testing.assert_allclose(make_digits.nearest_distances(queries, references), expected, rtol=1e-9)
+    assert make_digits.nearest_distances(references[:2], references).max() < 1e-6
+
+
+@pytest.mark.slow
+def test_digits_are_made_end_to_end(tmp_path):
+    pytest.importorskip("sklearn")
+    command = [
+        *("--work_dir", str(tmp_path / "work"), "--output_dir", str(tmp_path / "out"), "--tokenizer_steps", "2"),
+        *("--generator_steps", "2", "--samples_per_class", "2", "--num_inference_steps", "2"),
+        *("--num_layout_steps", "2"),
+    ]
+    assert make_digits.main(command) == 0
+    from gpstoken_hf import GPSTokenPipeline
+
+    pipeline = GPSTokenPipeline.from_pretrained(tmp_path / "out")
+    assert len(pipeline(["three", 7], num_inference_steps=2, num_layout_steps=2).images) == 2
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "| two-stage (this pipeline) |" in card
+    assert sum(path.stat().st_size for path in (tmp_path / "out").rglob("*") if path.is_file()) < 10e6
+    for name in ("samples-two-stage.png", "samples-one-stage.png", "training-images.png"):
+        assert np.asarray(Image.open(tmp_path / "work" / name)).std() > 1
