@@ -1,0 +1,388 @@
+# Copyright 2026 The gpstoken-hf authors. Licensed under the Apache License, Version 2.0.
+"""PSNR and SSIM of a tokenizer on a set of images, beside what as many floats buy without any learning.
+
+    python -m pipelines.evaluate_reconstruction images.parquet --resolution 64 --tokens 16 32 64 --output results/
+    python -m pipelines.evaluate_reconstruction folder/ --resolution 256 --tokens 128 --focus 64,64,191,191
+
+Every image is resized until its shortest side is the resolution (antialiased, bicubic unless --resample says
+otherwise: a softer filter makes images that every method reconstructs better) and cropped in the middle. For each
+number of tokens the table gives the means over the images of PSNR and SSIM, and those of a *thumbnail*: the image
+reduced to s x s pixels and enlarged again, both bicubic and antialiased as Pillow does it, in floating point and
+clamped. Its side s is the smallest with `3 s² >= floats`, so that it never holds fewer floats than the tokens.
+
+With --focus, every image is also encoded with that box marked as important, and PSNR inside the box is compared with
+and without. Written to the output folder:
+
+    per_image.jsonl     the scores of every image; an interrupted run goes on behind the last one
+    results.json        the means and the settings
+    table.md            the same as tables
+    curve.png           PSNR over the number of floats
+    examples.png        a few images, their thumbnails and their reconstructions
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sys
+from collections.abc import Iterator, Sequence
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import PIL.Image
+import torch
+import torch.nn.functional as F
+from tqdm import tqdm
+
+import gpstoken_hf
+from gpstoken_hf.image_processing_gpstoken import GPSTokenImageProcessor, open_image
+from gpstoken_hf.metrics import psnr, ssim
+from gpstoken_hf.modeling_gpstoken import GPSTokenModel
+from gpstoken_hf.programs import atomic_file, non_negative_float, positive_int, run_program
+from gpstoken_hf.visualization import contact_sheet, tensor_to_pil
+from pipelines.reconstruct import DEFAULT_MODEL, Box, load_model, parse_box, weights_digest
+
+PER_IMAGE_FILE = "per_image.jsonl"
+NUM_EXAMPLES = 6
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = _parse(argv)
+    images = ImageSet(args.data, args.image_column, args.resolution, args.max_images, args.resample)
+    if args.focus and (args.focus[2] >= args.resolution or args.focus[3] >= args.resolution):
+        raise ValueError(
+            f"expected a focus box inside {args.resolution} x {args.resolution} pixels, "
+            f"got {','.join(map(str, args.focus))}"
+        )
+    model = load_model(args.model, args.device)
+    token_counts = sorted(set(args.tokens or [model.config.num_tokens]))
+    settings = {
+        "version": gpstoken_hf.__version__,
+        "data": [path.name for path in args.data],
+        "images": len(images),
+        "model": args.model,
+        "weights": weights_digest(model),
+        "resolution": args.resolution,
+        "resample": args.resample,
+        "tokens": token_counts,
+        "focus": args.focus and list(args.focus),
+        "focus_weight": args.focus_weight if args.focus else None,
+    }
+    args.output.mkdir(parents=True, exist_ok=True)
+    done = _open_progress(args.output / PER_IMAGE_FILE, settings, args.overwrite)
+    if done:
+        print(f"{done} of {len(images)} images are scored already in {args.output / PER_IMAGE_FILE}; going on there")
+
+    with (
+        (args.output / PER_IMAGE_FILE).open("a") as log,
+        tqdm(total=len(images), initial=done, unit=" images", disable=None) as bar,
+    ):
+        for start in range(done, len(images), args.batch_size):
+            batch = images.batch(start, min(start + args.batch_size, len(images))).to(model.device)
+            for scores in score_batch(model, batch, token_counts, args.focus, args.focus_weight):
+                log.write(json.dumps(scores) + "\n")
+            log.flush()
+            bar.update(len(batch))
+
+    rows = [json.loads(line) for line in (args.output / PER_IMAGE_FILE).read_text().splitlines()[1:]]
+    results = summarize(rows, token_counts, model.config.token_channels, args.resolution)
+    with atomic_file(args.output / "results.json") as staging:
+        staging.write_text(json.dumps({"settings": settings, "results": results}, indent=2) + "\n")
+    table = as_markdown(results, settings)
+    with atomic_file(args.output / "table.md") as staging:
+        staging.write_text(table)
+    _draw_curve(args.output / "curve.png", results, settings)
+    _draw_examples(args.output / "examples.png", model, images, token_counts)
+    print(table)
+    return 0
+
+
+def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m pipelines.evaluate_reconstruction",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("data", nargs="+", type=Path, help="parquet files, image files, and folders of images")
+    parser.add_argument("--image-column", default="image", help="column of the parquet files")
+    parser.add_argument("--resolution", type=positive_int, default=64)
+    parser.add_argument("--resample", choices=("bicubic", "bilinear", "lanczos", "box"), default="bicubic")
+    parser.add_argument("--tokens", type=positive_int, nargs="+", help="default: the model's own number")
+    parser.add_argument("--max-images", type=positive_int, help="the first so many only")
+    parser.add_argument("--batch-size", type=positive_int, default=16)
+    parser.add_argument("--model", default=DEFAULT_MODEL, help="folder, Hub repository, or the bundled checkpoint")
+    parser.add_argument("--focus", type=parse_box, metavar="x0,y0,x1,y1", help="box in pixels of the cropped images")
+    parser.add_argument("--focus-weight", type=non_negative_float, default=100.0, help="importance per pixel there")
+    parser.add_argument("--output", type=Path, default=Path("out/evaluate_reconstruction"))
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--overwrite", action="store_true", help="start anew when the output is of other settings")
+    return parser.parse_args(argv)
+
+
+# ---------------------------------------------------------------------------------------------------------- images
+
+
+class ImageSet:
+    """Images of parquet files, files and folders in a fixed order, resized and cropped when they are asked for."""
+
+    def __init__(self, paths: Sequence[Path], column: str, resolution: int, max_images: int | None, resample: str):
+        self.entries: list[Path | tuple[Any, int]] = []  # a file, or a parquet column and a row of it
+        self.processor = GPSTokenImageProcessor(
+            do_resize=True,
+            size={"shortest_edge": resolution},
+            resample=PIL.Image.Resampling[resample.upper()],
+            do_center_crop=True,
+            crop_size=resolution,
+        )
+        known = PIL.Image.registered_extensions()
+        for path in paths:
+            if path.is_dir():
+                files = sorted(file for file in path.rglob("*") if file.suffix.lower() in known and file.is_file())
+                if not files:
+                    raise ValueError(f"expected images in the folder {path}, found none")
+                self.entries += files
+            elif not path.exists():
+                raise ValueError(f"expected a parquet file, an image or a folder, found no such file: {path}")
+            elif path.suffix == ".parquet":
+                rows = _parquet_column(path, column)
+                self.entries += [(rows, row) for row in range(len(rows))]
+            else:
+                self.entries.append(path)
+        self.entries = self.entries[:max_images]
+        if not self.entries:
+            raise ValueError(f"expected images, found none in {', '.join(map(str, paths))}")
+
+    def __len__(self) -> int:
+        return len(self.entries)
+
+    def batch(self, start: int, stop: int) -> torch.Tensor:
+        """(B, 3, resolution, resolution) in [-1, 1]."""
+        images = [self._read(entry) for entry in self.entries[start:stop]]
+        return self.processor(images, return_tensors="pt").pixel_values
+
+    def _read(self, entry: Path | tuple[Any, int]) -> PIL.Image.Image:
+        if isinstance(entry, Path):
+            return open_image(entry)
+        column, row = entry
+        value = column[row].as_py()
+        content = value.get("bytes") if isinstance(value, dict) else value
+        if not isinstance(content, bytes):
+            raise ValueError(f"expected an encoded image in row {row}, got {type(content).__name__}")
+        try:
+            image = PIL.Image.open(BytesIO(content))
+            image.load()
+        except (OSError, SyntaxError, EOFError) as error:
+            raise ValueError(f"expected a readable image in row {row}: {error}") from error
+        return image
+
+
+def _parquet_column(path: Path, column: str) -> Any:
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError as error:
+        raise ValueError("parquet files need pyarrow: pip install gpstoken-hf[train]") from error
+    try:
+        file = pyarrow.parquet.ParquetFile(path)
+        if column not in file.schema_arrow.names:
+            raise ValueError(f"expected a column {column!r} in {path}, got {', '.join(file.schema_arrow.names)}")
+        return file.read([column]).column(column)
+    except pyarrow.ArrowInvalid as error:
+        raise ValueError(f"expected a parquet file, cannot read {path}: {error}") from error
+
+
+# ---------------------------------------------------------------------------------------------------------- scores
+
+
+def thumbnail_side(num_floats: int) -> int:
+    """The smallest s with `3 s² >= num_floats`: the thumbnail then holds no fewer floats than the tokens."""
+    return math.isqrt(max(0, -(-num_floats // 3) - 1)) + 1
+
+
+def thumbnail(images: torch.Tensor, side: int) -> torch.Tensor:
+    """(B, 3, H, W) reduced to `side` x `side` and enlarged again, bicubic and antialiased, clamped to [-1, 1]."""
+    small = F.interpolate(images, (side, side), mode="bicubic", antialias=True, align_corners=False).clamp(-1, 1)
+    large = F.interpolate(small, images.shape[-2:], mode="bicubic", antialias=True, align_corners=False)
+    return large.clamp(-1, 1)
+
+
+@torch.inference_mode()
+def reconstruct(
+    model: GPSTokenModel, images: torch.Tensor, num_tokens: int, importance: torch.Tensor | None = None
+) -> torch.Tensor:
+    """(B, 3, H, W) -> the same shape, through `num_tokens` tokens, clamped to [-1, 1]."""
+    encoded = model.encode(images, num_tokens=num_tokens, importance=importance)
+    sample = model.decode(encoded.tokens, tuple(images.shape[-2:]), attention_mask=encoded.attention_mask).sample
+    return sample.float().clamp(-1, 1)
+
+
+def score_batch(
+    model: GPSTokenModel, images: torch.Tensor, token_counts: Sequence[int], focus: Box | None, focus_weight: float
+) -> Iterator[dict[str, dict[str, float]]]:
+    """The scores of every image of a batch: number of tokens -> score -> value."""
+    columns: dict[str, dict[str, list[float]]] = {}
+    for count in token_counts:
+        plain = reconstruct(model, images, count)
+        side = min(thumbnail_side(count * model.config.token_channels), images.shape[-1])
+        small = thumbnail(images, side)
+        scores = {
+            "psnr": psnr(plain, images),
+            "ssim": ssim(plain, images),
+            "thumbnail_psnr": psnr(small, images),
+            "thumbnail_ssim": ssim(small, images),
+        }
+        if focus is not None:
+            x0, y0, x1, y1 = focus
+            window = (..., slice(y0, y1 + 1), slice(x0, x1 + 1))
+            importance = torch.zeros(images.shape[0], *images.shape[-2:], device=images.device)
+            importance[window] = focus_weight
+            focused = reconstruct(model, images, count, importance)
+            scores["inside_psnr"] = psnr(plain[window], images[window])
+            scores["inside_psnr_focused"] = psnr(focused[window], images[window])
+            scores["psnr_focused"] = psnr(focused, images)
+        columns[str(count)] = {name: values.tolist() for name, values in scores.items()}
+    for row in range(len(images)):
+        yield {count: {name: values[row] for name, values in scores.items()} for count, scores in columns.items()}
+
+
+def summarize(
+    rows: Sequence[dict[str, dict[str, float]]], token_counts: Sequence[int], channels: int, resolution: int
+) -> list[dict[str, Any]]:
+    """Means over the images, one entry for each number of tokens."""
+    results = []
+    for count in token_counts:
+        floats = count * channels
+        side = min(thumbnail_side(floats), resolution)
+        names = rows[0][str(count)]
+        means = {name: sum(row[str(count)][name] for row in rows) / len(rows) for name in names}
+        spread = _standard_error([row[str(count)]["psnr"] - row[str(count)]["thumbnail_psnr"] for row in rows])
+        results.append(
+            {
+                "tokens": count,
+                "floats": floats,
+                **means,
+                "thumbnail_side": side,
+                "thumbnail_floats": 3 * side * side,
+                "gain": means["psnr"] - means["thumbnail_psnr"],
+                "gain_standard_error": spread,
+            }
+        )
+    return results
+
+
+def _standard_error(values: Sequence[float]) -> float | None:
+    if len(values) < 2:
+        return None
+    mean = sum(values) / len(values)
+    return math.sqrt(sum((value - mean) ** 2 for value in values) / (len(values) - 1) / len(values))
+
+
+# --------------------------------------------------------------------------------------------------------- outputs
+
+
+def _open_progress(path: Path, settings: dict[str, Any], overwrite: bool) -> int:
+    """Makes `per_image.jsonl` ready for the next line; returns how many images it holds.
+
+    The first line holds the settings. A last line that was cut off in the middle is dropped.
+
+    Raises:
+        ValueError: the file is of other settings, unless `overwrite`.
+    """
+    header = json.dumps(settings)
+    if path.exists() and not overwrite:
+        lines = path.read_text().split("\n")
+        if lines[0] != header:
+            raise ValueError(f"{path} holds the scores of other settings; choose another --output, or --overwrite")
+        complete = lines[1:-1]  # what follows the last line break is empty, or was cut off
+        with atomic_file(path) as staging:
+            staging.write_text("\n".join([header, *complete]) + "\n")
+        return len(complete)
+    path.write_text(header + "\n")
+    return 0
+
+
+def as_markdown(results: Sequence[dict[str, Any]], settings: dict[str, Any]) -> str:
+    """The table of the scores, and that of the focus box where there is one."""
+    lines = [
+        f"{settings['model']}, {settings['images']} images of {', '.join(settings['data'])}, "
+        f"{settings['resolution']} x {settings['resolution']} centre crops ({settings['resample']})",
+        "",
+        "| tokens | floats | PSNR (dB) | SSIM | thumbnail | its floats | its PSNR (dB) | its SSIM | gain (dB) |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for entry in results:
+        error = entry["gain_standard_error"]
+        gain = f"{entry['gain']:+.2f}" + ("" if error is None else f" ± {error:.2f}")
+        side = entry["thumbnail_side"]
+        lines.append(
+            f"| {entry['tokens']} | {entry['floats']} | {entry['psnr']:.2f} | {entry['ssim']:.4f} "
+            f"| {side} x {side} | {entry['thumbnail_floats']} | {entry['thumbnail_psnr']:.2f} "
+            f"| {entry['thumbnail_ssim']:.4f} | {gain} |"
+        )
+    if settings["focus"]:
+        lines += [
+            "",
+            f"With the box {','.join(map(str, settings['focus']))} in focus (weight {settings['focus_weight']:g}):",
+            "",
+            "| tokens | PSNR in the box (dB) | with focus | gain | PSNR of the image (dB) | with focus |",
+            "|---|---|---|---|---|---|",
+        ]
+        for entry in results:
+            inside, focused = entry["inside_psnr"], entry["inside_psnr_focused"]
+            lines.append(
+                f"| {entry['tokens']} | {inside:.2f} | {focused:.2f} | {focused - inside:+.2f} "
+                f"| {entry['psnr']:.2f} | {entry['psnr_focused']:.2f} |"
+            )
+    return "\n".join(lines) + "\n"
+
+
+def _draw_curve(path: Path, results: Sequence[dict[str, Any]], settings: dict[str, Any]) -> None:
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        print("no curve.png: matplotlib is not there (pip install gpstoken-hf[demo])", file=sys.stderr)
+        return
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    axes = figure.add_subplot()
+    finite = [entry for entry in results if math.isfinite(entry["thumbnail_psnr"])]
+    axes.plot([entry["floats"] for entry in results], [entry["psnr"] for entry in results], "o-", label="GPSToken")
+    axes.plot(
+        [entry["thumbnail_floats"] for entry in finite],
+        [entry["thumbnail_psnr"] for entry in finite],
+        "s--",
+        label="bicubic thumbnail",
+    )
+    axes.set_xscale("log")
+    ticks = [entry["floats"] for entry in results]
+    axes.set_xticks(ticks, [str(tick) for tick in ticks])
+    axes.minorticks_off()
+    axes.set_xlabel("floats per image")
+    axes.set_ylabel("PSNR (dB)")
+    axes.set_title(f"{settings['images']} images, {settings['resolution']} x {settings['resolution']}")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    with atomic_file(path) as staging:
+        figure.savefig(staging, dpi=150)
+
+
+def _draw_examples(path: Path, model: GPSTokenModel, images: ImageSet, token_counts: Sequence[int]) -> None:
+    batch = images.batch(0, min(NUM_EXAMPLES, len(images))).to(model.device)
+    resolution = batch.shape[-1]
+    largest = token_counts[-1]
+    side = min(thumbnail_side(largest * model.config.token_channels), resolution)
+    columns = [batch, thumbnail(batch, side), *(reconstruct(model, batch, count) for count in token_counts)]
+    titles = ["image", f"thumbnail {side} x {side}", *(f"{count} tokens" for count in token_counts)]
+    zoom = max(1, round(192 / resolution))
+    pictures = []
+    for row in range(len(batch)):
+        for column in columns:
+            picture = tensor_to_pil(column[row])
+            pictures.append(picture.resize((resolution * zoom, resolution * zoom), PIL.Image.Resampling.NEAREST))
+    with atomic_file(path) as staging:
+        contact_sheet(pictures, titles * len(batch), columns=len(columns)).save(staging)
+
+
+if __name__ == "__main__":
+    sys.exit(run_program(main))
