@@ -237,7 +237,7 @@ def test_processes_share_the_work_and_no_image_is_made_twice(generate, tmp_path,
     arguments += ["--classes", 1, 2, 4, "--count", 3, "--device", "cpu"]
     environment = {**os.environ, "RECORD": str(record), "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     command = [*launch, str(tmp_path / "launched.py"), *map(str, arguments)]
-    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, cwd=tmp_path)
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900, cwd=tmp_path)
     assert result.returncode == 0, result.stderr[-3000:]
 
     shares = {path.name: path.read_text().splitlines() for path in record.iterdir()}

@@ -94,7 +94,7 @@ def run(code: str, hub: LoopbackHub, cache: Path) -> str:
     environment = {**os.environ, **hub.env, "HF_HOME": str(cache), "PYTHONPATH": str(TESTS), "OMP_NUM_THREADS": "1"}
     for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_HUB_CACHE"):
         environment.pop(name, None)
-    result = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=300)
+    result = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=900)
     assert result.returncode == 0, result.stderr[-3000:]
     return result.stdout
 

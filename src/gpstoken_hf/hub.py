@@ -20,6 +20,7 @@ from huggingface_hub import snapshot_download
 # The module paths are recorded in every saved pipeline: a module that moves must leave a shim behind.
 COMPONENT_MODULES = (
     "modeling_gpstoken",
+    "autoencoder_gpstoken",
     "image_processing_gpstoken",
     "transformer_sit",
     "scheduling_flow_match_sde",

@@ -10,6 +10,7 @@ import difflib
 import inspect
 import os
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, ClassVar, TypeAlias
 
@@ -138,8 +139,7 @@ class GPSTokenPipeline(HubDownloadMixin, DiffusionPipeline):
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any) -> GPSTokenPipeline:
         """Load from a folder or the Hub, as every diffusers pipeline; all in float32 unless a dtype is given."""
         # Without a dtype transformers takes the one that the config names and diffusers takes float32.
-        no_dtype = kwargs.get("dtype") is None and kwargs.get("torch_dtype") is None
-        if no_dtype:
+        if kwargs.get("dtype") is None and kwargs.get("torch_dtype") is None:
             kwargs["dtype"] = torch.float32
         return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
 
@@ -556,6 +556,8 @@ class _Predictor:
         mask: torch.Tensor | None,
     ):
         self.transformer, self.dtype = transformer, transformer.dtype
+        # Setting a context walks through all modules, so it is done only where one of them has a hook to see it.
+        self.has_hooks = any(hasattr(module, "_diffusers_hook") for module in transformer.modules())
         null = torch.full_like(labels, transformer.config.num_classes)
         layout = None if layout is None else layout.to(self.dtype)
 
@@ -579,7 +581,7 @@ class _Predictor:
     def _call(self, context: str, x: torch.Tensor, timestep: torch.Tensor, inputs: tuple) -> torch.Tensor:
         labels, layout, mask = inputs
         # Caches of diffusers keep what they hold apart by context; here that also keeps batch sizes apart.
-        with self.transformer.cache_context(context):
+        with self.transformer.cache_context(context) if self.has_hooks else nullcontext():
             output = self.transformer(
                 x, timestep, labels, encoder_condition=layout, attention_mask=mask, return_dict=False
             )
