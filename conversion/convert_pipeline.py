@@ -1,8 +1,8 @@
 # Copyright 2026 The gpstoken-hf authors. Licensed under the Apache License, Version 2.0.
 """Converted components -> one GPSTokenPipeline folder.
 
-    python -m conversion.convert_pipeline --vae gpstoken-m128 --transformer gpstoken-sit-xl --layout-bank bank \\
-        --output gpstoken-pipeline
+    python -m conversion.convert_pipeline --tokenizer gpstoken-m128 --transformer gpstoken-sit-xl --layout-bank bank \\
+        --output gpstoken
 
 The components are the folders that the other converters write. Weights are copied as files, not loaded and saved.
 """
@@ -187,7 +187,14 @@ def convert(arguments: argparse.Namespace) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="conversion.convert_pipeline", description=__doc__.split("\n\n")[0])
-    parser.add_argument("--vae", type=Path, required=True, help="folder of the tokenizer (convert_gpstoken)")
+    parser.add_argument(
+        "--tokenizer",
+        "--vae",
+        dest="vae",
+        type=Path,
+        required=True,
+        help="folder of the tokenizer (convert_gpstoken); the pipeline's component is called vae",
+    )
     parser.add_argument("--transformer", type=Path, required=True, help="folder of the generator (convert_sit)")
     parser.add_argument("--layout-bank", type=Path, help="folder of the layouts (convert_layout_bank)")
     parser.add_argument("--layout-transformer", type=Path, help="folder of a generator of layouts")

@@ -3,6 +3,7 @@
 
 import argparse
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -143,3 +144,5 @@ def test_full_size_conversion(tmp_path, name):
         assert {key for key in original.keys() if "temb_proj" not in key} == set(restored.keys())  # noqa: SIM118
         for key in restored.keys():  # noqa: SIM118
             assert torch.equal(original.tensor(key).view(torch.int32), restored.tensor(key).view(torch.int32)), key
+    # Gigabytes, and pytest keeps the folders of its last runs.
+    shutil.rmtree(tmp_path)

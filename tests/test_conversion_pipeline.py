@@ -51,7 +51,11 @@ def components(tmp_path_factory):
 
 
 def arguments(components, *changes):
-    values = {"--vae": components / "vae", "--transformer": components / "sit", "--layout-bank": components / "bank"}
+    values = {
+        "--tokenizer": components / "vae",
+        "--transformer": components / "sit",
+        "--layout-bank": components / "bank",
+    }
     values.update(zip(changes[::2], changes[1::2]))
     return [item for name, value in values.items() if value is not None for item in (name, value)]
 
@@ -151,7 +155,7 @@ def broken_config(folder):
     (folder / "config.json").write_text("{")
 
 
-@pytest.mark.parametrize(("option", "source"), [("--vae", "vae"), ("--transformer", "sit")])
+@pytest.mark.parametrize(("option", "source"), [("--tokenizer", "vae"), ("--transformer", "sit")])
 @pytest.mark.parametrize(
     ("edit", "message"),
     [
@@ -170,10 +174,10 @@ def test_damaged_components_are_refused(components, tmp_path, capsys, option, so
 @pytest.mark.parametrize(
     ("option", "source", "message"),
     [
-        ("--vae", "sit", "expected the folder of a GPSTokenModel, .* holds a SiTTransformer1DModel"),
+        ("--tokenizer", "sit", "expected the folder of a GPSTokenModel, .* holds a SiTTransformer1DModel"),
         ("--transformer", "bank", "expected the folder of a SiTTransformer1DModel, .* holds a GaussianLayoutBank"),
         ("--layout-bank", "vae", "expected the folder of a GaussianLayoutBank, .* holds a GPSTokenModel"),
-        ("--vae", "missing", "has no config.json"),
+        ("--tokenizer", "missing", "has no config.json"),
     ],
 )
 def test_swapped_components_are_refused(components, tmp_path, capsys, option, source, message):
