@@ -31,15 +31,13 @@ from training.data import (
 )
 from training.ema import ExponentialMovingAverage
 from training.loop import (
-    MetricLog,
     StopRequest,
     checkpoint_to_resume,
     learning_rate_factor,
-    plot_metrics,
-    read_metrics,
     run_progress,
 )
 from training.options import parse_options
+from training.records import MetricLog, plot_metrics, read_metrics
 from training.train_sit import noised_condition
 
 PARTITION = PartitionSettings(complexity_exponent=2.5, min_region_size=4, sigma_scale=2 / 3)
@@ -269,7 +267,8 @@ def test_flip_and_center_crop():
     flipped = image_batches(source, crop="center", flip="always")[request]["pixel_values"]
     assert torch.equal(flipped, plain.flip(-1))
     expected = image_to_array(Image.fromarray(source.images[0][:, 4:44]).resize((16, 16), Image.Resampling.BICUBIC))
-    assert torch.equal(plain[0], torch.from_numpy(expected))
+    # Worst error seen: one level of 255, in a few pixels; Pillow's resize of a box is not that of the cut-out.
+    torch.testing.assert_close(plain[0], torch.from_numpy(expected), atol=1.01 / 127.5, rtol=0)
 
 
 def test_crops_stay_inside_of_narrow_images():
@@ -367,7 +366,9 @@ def test_stop_request_catches_the_first_signal_and_yields_to_the_second():
     before = signal.getsignal(signal.SIGTERM)
     with StopRequest().listening() as stop:
         signal.raise_signal(signal.SIGTERM)
+        signal.raise_signal(signal.SIGTERM)  # a launcher's echo
         assert stop.signal == signal.SIGTERM
+        stop.received -= 60
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(signal.SIGINT)
     assert signal.getsignal(signal.SIGTERM) is before

@@ -20,7 +20,8 @@ from PIL import Image
 from gpstoken_hf import GPSTokenImageProcessor, GPSTokenModel, SiTTransformer1DModel
 from gpstoken_hf.programs import run_program
 from training import cache_tokens, make_digits, train_sit, train_tokenizer
-from training.loop import checkpoints_of, read_metrics
+from training.loop import checkpoints_of
+from training.records import read_metrics
 
 datasets = pytest.importorskip("datasets")
 
@@ -166,20 +167,19 @@ def test_tokenizer_run_leaves_everything_it_promises(images, tmp_path):
 
 def test_tokenizer_learns(images, tmp_path):
     output = tmp_path / "run"
-    command = tokenizer_command(images, output, 60, "--resolutions", "32", "--ema_decay", "0.5", "--crop", "center")
+    command = tokenizer_command(images, output, 40, "--resolutions", "32", "--ema_decay", "0.5", "--crop", "center")
     assert train_tokenizer.main([*command, "--learning_rate", "3e-3"]) == 0
     rows = [row["train/mse"] for row in read_metrics(output / "metrics.jsonl") if "train/mse" in row]
     # Seen: from 0.6 to 0.2. A constant grey image stands at 0.35.
     assert np.mean(rows[-5:]) < 0.6 * np.mean(rows[:3])
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_tokenizer_stopped_by_a_signal_goes_on_bit_for_bit(images, tmp_path, number):
+def test_tokenizer_stopped_by_a_signal_goes_on_bit_for_bit(images, tmp_path):
     more = ("--gradient_accumulation_steps", "2", "--dataloader_num_workers", "1")
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     assert train_tokenizer.main(tokenizer_command(images, whole, 8, *more)) == 0
-    thread = signal_at_step(parts, 3, number)
-    assert train_tokenizer.main(tokenizer_command(images, parts, 8, *more)) == 128 + number
+    thread = signal_at_step(parts, 3, signal.SIGTERM)
+    assert train_tokenizer.main(tokenizer_command(images, parts, 8, *more)) == 128 + signal.SIGTERM
     thread.join()
     (checkpoint,) = checkpoints_of(parts)
     assert 3 <= int(checkpoint.name.split("-")[1]) < 8
@@ -197,8 +197,8 @@ def test_streamed_images_give_the_same_run_after_a_break(images, tmp_path):
     more = ("--streaming", "--shuffle_buffer_size", "4")
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     assert train_tokenizer.main(tokenizer_command(images, whole, 5, *more)) == 0
-    thread = signal_at_step(parts, 2, signal.SIGTERM)
-    assert train_tokenizer.main(tokenizer_command(images, parts, 5, *more)) == 128 + signal.SIGTERM
+    thread = signal_at_step(parts, 2, signal.SIGINT)
+    assert train_tokenizer.main(tokenizer_command(images, parts, 5, *more)) == 128 + signal.SIGINT
     thread.join()
     assert train_tokenizer.main(tokenizer_command(images, parts, 5, *more)) == 0
     assert digest(parts / "model") == digest(whole / "model")

@@ -9,7 +9,6 @@ number of batches it has consumed and the seconds it has trained; batch n is a p
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import os
 import re
@@ -29,11 +28,13 @@ from accelerate import Accelerator
 from accelerate.utils import ProjectConfiguration, broadcast, set_seed
 from tqdm.auto import tqdm
 
-from gpstoken_hf.programs import ProgramError, atomic_directory, atomic_file
+from gpstoken_hf.programs import ProgramError, atomic_directory
 from training.data import close_loader
 from training.ema import ExponentialMovingAverage
 from training.options import save_options
+from training.records import MetricLog, plot_metrics, read_metrics, training_card
 
+REPEAT_SECONDS = 2.0
 TORCH_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
@@ -108,17 +109,23 @@ def learning_rate_factor(schedule: str, step: int, progress: float, warmup_steps
 
 
 class StopRequest:
-    """Turns the first Ctrl-C or SIGTERM into a request that the loop answers with a checkpoint."""
+    """Turns the first Ctrl-C or SIGTERM into a request that the loop answers with a checkpoint.
+
+    A later one interrupts. One that follows at once does not: a launcher passes on the Ctrl-C that the terminal has
+    sent to its children already.
+    """
 
     def __init__(self) -> None:
         self.signal: int | None = None
+        self.received = 0.0
 
     @contextmanager
     def listening(self) -> Iterator[StopRequest]:
         def on_signal(signum: int, frame: Any) -> None:
-            if self.signal is not None:
+            if self.signal is None:
+                self.signal, self.received = signum, time.monotonic()
+            elif time.monotonic() - self.received > REPEAT_SECONDS:
                 raise KeyboardInterrupt
-            self.signal = signum
 
         try:
             previous = {number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
@@ -186,54 +193,7 @@ def save_checkpoint(accelerator: Accelerator, output_dir: Path, step: int, total
     return path
 
 
-# --------------------------------------------------------------------------------------------------------- logging
-
-
-class MetricLog:
-    """`metrics.jsonl` beside the run: one line per logged step, what the curves are drawn from."""
-
-    def __init__(self, path: Path, resumed_step: int) -> None:
-        self.path = path
-        rows = [row for row in read_metrics(path) if row["step"] <= resumed_step] if path.exists() else []
-        with atomic_file(path) as staging:
-            staging.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-
-    def write(self, step: int, values: dict[str, float]) -> None:
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"step": step, **values}) + "\n")
-
-
-def read_metrics(path: Path) -> list[dict[str, float]]:
-    """The rows of a metrics file; a line cut short by a crash is passed over."""
-    rows = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
-            continue
-    return rows
-
-
-def plot_metrics(rows: list[dict[str, float]], path: Path) -> None:
-    """Every logged quantity over the steps, one panel each, as a PNG."""
-    from matplotlib.figure import Figure
-
-    names = sorted({name for row in rows for name in row} - {"step"})
-    if not names:
-        return
-    columns = min(3, len(names))
-    figure = Figure(figsize=(5 * columns, 3.2 * math.ceil(len(names) / columns)), layout="constrained")
-    for index, name in enumerate(names):
-        axes = figure.add_subplot(math.ceil(len(names) / columns), columns, index + 1)
-        points = [(row["step"], row[name]) for row in rows if name in row]
-        axes.plot(*zip(*points), linewidth=1, marker="." if len(points) < 60 else None)
-        axes.set_title(name, fontsize=10)
-        axes.set_xlabel("step", fontsize=8)
-        axes.grid(alpha=0.3)
-        if "loss" in name and all(value > 0 for _, value in points):
-            axes.set_yscale("log")
-    with atomic_file(path) as staging:
-        figure.savefig(staging, dpi=110)
+# ------------------------------------------------------------------------------------------------------------ loop
 
 
 class Meter:
@@ -252,9 +212,6 @@ class Meter:
         means = {name: value.item() / self.count for name, value in self.sums.items()}
         self.sums, self.count = {}, 0
         return means
-
-
-# ------------------------------------------------------------------------------------------------------------ loop
 
 
 def make_accelerator(options: argparse.Namespace) -> Accelerator:
@@ -304,6 +261,8 @@ def run_training(options: argparse.Namespace, make_task: Callable[[Accelerator],
     accelerator = make_accelerator(options)
     task = make_task(accelerator)
     output_dir.mkdir(parents=True, exist_ok=True)
+    # From here on the processes draw different numbers, and others than the weights were made of.
+    set_seed(options.seed + 1, device_specific=True)
 
     ema = ExponentialMovingAverage(task.module, options.ema_decay) if options.use_ema else None
     # Prepared before the optimizer is made, so that the fused update sees the parameters where they will be.
@@ -527,6 +486,8 @@ class _Run:
         final = self.output_dir / "model"
         with self.averaged(), atomic_directory(final, overwrite=True) as staging:
             self.task.save(staging, TORCH_DTYPES[self.options.save_dtype])
+            card = training_card(self.task.name, final.parent.name, self.state, self.output_dir / "metrics.jsonl")
+            (staging / "README.md").write_text(card, encoding="utf-8")
         self.accelerator.print(f"saved {final}")
         if self.options.push_to_hub:
             push_folder(final, self.options.hub_model_id or self.output_dir.name, private=self.options.hub_private)

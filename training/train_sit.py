@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import inspect
 import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -320,6 +321,8 @@ def resolve_config(options: argparse.Namespace, statistics: dict[str, Any]) -> d
     statistic = statistics["channels"][channels]
     names = statistics.get("class_names")
     overrides = dict(options.config_overrides)
+    if unknown := overrides.keys() - inspect.signature(SiTTransformer1DModel.__init__).parameters.keys():
+        raise ProgramError(f"--config_overrides: no such arguments of the model: {', '.join(sorted(unknown))}")
     if "num_classes" not in overrides and not names:
         raise ProgramError("the cached dataset does not name its classes: give --config_overrides num_classes=N")
     return {

@@ -161,7 +161,8 @@ class TokenizerTask(TrainingTask):
         else:
             model = GPSTokenModel(config)
         if options.gradient_checkpointing:
-            model.gradient_checkpointing_enable()
+            # The name since transformers 5.1, or the one before.
+            getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
         if options.channels_last:
             model.to(memory_format=torch.channels_last)
         self.module = TokenizerLosses(model, options)
@@ -309,10 +310,13 @@ def resolve_config(options: argparse.Namespace) -> GPSTokenConfig:
     if (options.preset is None) == (options.pretrained_model_name_or_path is None):
         raise ProgramError("give one of --preset and --pretrained_model_name_or_path")
     if options.preset is not None:
-        try:
-            return GPSTokenConfig.preset(options.preset, **dict(options.config_overrides))
-        except TypeError as error:
-            raise ProgramError(f"--config_overrides: {error}") from error
+        overrides = dict(options.config_overrides)
+        # A configuration of transformers takes any further attribute, so a misspelt one would go unnoticed.
+        if unknown := overrides.keys() - GPSTokenConfig.preset(options.preset).to_dict().keys():
+            raise ProgramError(
+                f"--config_overrides: no such fields of the configuration: {', '.join(sorted(unknown))}"
+            )
+        return GPSTokenConfig.preset(options.preset, **overrides)
     if options.config_overrides:
         raise ProgramError("--config_overrides go with --preset; a pretrained model keeps its configuration")
     return GPSTokenConfig.from_pretrained(options.pretrained_model_name_or_path)

@@ -1,0 +1,98 @@
+# Copyright 2026 The gpstoken-hf authors. Licensed under the Apache License, Version 2.0.
+"""What a training run leaves beside its weights: metrics, curves and a model card."""
+
+from __future__ import annotations
+
+import json
+import math
+import platform
+import shlex
+import sys
+from pathlib import Path
+from typing import Protocol
+
+import torch
+
+from gpstoken_hf.programs import atomic_file
+
+
+class Extent(Protocol):
+    """How long a run was."""
+
+    step: int
+    num_images: int
+    elapsed_seconds: float
+
+
+class MetricLog:
+    """`metrics.jsonl` beside the run: one line per logged step, what the curves are drawn from."""
+
+    def __init__(self, path: Path, resumed_step: int) -> None:
+        self.path = path
+        rows = [row for row in read_metrics(path) if row["step"] <= resumed_step] if path.exists() else []
+        with atomic_file(path) as staging:
+            staging.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+    def write(self, step: int, values: dict[str, float]) -> None:
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"step": step, **values}) + "\n")
+
+
+def read_metrics(path: Path) -> list[dict[str, float]]:
+    """The rows of a metrics file; a line cut short by a crash is passed over."""
+    rows = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            continue
+    return rows
+
+
+def plot_metrics(rows: list[dict[str, float]], path: Path) -> None:
+    """Every logged quantity over the steps, one panel each, as a PNG."""
+    from matplotlib.figure import Figure
+
+    names = sorted({name for row in rows for name in row} - {"step"})
+    if not names:
+        return
+    columns = min(3, len(names))
+    figure = Figure(figsize=(5 * columns, 3.2 * math.ceil(len(names) / columns)), layout="constrained")
+    for index, name in enumerate(names):
+        axes = figure.add_subplot(math.ceil(len(names) / columns), columns, index + 1)
+        points = [(row["step"], row[name]) for row in rows if name in row]
+        axes.plot(*zip(*points), linewidth=1, marker="." if len(points) < 60 else None)
+        axes.set_title(name, fontsize=10)
+        axes.set_xlabel("step", fontsize=8)
+        axes.grid(alpha=0.3)
+        if "loss" in name and all(value > 0 for _, value in points):
+            axes.set_yscale("log")
+    with atomic_file(path) as staging:
+        figure.savefig(staging, dpi=110)
+
+
+def training_card(program: str, name: str, extent: Extent, metrics: Path) -> str:
+    """README.md of a trained model: the command, how long it ran on what, and the last validation."""
+    validated = [row for row in read_metrics(metrics) if any(key.startswith("validation/") for key in row)]
+    last = validated[-1] if validated else {}
+    scores = "".join(
+        f"| {key.removeprefix('validation/')} | {value:.4g} |\n" for key, value in last.items() if key != "step"
+    )
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU ({platform.machine()})"
+    return f"""---
+library_name: {"transformers" if program == "train_tokenizer" else "diffusers"}
+tags:
+- gpstoken
+---
+# {name}
+
+Trained with `gpstoken-hf`, {extent.step} steps, {extent.num_images} images, {extent.elapsed_seconds / 60:.1f} minutes,
+{device}, torch {torch.__version__}:
+
+```
+python -m training.{program} {shlex.join(sys.argv[1:])}
+```
+
+| last validation, step {last.get("step", "-")} | |
+|---|---|
+{scores}"""
