@@ -294,6 +294,8 @@ BAD_ARGUMENTS = {
     "too many tokens": ({"num_tokens": 17}, "32 x 32 pixels with min_region_size=8 .* at most 16 regions, got .*17"),
     "absurdly many tokens": ({"num_tokens": 10**15}, "at most 16 regions"),
     "wrong number of counts": ({"num_tokens": [4, 4]}, "one number per image, expected 1, got 2"),
+    "fraction of a token": ({"num_tokens": 4.0}, "integer or one for each image, got 4.0"),
+    "fractions of tokens": ({"num_tokens": [4.5]}, r"integer or one for each image, got \[4.5\]"),
     "exponent": ({"complexity_exponent": -1.0}, "complexity_exponent .* got -1.0"),
     "exponent nan": ({"complexity_exponent": float("nan")}, "complexity_exponent .* got nan"),
     "region size": ({"min_region_size": 0}, "at least 1 pixel, got 0"),

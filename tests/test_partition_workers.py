@@ -46,8 +46,8 @@ def test_dataloader_workers(context):
 
 PROGRAM = """
 import torch
-from {package} import partition
-from {package}.partition import partition_images
+from installed import partition
+from installed.partition import partition_images
 loops = [value for value in vars(partition).values() if hasattr(value, "signatures")]
 assert len(loops) > 10 and not any(loop.signatures for loop in loops), "the import has compiled something"
 images = torch.rand(1, 3, 64, 64, generator=torch.Generator().manual_seed(0)) * 2 - 1
@@ -60,15 +60,28 @@ def expected_line():
     return str(partition_images(images, 32).boxes.sum((0, 1)).tolist())
 
 
-def start(package, environment, cwd):
-    return subprocess.Popen(
-        [sys.executable, "-W", "error", "-c", PROGRAM.format(package=package)],
-        env={**os.environ, **environment},
-        cwd=cwd,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+def run(num_processes, environment, cwd):
+    """Output lines of so many processes that partition the same image at the same time."""
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-W", "error", "-c", PROGRAM],
+            env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
+            cwd=cwd,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for _ in range(num_processes)
+    ]
+    try:
+        outputs = [process.communicate(timeout=600) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+    for process, (_, errors) in zip(processes, outputs):
+        assert process.returncode == 0, errors
+    return [lines.strip() for lines, _ in outputs]
 
 
 def copy_of_the_partition(folder):
@@ -83,16 +96,11 @@ def copy_of_the_partition(folder):
 
 def test_processes_that_fill_one_empty_cache_at_the_same_time(tmp_path):
     copy_of_the_partition(tmp_path)
-    environment = {"NUMBA_CACHE_DIR": str(tmp_path / "cache"), "OMP_NUM_THREADS": "1"}
-    processes = [start("installed", environment, tmp_path) for _ in range(3)]
-    for process in processes:
-        out, err = process.communicate(timeout=300)
-        assert process.returncode == 0, err
-        assert out.strip() == expected_line()
+    environment = {"NUMBA_CACHE_DIR": str(tmp_path / "cache")}
+    assert run(2, environment, tmp_path) == [expected_line()] * 2
     assert list((tmp_path / "cache").rglob("*.nbc"))
     # And one that finds it filled.
-    out, err = start("installed", environment, tmp_path).communicate(timeout=300)
-    assert out.strip() == expected_line(), err
+    assert run(1, environment, tmp_path) == [expected_line()]
 
 
 def test_installation_without_any_place_for_a_cache(tmp_path):
@@ -100,7 +108,6 @@ def test_installation_without_any_place_for_a_cache(tmp_path):
     # A file where the folder would go: this stops a superuser too, whom permissions do not stop.
     (package / "__pycache__").write_text("")
     nowhere = str(package / "__pycache__" / "home")
-    environment = {"HOME": nowhere, "XDG_CACHE_HOME": nowhere, "NUMBA_CACHE_DIR": nowhere, "OMP_NUM_THREADS": "1"}
-    out, err = start("installed", environment, tmp_path).communicate(timeout=300)
-    assert out.strip() == expected_line(), err
+    environment = {"HOME": nowhere, "XDG_CACHE_HOME": nowhere, "NUMBA_CACHE_DIR": nowhere}
+    assert run(1, environment, tmp_path) == [expected_line()]
     assert not list(tmp_path.rglob("*.nbc"))

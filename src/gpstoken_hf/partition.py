@@ -13,6 +13,7 @@ every rounding of the resize, of the histogram and of the sum is reproduced, so 
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -140,12 +141,7 @@ def _check_arguments(
     if not images.is_floating_point():
         raise ValueError(f"images must be floating point in [-1, 1] (uint8 as x / 127.5 - 1), got {images.dtype}")
     batch_size, _, height, width = images.shape
-    if isinstance(num_tokens, int | np.integer):
-        counts = [int(num_tokens)] * batch_size
-    else:
-        counts = [int(count) for count in num_tokens]
-        if len(counts) != batch_size:
-            raise ValueError(f"num_tokens must hold one number per image, expected {batch_size}, got {len(counts)}")
+    counts = _token_counts(num_tokens, batch_size)
     if any(count < 1 for count in counts):
         raise ValueError(f"num_tokens must be at least 1, got {min(counts)}")
     if not (math.isfinite(complexity_exponent) and complexity_exponent >= 0):
@@ -165,6 +161,20 @@ def _check_arguments(
         if not isinstance(importance, torch.Tensor) or tuple(importance.shape) != expected:
             got = tuple(importance.shape) if isinstance(importance, torch.Tensor) else type(importance).__name__
             raise ValueError(f"importance must be a tensor of shape (B, H, W) = {expected}, got {got}")
+    return counts
+
+
+def _token_counts(num_tokens: int | Sequence[int], batch_size: int) -> list[int]:
+    """One number of tokens for each image."""
+    try:
+        if isinstance(num_tokens, Sequence | np.ndarray | torch.Tensor) and np.ndim(num_tokens) > 0:
+            counts = [operator.index(count) for count in num_tokens]
+        else:
+            counts = [operator.index(num_tokens)] * batch_size  # type: ignore[arg-type]
+    except TypeError:
+        raise ValueError(f"num_tokens must be an integer or one for each image, got {num_tokens!r}") from None
+    if len(counts) != batch_size:
+        raise ValueError(f"num_tokens must hold one number per image, expected {batch_size}, got {len(counts)}")
     return counts
 
 
