@@ -58,7 +58,7 @@ def calibrate_layout(
       pixel; otherwise the centre of a column one pixel wide may lie on the middle line of an odd square.
     - The same with noise on the means, as long as it is smaller than half the distance between neighbouring centres
       of the axis. Where the sides halve evenly that is half a grid step: 2 pixels for 256 x 256 and
-      `min_region_size=8`, 1.5 x 1.25 pixels (x, y) for a width of 192 and a height of 320. Elsewhere the distances
+      `min_region_size=8`; 1.25 pixels in x and 1.5 in y for 192 x 320. Elsewhere the distances
       differ along an axis (`layout_centres` lists the centres) and shrink to half a pixel.
 
     Args:
