@@ -1,7 +1,7 @@
 # Copyright 2026 The gpstoken-hf authors. Licensed under the Apache License, Version 2.0.
 """Splatting on a GPU: Triton kernels, float32 (paper Eq. 1-3).
 
-Forward: one program per (tile of pixels, block of channels, image). It goes through the tokens in chunks, and a chunk
+Forward: one program per (image and tile of pixels, block of channels). It goes through the tokens in chunks, and a chunk
 is one product of weights and features. With few tokens every chunk that has a token on the tile is rendered whole;
 with many, the program first compacts the tokens on its tile into a list of its own. Backward: one program per
 (token, strip, block of channels) over the token's own box; strips take turns by rows, and their partial sums are
@@ -161,9 +161,11 @@ def forward_kernel(  # type: ignore[no-untyped-def]
     BLOCK_C: tl.constexpr,
     EXP2_SCALE: tl.constexpr,
 ):
-    """Grid (tiles, blocks of channels, B). `lists` `(B, blocks, tiles, SCAN_L)` int32 is scratch for MAKE_LISTS."""
-    tile, channel_block, image = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    """Grid (B tiles, blocks of channels). `lists` `(blocks, B tiles, SCAN_L)` int32 is scratch for MAKE_LISTS."""
+    image_tile, channel_block = tl.program_id(0), tl.program_id(1)
     columns = tl.cdiv(width, TILE_W)
+    num_tiles = columns * tl.cdiv(height, TILE_H)
+    image, tile = image_tile // num_tiles, image_tile % num_tiles
     top, left = tile // columns * TILE_H, tile % columns * TILE_W
     pixel = tl.arange(0, TILE_H * TILE_W)
     column, row = left + pixel % TILE_W, top + pixel // TILE_W
@@ -177,7 +179,7 @@ def forward_kernel(  # type: ignore[no-untyped-def]
 
     acc = tl.zeros((TILE_H * TILE_W, BLOCK_C), dtype=tl.float32)
     if MAKE_LISTS:
-        program = (image * tl.num_programs(1) + channel_block).to(tl.int64) * tl.num_programs(0) + tile
+        program = channel_block.to(tl.int64) * tl.num_programs(0) + image_tile
         list_ptr = lists_ptr + program * SCAN_L
         for start in range(0, L, SCAN_L):
             scanned = start + tl.arange(0, SCAN_L)
@@ -395,7 +397,7 @@ def triton_forward(
         make_lists = L >= LIST_MIN_TOKENS
     block_c = _channel_block(C)
     num_tiles = triton.cdiv(height, TILE_HEIGHT) * triton.cdiv(width, TILE_WIDTH)
-    grid = (num_tiles, triton.cdiv(C, block_c), B)
+    grid = (B * num_tiles, triton.cdiv(C, block_c))
     scan = max(CHUNK, min(SCAN, triton.next_power_of_2(L)))
     lists = features.new_empty(math.prod(grid) * scan if make_lists else 1, dtype=torch.int32)
     with _on_device(features):
