@@ -1,9 +1,9 @@
 # Copyright 2026 The gpstoken-hf authors. Licensed under the Apache License, Version 2.0.
 """Splatting on a GPU: Triton kernels, float32 (paper Eq. 1-3).
 
-Forward: one program per (image and tile of pixels, block of channels). It goes through the tokens in chunks, and a chunk
-is one product of weights and features. With few tokens every chunk that has a token on the tile is rendered whole;
-with many, the program first compacts the tokens on its tile into a list of its own. Backward: one program per
+Forward: one program per (image and tile of pixels, block of channels). It goes through the tokens in chunks, and a
+chunk is one product of weights and features. With few tokens every chunk that has a token on the tile is rendered
+whole; with many, the program first compacts the tokens on its tile into a list of its own. Backward: one program per
 (token, strip, block of channels) over the token's own box; strips take turns by rows, and their partial sums are
 added in a fixed order. No atomics, no host synchronisation, the batch is part of the grid, and the result is
 deterministic. Kernels are compiled at the first call; with TRITON_INTERPRET=1 they run on CPU tensors, for tests.
