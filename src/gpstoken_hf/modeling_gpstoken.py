@@ -11,6 +11,7 @@ import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -228,7 +229,12 @@ class GPSTokenModel(GPSTokenPreTrainedModel):
             ValueError: what was expected and what came, for any input that does not fit.
         """
         self._check_pixel_values(pixel_values)
-        height, width = pixel_values.shape[-2:]
+        batch_size, _, height, width = pixel_values.shape
+        num_tokens = check_num_tokens(num_tokens, batch_size)
+        if importance is not None and importance.shape != (batch_size, height, width):
+            raise ValueError(
+                f"importance must be (B, H, W) = {(batch_size, height, width)}, got {tuple(importance.shape)}"
+            )
         has_layout = init_gaussians is not None or boxes is not None
         if has_layout and (num_tokens is not None or importance is not None or tile_size is not None):
             raise ValueError(
@@ -238,25 +244,22 @@ class GPSTokenModel(GPSTokenPreTrainedModel):
         if attention_mask is not None and not has_layout:
             raise ValueError("attention_mask belongs to a layout given by init_gaussians or boxes, got neither")
 
-        if self.use_slicing and pixel_values.shape[0] > 1:
+        if has_layout:
+            boxes, init_gaussians = self._complete_layout(pixel_values, boxes, init_gaussians, attention_mask)
+        if self.use_slicing and batch_size > 1:
             return self._encode_slices(
                 pixel_values, num_tokens, importance, init_gaussians, boxes, tile_size, attention_mask, **kwargs
             )
         if has_layout:
-            boxes, init_gaussians = self._complete_layout(pixel_values, boxes, init_gaussians, attention_mask)
             return self._encode_layout(pixel_values, boxes, init_gaussians, attention_mask, **kwargs)
 
         if tile_size is None and self.use_tiling and max(height, width) > self.tiling_size:
             tile_size = self.tiling_size
         if tile_size is None:
-            return self._encode_whole(
-                pixel_values, num_tokens or self._default_tokens(num_tokens), importance, **kwargs
-            )
+            count = self.config.num_tokens if num_tokens is None else num_tokens
+            return self._encode_whole(pixel_values, count, importance, **kwargs)
         self._check_tile_size(tile_size)
         return self._encode_tiles(pixel_values, num_tokens, importance, tile_size, **kwargs)
-
-    def _default_tokens(self, num_tokens: int | Sequence[int] | None) -> int | Sequence[int]:
-        return self.config.num_tokens if num_tokens is None else num_tokens
 
     def _encode_whole(
         self,
@@ -345,8 +348,6 @@ class GPSTokenModel(GPSTokenPreTrainedModel):
         **kwargs: Unpack[TransformersKwargs],
     ) -> GPSTokenEncoderOutput:
         batch_size = pixel_values.shape[0]
-        if isinstance(num_tokens, Sequence) and len(num_tokens) != batch_size:
-            raise ValueError(f"num_tokens must hold one number per image, {batch_size}, got {len(num_tokens)}")
 
         def one(value: torch.Tensor | None, index: int) -> torch.Tensor | None:
             return None if value is None else value[index : index + 1]
@@ -551,6 +552,8 @@ class GPSTokenModel(GPSTokenPreTrainedModel):
         expected = self.config.token_channels
         if tokens.ndim != 3 or tokens.shape[-1] != expected:
             raise ValueError(f"tokens must be (B, L, 5 + C = {expected}), got {tuple(tokens.shape)}")
+        if 0 in tokens.shape:
+            raise ValueError(f"tokens must be of at least one image and one token, got {tuple(tokens.shape)}")
         if attention_mask is not None and attention_mask.shape != tokens.shape[:2]:
             raise ValueError(
                 f"attention_mask must be (B, L) = {tuple(tokens.shape[:2])}, got {tuple(attention_mask.shape)}"
@@ -581,6 +584,10 @@ class GPSTokenModel(GPSTokenPreTrainedModel):
                 raise ValueError(f"{name} must be (B, L, {fields}) with B = {batch_size}, got {tuple(value.shape)}")
         if attention_mask is not None and attention_mask.shape != expected:
             raise ValueError(f"attention_mask must be (B, L) = {expected}, got {tuple(attention_mask.shape)}")
+        if boxes is not None and boxes.is_floating_point():
+            raise ValueError(f"boxes must be integers, inclusive pixels [x0, y0, x1, y1], got {boxes.dtype}")
+        if attention_mask is not None and not torch.compiler.is_compiling() and not attention_mask.any(1).all():
+            raise ValueError("attention_mask must leave every image at least one token, got an image with none")
         if init_gaussians is not None and not torch.compiler.is_compiling():
             real = init_gaussians if attention_mask is None else init_gaussians[attention_mask.bool()]
             check_gaussians(real, "init_gaussians")
@@ -599,6 +606,12 @@ class GPSTokenModel(GPSTokenPreTrainedModel):
                 )
         if init_gaussians is None:
             init_gaussians = boxes_to_gaussians(boxes, (height, width), self.config.sigma_scale)
+        if attention_mask is not None:
+            # Padding may hold anything, but attention would carry a NaN from there to every token (0 · NaN).
+            padded = (attention_mask == 0).unsqueeze(-1).to(boxes.device)
+            whole = boxes.new_tensor([0, 0, width - 1, height - 1])
+            gaussian = boxes_to_gaussians(whole, (height, width), self.config.sigma_scale).to(init_gaussians)
+            boxes, init_gaussians = torch.where(padded, whole, boxes), torch.where(padded, gaussian, init_gaussians)
         return boxes.to(pixel_values.device), init_gaussians.to(pixel_values.device)
 
 
@@ -637,6 +650,23 @@ def check_loading_info(class_name: str, source: Any, info: dict[str, Any]) -> No
         raise ValueError(f"expected exactly the weights of {class_name} in {source}, got: {'; '.join(problems)}")
 
 
+def check_num_tokens(num_tokens: int | Sequence[int] | None, batch_size: int) -> int | list[int] | None:
+    """The number of tokens as plain integers; ValueError unless it is one of at least 1, or one for each image."""
+    if num_tokens is None:
+        return None
+    if isinstance(num_tokens, Integral):
+        counts = [int(num_tokens)]
+    elif isinstance(num_tokens, Sequence) and all(isinstance(count, Integral) for count in num_tokens):
+        counts = [int(count) for count in num_tokens]
+        if len(counts) != batch_size:
+            raise ValueError(f"num_tokens must hold one number per image, {batch_size}, got {len(counts)}")
+    else:
+        raise ValueError(f"num_tokens must be an integer or a list of one integer per image, got {num_tokens!r}")
+    if min(counts) < 1:
+        raise ValueError(f"num_tokens must be at least 1, got {min(counts)}")
+    return counts[0] if isinstance(num_tokens, Integral) else counts
+
+
 def share_tokens(
     num_tokens: int | Sequence[int] | None, num_tiles: int, batch_size: int, default_per_tile: int
 ) -> list[list[int]]:
@@ -648,8 +678,6 @@ def share_tokens(
     if num_tokens is None:
         return [[default_per_tile] * batch_size for _ in range(num_tiles)]
     totals = [num_tokens] * batch_size if isinstance(num_tokens, int) else list(num_tokens)
-    if len(totals) != batch_size:
-        raise ValueError(f"num_tokens must hold one number per image, {batch_size}, got {len(totals)}")
     if min(totals) < num_tiles:
         raise ValueError(f"num_tokens must give each of the {num_tiles} tiles at least one token, got {min(totals)}")
     return [[total // num_tiles + (tile < total % num_tiles) for total in totals] for tile in range(num_tiles)]
