@@ -103,6 +103,7 @@ def decode_image(value: Any, where: str) -> Image.Image:
         ProgramError: there is no readable image.
     """
     try:
+        image: Image.Image
         if isinstance(value, dict):
             image = Image.open(io.BytesIO(value["bytes"]) if value.get("bytes") is not None else value["path"])
         elif isinstance(value, bytes):
@@ -386,7 +387,7 @@ def batch_loader(batches: Dataset, plan: BatchPlan, num_workers: int, pin_memory
     return DataLoader(
         batches,
         batch_size=None,
-        sampler=plan,  # type: ignore[arg-type]
+        sampler=plan,
         num_workers=num_workers,
         pin_memory=pin_memory,
         worker_init_fn=_prepare_worker if num_workers else None,

@@ -250,7 +250,7 @@ class SiTTask(TrainingTask):
 
     def validate(self, step: int, directory: Path) -> dict[str, float]:
         """The loss on held-out tokens, with the same draws every time."""
-        module: VelocityMatching = self.module  # type: ignore[assignment]
+        module: VelocityMatching = self.module
         generator = torch.Generator().manual_seed(self.options.seed)
         draws = module.draw(self.validation_batch["tokens"], generator)
         total, count = 0.0, 0
