@@ -27,6 +27,8 @@ from training.data import (
     close_loader,
     decode_image,
     image_to_array,
+    load_image_dataset,
+    load_validation_images,
     random_resized_crop,
 )
 from training.ema import ExponentialMovingAverage
@@ -293,6 +295,34 @@ def test_token_counts_are_log_uniform_and_scale_with_the_area():
 def test_an_unreadable_row_is_named():
     with pytest.raises(ProgramError, match="row 3 holds no readable image"):
         decode_image({"bytes": b"not an image", "path": None}, "row 3")
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_datasets_by_name_with_splits(tmp_path, streaming):
+    """A folder that load_dataset understands goes the way of a name on the Hub."""
+    datasets = pytest.importorskip("datasets")
+    features = datasets.Features({"photo": datasets.Image(), "label": datasets.Value("int64")})
+    for split, count in (("train", 5), ("test", 2)):
+        rows = [{"photo": Image.fromarray(stripes(seed=seed)), "label": seed} for seed in range(count)]
+        (tmp_path / "data").mkdir(exist_ok=True)
+        datasets.Dataset.from_list(rows, features=features).to_parquet(tmp_path / "data" / f"{split}-0.parquet")
+    # Said aloud: left to itself, load_dataset finds "test" in the name of this test's folder.
+    files = "".join(f"  - {{split: {split}, path: data/{split}-*.parquet}}\n" for split in ("train", "test"))
+    (tmp_path / "README.md").write_text(f"---\nconfigs:\n- config_name: default\n  data_files:\n{files}---\n")
+    options = parse_options(
+        train_tokenizer.make_parser(),
+        [
+            *("--dataset_name", str(tmp_path), "--image_column", "photo", "--max_train_samples", "3"),
+            *("--cache_dir", str(tmp_path / "cache"), "--output_dir", "out"),
+            *(["--streaming"] if streaming else []),
+        ],
+    )
+    train, held_out = load_image_dataset(options), load_image_dataset(options, split="test")
+    assert [row["label"] for row in train] == [0, 1, 2]
+    images = load_validation_images(held_out, "photo", 9, 16)
+    assert images.shape == (2, 3, 16, 16)
+    with pytest.raises(ProgramError, match="no column 'image'"):
+        load_image_dataset(argparse.Namespace(**{**vars(options), "image_column": "image"}))
 
 
 def test_streams_resume_at_their_place():
