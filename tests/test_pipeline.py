@@ -215,6 +215,10 @@ def test_a_layout_given_by_hand_needs_no_source_of_layouts():
     layout = tiny_pipeline.make_bank().layout(0)
     output = pipeline([1, 2], 3, layout=layout[None], generator=seeded(0, 1), output_type="pt")
     assert torch.equal(output.layout, layout.expand(2, -1, -1))
+    # What comes back can be edited: neither the rows nor the tensor that was given share its memory.
+    output.layout[0, 0, 3] = 0.25
+    assert output.layout[1, 0, 3] != 0.25
+    assert layout[0, 3] != 0.25
 
 
 def test_any_number_of_tokens_and_different_numbers_in_one_batch():

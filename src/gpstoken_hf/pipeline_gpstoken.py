@@ -448,7 +448,7 @@ class GPSTokenPipeline(HubDownloadMixin, DiffusionPipeline):
             min_region_size=config.min_region_size,
             sigma_scale=config.sigma_scale,
         )
-        return partition.gaussians.expand(batch_size, -1, -1)
+        return partition.gaussians.expand(batch_size, -1, -1).clone()
 
     # ---------------------------------------------------------------------------------------------------------- parts
 
@@ -628,7 +628,8 @@ def _stack_layouts(
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """One `(B, L, 5)` float32 tensor, padded where lengths differ, and the mask if there is padding."""
     if isinstance(layout, torch.Tensor):
-        return layout.to(device=device, dtype=torch.float32).expand(batch_size, -1, -1), None
+        # A copy: the output's layout is there to be edited, without editing what was given or its other rows.
+        return layout.to(device=device, dtype=torch.float32).expand(batch_size, -1, -1).clone(), None
     lengths = [len(one) for one in layout]
     longest = max(lengths)
     padding = torch.tensor(PADDING_GAUSSIAN)
