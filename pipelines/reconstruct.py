@@ -55,7 +55,7 @@ from gpstoken_hf.programs import (
     positive_int,
     run_program,
 )
-from gpstoken_hf.visualization import contact_sheet, draw_error_map, draw_gaussians, panel, tensor_to_pil
+from gpstoken_hf.visualization import contact_sheet, draw_boxes, draw_error_map, draw_gaussians, panel, tensor_to_pil
 
 DEFAULT_MODEL = "gpstoken-nano"
 SAMPLES = ("astronaut", "chelsea", "coffee", "rocket")
@@ -353,14 +353,15 @@ def _reconstruct_source(
         ).sample
     reconstruction = sample.float().clamp(-1, 1)
     scores = _scores(pixel_values, reconstruction, encoded)
-    if args.focus:
-        boxes = [_scaled_box(box, photograph) for box in args.focus]
+    boxes = [_scaled_box(box, photograph) for box in args.focus]
+    if boxes:
         scores["psnr_in_focus"] = [
             psnr(pixel_values[..., y0 : y1 + 1, x0 : x1 + 1], reconstruction[..., y0 : y1 + 1, x0 : x1 + 1]).item()
             for x0, y0, x1, y1 in boxes
         ]
     with atomic_directory(folder, overwrite=args.overwrite) as staging:
-        _write_pictures(staging, source.folder, pixel_values[0].cpu(), reconstruction[0].cpu(), encoded, scores)
+        images = pixel_values[0].cpu(), reconstruction[0].cpu()
+        _write_pictures(staging, source.folder, *images, encoded, scores, boxes)
         save_tokens(staging / TOKENS_FILE, encoded, photograph.size, args.tile_size, args.model)
         (staging / SCORES_FILE).write_text(json.dumps({**scores, "settings": settings}, indent=2) + "\n")
     tqdm.write(f"{source.label}: {_in_words(scores)} -> {folder}")
@@ -406,7 +407,13 @@ def _scaled_box(box: Box, photograph: Photograph) -> Box:
 
 
 def _write_pictures(
-    folder: Path, name: str, image: torch.Tensor, reconstruction: torch.Tensor, encoded: Any, scores: dict[str, Any]
+    folder: Path,
+    name: str,
+    image: torch.Tensor,
+    reconstruction: torch.Tensor,
+    encoded: Any,
+    scores: dict[str, Any],
+    focus: Sequence[Box],
 ) -> None:
     original, decoded = tensor_to_pil(image), tensor_to_pil(reconstruction)
     zoom = max(1, round(DRAWN_SIDE / max(original.size)))
@@ -418,8 +425,15 @@ def _write_pictures(
     initial.save(folder / "initial_gaussians.png")
     refined.save(folder / "refined_gaussians.png")
     error.save(folder / "error.png")
-    pictures = [_enlarged(original, zoom), initial, refined, _enlarged(decoded, zoom), error]
-    titles = ["image", "initial Gaussians", "refined Gaussians", "reconstruction", "error (8-bit levels)"]
+    shown = draw_boxes(original, torch.tensor(focus), zoom=zoom) if focus else _enlarged(original, zoom)
+    pictures = [shown, initial, refined, _enlarged(decoded, zoom), error]
+    titles = [
+        "image and its focus" if focus else "image",
+        "initial Gaussians",
+        "refined Gaussians",
+        "reconstruction",
+        "error (8-bit levels)",
+    ]
     panel(pictures, titles, footer=f"{name}: {_in_words(scores)}").save(folder / "panel.png")
 
 
