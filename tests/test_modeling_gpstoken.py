@@ -202,9 +202,10 @@ def test_gradients_reach_pixels_and_layout(model, images):
 
 @torch.no_grad()
 @pytest.mark.parametrize(
-    # Largest and mean absolute error of an image (values up to 2) against float32, and three times what was measured.
+    # Largest and mean absolute error of an image (values up to 2) against float32: three times what was measured,
+    # which is 0.034 and 0.0041 in bfloat16, 0.0049 and 0.0005 in float16.
     ("dtype", "largest", "mean"),
-    [(torch.bfloat16, 0.25, 0.03), (torch.float16, 0.03, 0.003)],
+    [(torch.bfloat16, 0.1, 0.012), (torch.float16, 0.015, 0.0015)],
 )
 def test_half_precision(model, images, dtype, largest, mean):
     expected = model(images)
@@ -264,7 +265,7 @@ def test_gradient_checkpointing_gives_the_same_gradients(images):
         if checkpointing:
             # The name changed within transformers 5.
             getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
-            assert model.is_gradient_checkpointing
+            assert all(layer.gradient_checkpointing for layer in model.encoder.layers)
         model(images, num_tokens=[8, 5]).sample.square().mean().backward()
         gradients.append({name: parameter.grad for name, parameter in model.named_parameters()})
     assert all(grad is not None for grad in gradients[0].values())

@@ -295,17 +295,6 @@ class AutoencoderGPSToken(ModelMixin, AutoencoderMixin, ConfigMixin):
         else:
             self.model.disable_tiling()
 
-    def enable_gradient_checkpointing(self, gradient_checkpointing_func: Any = None) -> None:
-        """Recompute activations of encoder blocks and residual blocks in the backward pass: less memory."""
-        if gradient_checkpointing_func is not None:
-            super().enable_gradient_checkpointing(gradient_checkpointing_func)
-        else:
-            self.model.gradient_checkpointing_enable()
-
-    def disable_gradient_checkpointing(self) -> None:
-        """Keep activations again."""
-        self.model.gradient_checkpointing_disable()
-
     @apply_forward_hook
     def encode(
         self, x: torch.Tensor, return_dict: bool = True

@@ -246,11 +246,6 @@ class GPSTokenModel(GPSTokenPreTrainedModel):
 
         if has_layout:
             boxes, init_gaussians = self._complete_layout(pixel_values, boxes, init_gaussians, attention_mask)
-        if self.use_slicing and batch_size > 1:
-            return self._encode_slices(
-                pixel_values, num_tokens, importance, init_gaussians, boxes, tile_size, attention_mask, **kwargs
-            )
-        if has_layout:
             return self._encode_layout(pixel_values, boxes, init_gaussians, attention_mask, **kwargs)
 
         if tile_size is None and self.use_tiling and max(height, width) > self.tiling_size:
@@ -292,7 +287,12 @@ class GPSTokenModel(GPSTokenPreTrainedModel):
         if attention_mask is not None:
             # RoIAlign's cost grows with a region, and padding carries the largest of all.
             roi_boxes = boxes * attention_mask.unsqueeze(-1)
-        tokens = self.encoder(pixel_values, roi_boxes, init_gaussians, attention_mask, **kwargs)
+        if self.use_slicing and len(pixel_values) > 1:
+            masks = [None] * len(boxes) if attention_mask is None else attention_mask.split(1)
+            slices = zip(pixel_values.split(1), roi_boxes.split(1), init_gaussians.split(1), masks)
+            tokens = torch.cat([self.encoder(*one_image, **kwargs) for one_image in slices])
+        else:
+            tokens = self.encoder(pixel_values, roi_boxes, init_gaussians, attention_mask, **kwargs)
         if attention_mask is None:
             attention_mask = torch.ones(boxes.shape[:2], device=boxes.device, dtype=torch.int64)
         return GPSTokenEncoderOutput(
@@ -334,48 +334,6 @@ class GPSTokenModel(GPSTokenPreTrainedModel):
         tokens, init_gaussians, boxes, attention_mask = (torch.cat(field, dim=1) for field in zip(*parts))
         return GPSTokenEncoderOutput(
             tokens=tokens, init_gaussians=init_gaussians, boxes=boxes, attention_mask=attention_mask
-        )
-
-    def _encode_slices(
-        self,
-        pixel_values: torch.Tensor,
-        num_tokens: int | Sequence[int] | None,
-        importance: torch.Tensor | None,
-        init_gaussians: torch.Tensor | None,
-        boxes: torch.Tensor | None,
-        tile_size: int | None,
-        attention_mask: torch.Tensor | None,
-        **kwargs: Unpack[TransformersKwargs],
-    ) -> GPSTokenEncoderOutput:
-        batch_size = pixel_values.shape[0]
-
-        def one(value: torch.Tensor | None, index: int) -> torch.Tensor | None:
-            return None if value is None else value[index : index + 1]
-
-        self.use_slicing = False
-        try:
-            parts = [
-                self.encode(
-                    pixel_values[index : index + 1],
-                    [num_tokens[index]] if isinstance(num_tokens, Sequence) else num_tokens,
-                    one(importance, index),
-                    one(init_gaussians, index),
-                    one(boxes, index),
-                    tile_size,
-                    one(attention_mask, index),
-                    **kwargs,
-                )
-                for index in range(batch_size)
-            ]
-        finally:
-            self.use_slicing = True
-        longest = max(part.tokens.shape[1] for part in parts)
-        missing = [longest - part.tokens.shape[1] for part in parts]
-        return GPSTokenEncoderOutput(
-            tokens=torch.cat([pad_tokens(part.tokens, count) for part, count in zip(parts, missing)]),
-            init_gaussians=torch.cat([pad_tokens(part.init_gaussians, count) for part, count in zip(parts, missing)]),
-            boxes=torch.cat([pad_tokens(part.boxes, count) for part, count in zip(parts, missing)]),
-            attention_mask=torch.cat([F.pad(part.attention_mask, (0, count)) for part, count in zip(parts, missing)]),
         )
 
     # -- tokens -> map -> image
@@ -620,9 +578,15 @@ def readable_weights(source: Any) -> Iterator[None]:
     """Turn the error of a damaged safetensors file into a ValueError that names the checkpoint."""
     try:
         yield
-    except SafetensorError as error:
+    except (SafetensorError, OSError) as error:
+        # diffusers hides it behind an OSError, and that behind the error of reading the file as text.
+        cause: BaseException | None = error
+        while cause is not None and not isinstance(cause, SafetensorError):
+            cause = cause.__context__
+        if cause is None:
+            raise
         raise ValueError(
-            f"the weights of {source} must be whole safetensors files, got a damaged one: {error}"
+            f"the weights of {source} must be whole safetensors files, got a damaged one: {cause}"
         ) from error
 
 
