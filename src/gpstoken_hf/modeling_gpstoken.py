@@ -319,16 +319,16 @@ class GPSTokenModel(GPSTokenPreTrainedModel):
                 None if importance is None else importance[:, y0 : y0 + h, x0 : x0 + w],
                 **kwargs,
             )
-            gaussians, texture = split_tokens(part.tokens)
+            tokens, init_gaussians, boxes, attention_mask = part.to_tuple()
+            gaussians, texture = split_tokens(tokens)
             frame = ((y0, x0, h, w), (height, width))
-            offset = part.boxes.new_tensor([x0, y0, x0, y0])
-            missing = longest - part.tokens.shape[1]
+            missing = longest - tokens.shape[1]
             parts.append(
                 (
                     pad_tokens(join_tokens(gaussians_to_frame(gaussians, *frame), texture), missing),
-                    pad_tokens(gaussians_to_frame(part.init_gaussians, *frame), missing),
-                    pad_tokens(part.boxes + offset, missing),
-                    F.pad(part.attention_mask, (0, missing)),
+                    pad_tokens(gaussians_to_frame(init_gaussians, *frame), missing),
+                    pad_tokens(boxes + boxes.new_tensor([x0, y0, x0, y0]), missing),
+                    F.pad(attention_mask, (0, missing)),
                 )
             )
         tokens, init_gaussians, boxes, attention_mask = (torch.cat(field, dim=1) for field in zip(*parts))
@@ -393,7 +393,8 @@ class GPSTokenModel(GPSTokenPreTrainedModel):
         tile_size: int | None,
     ) -> torch.Tensor:
         tiles = None if tile_size is None else self.tiles_of_image(image_size, tile_size)[0]
-        if tiles is not None and tiles.shape != (1, 1) and self.config.tile_decode == "stitched":
+        stitched = self.config.tile_decode == "stitched"
+        if stitched and tile_size is not None and tiles is not None and tiles.shape != (1, 1):
             return self._decode_stitched(tokens, image_size, attention_mask, tile_size)
         height, width = image_size
         scale = self.config.map_scale
@@ -414,7 +415,7 @@ class GPSTokenModel(GPSTokenPreTrainedModel):
         tokens: torch.Tensor,
         image_size: tuple[int, int],
         attention_mask: torch.Tensor | None,
-        tile_size: int | None,
+        tile_size: int,
     ) -> torch.Tensor:
         tile_boxes = self.tiles_of_image(image_size, tile_size)[1]
         per_tile, rest = divmod(tokens.shape[1], len(tile_boxes))
