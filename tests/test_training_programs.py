@@ -391,6 +391,14 @@ def test_generator_refuses_in_one_line(tokens, tmp_path, capsys):
         assert message in capsys.readouterr().err.splitlines()[-1]
 
 
+def test_a_diverged_run_saves_nothing(tokens, tmp_path, capsys):
+    output = tmp_path / "run"
+    command = sit_command(tokens, output, "layout", 20, "--learning_rate", "1e30", "--max_grad_norm", "1e30")
+    assert run_program(train_sit.main, command) == 2
+    assert "lower the learning rate" in capsys.readouterr().err.splitlines()[-1]
+    assert not checkpoints_of(output)
+
+
 def test_generator_dry_run(tokens, tmp_path, capsys):
     assert train_sit.main(sit_command(tokens, tmp_path / "run", "one-stage", 1, "--dry_run")) == 0
     printed = yaml.safe_load(capsys.readouterr().out)

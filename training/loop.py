@@ -25,7 +25,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import ProjectConfiguration, broadcast, set_seed
+from accelerate.utils import DistributedType, ProjectConfiguration, broadcast, set_seed
 from tqdm.auto import tqdm
 
 from gpstoken_hf.programs import ProgramError, atomic_directory
@@ -227,6 +227,11 @@ def make_accelerator(options: argparse.Namespace) -> Accelerator:
         log_with=None if options.report_to == "none" else options.report_to,
         project_config=ProjectConfiguration(str(options.output_dir), logging_dir=str(options.output_dir / "logs")),
     )
+    if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):
+        raise ProgramError(
+            f"expected one process or data-parallel ones, got {accelerator.distributed_type.value}: the averaged and "
+            "the final weights are not gathered from shards"
+        )
     set_seed(options.seed)
     return accelerator
 
@@ -317,6 +322,7 @@ class _Run:
         self.elapsed_before = state.elapsed_seconds
         self.validated_step = -1
         self.saved_step = state.step  # 0 or what was resumed
+        self.last_values: dict[str, torch.Tensor] = {}
         self.log: MetricLog | None = None
         if accelerator.is_main_process:
             save_options(self.output_dir / "training_config.yaml", options, **task.describe())
@@ -398,7 +404,8 @@ class _Run:
         self.state.step += 1
         self.state.num_images += num_images
         means = {name: value / meter.count for name, value in meter.sums.items()}
-        return {**means, "gradient_norm": torch.as_tensor(norm)}, num_images
+        self.last_values = {**means, "gradient_norm": torch.as_tensor(norm)}
+        return self.last_values, num_images
 
     def _progress(self) -> float:
         """The run's progress, the same number on all processes; moves the run's clock on."""
@@ -415,12 +422,16 @@ class _Run:
             self.accelerator.set_trigger()
         return self.accelerator.check_trigger()
 
-    def _check_finite(self, means: dict[str, float]) -> None:
-        if not math.isfinite(means["loss"]):
-            raise ProgramError(
-                f"the loss is {means['loss']} at step {self.state.step}; lower the learning rate or the precision's "
-                f"demands and resume from the last checkpoint in {self.output_dir}"
-            )
+    def _check_finite(self, values: dict[str, float]) -> None:
+        """Refuse to go on with, and above all to save, what a NaN has gone through."""
+        # With float16 an infinite gradient is normal: its scaler leaves that step out.
+        names = ("loss",) if self.options.mixed_precision == "fp16" else ("loss", "gradient_norm")
+        for name in names:
+            if not math.isfinite(values[name]):
+                raise ProgramError(
+                    f"{name} is {values[name]} at step {self.state.step}; lower the learning rate or raise the "
+                    f"precision and resume from the last checkpoint in {self.output_dir}"
+                )
 
     def _bar(self) -> tqdm:
         """Counts steps, or seconds when time may end the run; quiet in log files."""
@@ -472,6 +483,7 @@ class _Run:
         """Save the state of the run, unless this step's is saved already."""
         if self.saved_step == self.state.step:
             return
+        self._check_finite({name: value.item() for name, value in self.last_values.items()})
         self.saved_step = self.state.step
         self.state.elapsed_seconds = self.elapsed_before + time.monotonic() - self.clock
         save_checkpoint(self.accelerator, self.output_dir, self.state.step, self.options.checkpoints_total_limit)
