@@ -50,7 +50,7 @@ class TileGrid:
 
     @classmethod
     def of_near_equal_tiles(cls, size: tuple[int, int], tile_size: int) -> TileGrid:
-        """The fewest tiles no larger than `tile_size` that cover `size = (H, W)`, their sizes differing by at most 1."""
+        """The fewest tiles that cover `size = (H, W)`, none larger than `tile_size`, their sides within 1 of another."""
 
         def edges(extent: int) -> tuple[int, ...]:
             count = -(-extent // tile_size)
@@ -234,9 +234,7 @@ class GPSTokenDecoder(nn.Module):
         return self.conv_out(F.silu(self.norm_out(hidden_states)))
 
 
-def decode_in_windows(
-    decoder: nn.Module, maps: torch.Tensor, window: int, overlap: float, scale: int
-) -> torch.Tensor:
+def decode_in_windows(decoder: nn.Module, maps: torch.Tensor, window: int, overlap: float, scale: int) -> torch.Tensor:
     """Decode a large map in overlapping windows and blend them: memory is that of one window and of the image.
 
     Args:

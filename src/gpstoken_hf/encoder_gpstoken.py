@@ -76,7 +76,9 @@ class GPSTokenRegionFeatures(nn.Module):
         image_index = image_index.repeat_interleave(num_tokens).unsqueeze(1)
         rois = torch.cat([image_index, corners.flatten(0, 1)], dim=1)  # (B L, 5)
         with torch.autocast(features.device.type, enabled=False):
-            regions = roi_align(features.float(), rois, self.roi_size, spatial_scale=1.0, sampling_ratio=-1, aligned=True)
+            regions = roi_align(
+                features.float(), rois, self.roi_size, spatial_scale=1.0, sampling_ratio=-1, aligned=True
+            )
         projected = self.projection(regions.to(self.projection.weight.dtype))  # (B L, D, R, R)
         return projected.flatten(2).unflatten(0, (batch_size, num_tokens))
 
