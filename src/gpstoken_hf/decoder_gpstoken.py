@@ -50,7 +50,7 @@ class TileGrid:
 
     @classmethod
     def of_near_equal_tiles(cls, size: tuple[int, int], tile_size: int) -> TileGrid:
-        """The fewest tiles that cover `size = (H, W)`, none larger than `tile_size`, their sides within 1 of another."""
+        """The fewest tiles that cover `size = (H, W)`, none larger than `tile_size`, sides within 1 of another."""
 
         def edges(extent: int) -> tuple[int, ...]:
             count = -(-extent // tile_size)
