@@ -12,8 +12,9 @@ from __future__ import annotations
 import argparse
 import io
 import json
+import shlex
+import shutil
 import sys
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -39,6 +40,7 @@ from gpstoken_hf.programs import (
 from gpstoken_hf.programs import positive_int as positive
 from gpstoken_hf.transformer_sit import SiTTransformer1DModel
 from training import cache_tokens, train_sit, train_tokenizer
+from training.loop import checkpoints_of
 from training.options import unit_interval
 
 PRESETS = Path(__file__).parent / "presets"
@@ -57,9 +59,9 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--generator_steps", type=positive, help="default: the preset's; the same for all three")
     parser.add_argument("--samples_per_class", type=positive, default=50)
     parser.add_argument("--num_inference_steps", type=positive, default=50)
-    parser.add_argument("--num_layout_steps", type=positive, default=20)
+    parser.add_argument("--num_layout_steps", type=positive, default=5)
     parser.add_argument("--guidance_scale", type=non_negative_float, default=1.5)
-    parser.add_argument("--guidance_interval", type=unit_interval, nargs=2, default=(0.0, 1.0))
+    parser.add_argument("--guidance_interval", type=unit_interval, nargs=2, default=(0.2, 1.0))
     parser.add_argument("--seed", type=non_negative_int, default=0)
     parser.add_argument("--threads", type=positive, help="CPU threads of the arithmetic; default: torch's own choice")
     parser.add_argument("--overwrite", action="store_true", help="replace a pipeline that is already at --output_dir")
@@ -154,20 +156,18 @@ def train(options: argparse.Namespace) -> int:
         steps.append((work / stage / "model", train_sit.main, command))
 
     for result, program, command in steps:
-        if result.exists():
-            continue
-        started = time.monotonic()
-        code = program(command)
-        if code:
+        if not result.exists() and (code := program(command)):
             return code
-        _note_minutes(work / "minutes.json", result.parent.name, (time.monotonic() - started) / 60)
     return 0
 
 
-def _note_minutes(path: Path, name: str, minutes: float) -> None:
-    noted = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    with atomic_file(path) as staging:
-        staging.write_text(json.dumps({**noted, name: round(minutes, 1)}), encoding="utf-8")
+def training_minutes(work: Path) -> dict[str, float]:
+    """How long each training took, its breaks not counted."""
+    minutes = {}
+    for name in ("tokenizer", *train_sit.STAGES):
+        state = torch.load(checkpoints_of(work / name)[-1] / "custom_checkpoint_0.pkl", weights_only=True)
+        minutes[name] = round(state["elapsed_seconds"] / 60, 1)
+    return minutes
 
 
 # -------------------------------------------------------------------------------------------------------- pipelines
@@ -197,6 +197,14 @@ def make_pipelines(work: Path) -> dict[str, GPSTokenPipeline]:
             transformer=generators["one-stage"], scheduler=FlowMatchEulerDiscreteScheduler(), **shared
         ),
     }
+
+
+def forget_origin(directory: Path) -> None:
+    """Take the folders that the components were loaded from out of their configurations."""
+    for path in directory.rglob("*.json"):
+        config = json.loads(path.read_text(encoding="utf-8"))
+        if isinstance(config, dict) and config.pop("_name_or_path", None) is not None:
+            path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
 def store_as_half(directory: Path) -> None:
@@ -298,14 +306,17 @@ def _to_bytes(images: torch.Tensor) -> np.ndarray:
 
 
 def save_sheet(images: np.ndarray, per_class: int, path: Path, shown: int = 20, scale: int = 2) -> None:
-    """A contact sheet, one row per class, the first `shown` images of each."""
-    rows = [
-        np.concatenate(list(images[digit * per_class : digit * per_class + min(shown, per_class)]), axis=1)
-        for digit in range(NUM_CLASSES)
-    ]
-    sheet = Image.fromarray(np.concatenate(rows))
+    """A contact sheet, one row per class, the first `shown` images of each, grey lines between them."""
+    columns, line = min(shown, per_class), 1
+    side = IMAGE_SIZE + line
+    sheet = np.full((NUM_CLASSES * side + line, columns * side + line, 3), 96, dtype=np.uint8)
+    for digit in range(NUM_CLASSES):
+        for column in range(columns):
+            top, left = digit * side + line, column * side + line
+            sheet[top : top + IMAGE_SIZE, left : left + IMAGE_SIZE] = images[digit * per_class + column]
+    picture = Image.fromarray(sheet)
     with atomic_file(path) as staging:
-        sheet.resize((sheet.width * scale, sheet.height * scale), Image.Resampling.NEAREST).save(staging)
+        picture.resize((picture.width * scale, picture.height * scale), Image.Resampling.NEAREST).save(staging)
 
 
 # -------------------------------------------------------------------------------------------------------- model card
@@ -337,14 +348,14 @@ A tiny `GPSTokenPipeline` that draws handwritten digits, 32 x 32: class label ->
 calibration -> texture -> image. It shows the two-stage generation of GPSToken (arXiv 2509.01109) at a size that anyone
 can train on a CPU, and it is what the tests and the demo run. It is of no other use.
 
+![20 samples of every class](samples.png)
+
 ```python
 import gpstoken_hf
 from gpstoken_hf import GPSTokenPipeline
 
 pipe = GPSTokenPipeline.from_pretrained(gpstoken_hf.bundled("gpstoken-digits"))
-images = pipe(["three", 7], num_inference_steps={options.num_inference_steps},
-              num_layout_steps={options.num_layout_steps}, guidance_scale={options.guidance_scale:g},
-              guidance_interval=({low:g}, {high:g})).images
+images = pipe(["three", 7], num_inference_steps={options.num_inference_steps}).images
 ```
 
 ## Training
@@ -357,7 +368,8 @@ Nothing else was used. Command:
 {command}
 ```
 
-Wall time on a shared CPU: {timing}.
+Wall time on one thread of a CPU that was shared with other work: {timing}. Parameters: layout and texture
+generator {two["parameters"] / 1e6:.2f} M together, one-stage baseline {one["parameters"] / 1e6:.2f} M.
 
 ## Results
 
@@ -401,13 +413,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         pipelines = make_pipelines(options.work_dir)
         pipelines["two-stage"].save_pretrained(staging)
         store_as_half(staging)
+        forget_origin(staging)
         # What is measured is what ships.
         pipelines["two-stage"] = GPSTokenPipeline.from_pretrained(staging)
         results = measure(options, pipelines)
-        minutes = json.loads((options.work_dir / "minutes.json").read_text(encoding="utf-8"))
-        card = model_card(
-            options, results, minutes, "python -m training.make_digits " + " ".join(argv or sys.argv[1:])
-        )
+        command = "python -m training.make_digits " + shlex.join(argv or sys.argv[1:])
+        card = model_card(options, results, training_minutes(options.work_dir), command)
+        shutil.copyfile(options.work_dir / "samples-two-stage.png", staging / "samples.png")
         (staging / "README.md").write_text(card, encoding="utf-8")
         size = sum(path.stat().st_size for path in staging.rglob("*") if path.is_file())
     for name in ("held-out digits", "two-stage", "one-stage"):
