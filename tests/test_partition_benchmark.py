@@ -1,0 +1,46 @@
+# Copyright 2026 The gpstoken-hf authors. Licensed under the Apache License, Version 2.0.
+"""The benchmark program on its small cases; what it measures is not judged here."""
+
+import json
+
+import numpy as np
+import PIL.Image
+import pytest
+import torch
+
+from gpstoken_hf.programs import run_program
+from pipelines import benchmark_partition
+
+
+def test_quick_run_writes_tables_numbers_and_plot(tmp_path):
+    output = tmp_path / "results"
+    arguments = ["--quick", "--seconds", "1", "--output", str(output)]
+    assert run_program(benchmark_partition.main, arguments) == 0
+    assert sorted(path.name for path in output.iterdir()) == ["growth.png", "results.json", "results.md"]
+    results = json.loads((output / "results.json").read_text())
+    for row in results["headline"]:
+        assert row["plain_ms"] > row["ours_ms"] > 0
+        assert row["ratio"] == pytest.approx(row["plain_ms"] / row["ours_ms"])
+    assert "| 128 x 128 | 64 |" in (output / "results.md").read_text()
+    with PIL.Image.open(output / "growth.png") as plot:
+        assert plot.size == (1200, 504)
+    # What is there is not overwritten unasked.
+    assert run_program(benchmark_partition.main, arguments) == 2
+
+
+def test_pictures_of_every_size_are_mirrored_from_one():
+    square = np.random.default_rng(0).uniform(-1, 1, (3, 600, 600)).astype(np.float32)
+    small, large = benchmark_partition.picture(square, 512), benchmark_partition.picture(square, 1100)
+    assert large.shape == (3, 1100, 1100)
+    assert np.array_equal(large[:, :512, :512], small)
+    assert np.array_equal(large[:, :512, 512:1024], small[:, :, ::-1])
+    assert np.array_equal(large[:, 1024:, 1024:], small[:, :76, :76])
+    assert np.abs(benchmark_partition.picture(square, 64)).max() <= 1
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_missing_device_is_one_line_and_leaves_nothing(tmp_path, capsys):
+    arguments = ["--device", "cuda", "--quick", "--output", str(tmp_path / "results")]
+    assert run_program(benchmark_partition.main, arguments) == 2
+    assert "expects a CUDA device" in capsys.readouterr().err
+    assert not (tmp_path / "results").exists()
