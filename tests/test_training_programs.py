@@ -428,6 +428,16 @@ def test_nearest_distances():
     assert make_digits.nearest_distances(references[:2], references).max() < 1e-6
 
 
+def test_frechet_distance():
+    rng = np.random.default_rng(0)
+    samples = rng.normal(size=(400, 3)) @ rng.normal(size=(3, 3))
+    assert make_digits.frechet_distance(samples, samples) == pytest.approx(0, abs=1e-9)
+    # Equal covariances: what is left is the distance of the means; scaled by 2: tr(C) (2 - 1)^2.
+    assert make_digits.frechet_distance(samples + np.array([3, 0, 4]), samples) == pytest.approx(25)
+    centred = samples - samples.mean(0)
+    assert make_digits.frechet_distance(2 * centred, centred) == pytest.approx(np.trace(np.cov(centred.T)))
+
+
 @pytest.mark.slow
 def test_digits_are_made_end_to_end(tmp_path):
     pytest.importorskip("sklearn")

@@ -214,6 +214,7 @@ def store_as_half(directory: Path) -> None:
             name: value.half() if value.is_floating_point() else value for name, value in load_file(path).items()
         }
         save_file(tensors, path, metadata={"format": "pt"})
+        shutil.copymode(directory / "model_index.json", path)  # safetensors writes for its owner alone
 
 
 def sample(pipeline: GPSTokenPipeline, options: argparse.Namespace, name: str) -> tuple[np.ndarray, np.ndarray]:
@@ -243,6 +244,14 @@ def nearest_distances(queries: np.ndarray, references: np.ndarray) -> np.ndarray
     return np.sqrt(np.maximum(squared, 0).min(axis=1))
 
 
+def frechet_distance(samples: np.ndarray, references: np.ndarray) -> float:
+    """Between the normal distributions fitted to two sets of vectors (N, D) and (M, D): 0 for equal ones."""
+    a, b = np.cov(samples.T), np.cov(references.T)
+    shift = samples.mean(0) - references.mean(0)
+    root = np.sqrt(np.maximum(np.linalg.eigvals(a @ b).real, 0)).sum()
+    return float(shift @ shift + np.trace(a) + np.trace(b) - 2 * root)
+
+
 def fit_classifier(images: np.ndarray, labels: np.ndarray) -> Any:
     """An RBF support vector machine on 8 x 8 pixels."""
     from sklearn.svm import SVC
@@ -258,6 +267,7 @@ def evaluate(classifier: Any, images: np.ndarray, labels: np.ndarray, train_imag
     return {
         "accuracy": float(correct.mean()),
         "accuracy_per_class": [float(correct[labels == digit].mean()) for digit in range(NUM_CLASSES)],
+        "frechet_distance": frechet_distance(pixels, downscale(train_images)),
         "nearest_distance_min": float(distances.min()),
         "nearest_distance_5_percent": float(np.quantile(distances, 0.05)),
         "nearest_distance_median": float(np.median(distances)),
@@ -314,9 +324,11 @@ def save_sheet(images: np.ndarray, per_class: int, path: Path, shown: int = 20, 
         for column in range(columns):
             top, left = digit * side + line, column * side + line
             sheet[top : top + IMAGE_SIZE, left : left + IMAGE_SIZE] = images[digit * per_class + column]
-    picture = Image.fromarray(sheet)
+    picture = Image.fromarray(sheet).convert("L")
     with atomic_file(path) as staging:
-        picture.resize((picture.width * scale, picture.height * scale), Image.Resampling.NEAREST).save(staging)
+        picture.resize((picture.width * scale, picture.height * scale), Image.Resampling.NEAREST).save(
+            staging, optimize=True
+        )
 
 
 # -------------------------------------------------------------------------------------------------------- model card
@@ -329,10 +341,12 @@ def model_card(options: argparse.Namespace, results: dict[str, Any], minutes: di
     def row(name: str, values: dict[str, Any]) -> str:
         recognised = f"{100 * values['accuracy']:.1f} %"
         distances = (values[f"nearest_distance_{part}"] for part in ("min", "5_percent", "median"))
-        return f"| {name} | {recognised} | " + " | ".join(f"{value:.1f}" for value in distances) + " |"
+        frechet = f"{values['frechet_distance']:.1f}"
+        return f"| {name} | {recognised} | {frechet} | " + " | ".join(f"{value:.1f}" for value in distances) + " |"
 
     per_class = ", ".join(f"{digit}: {100 * value:.0f} %" for digit, value in enumerate(two["accuracy_per_class"]))
     low, high = options.guidance_interval
+    sizes = {name: f"{results[name]['parameters'] / 1e6:.2f}" for name in ("two-stage", "one-stage")}
     timing = ", ".join(f"{name} {value} min" for name, value in minutes.items())
     return f"""---
 license: apache-2.0
@@ -361,30 +375,36 @@ images = pipe(["three", 7], num_inference_steps={options.num_inference_steps}).i
 ## Training
 
 Data: scikit-learn's `load_digits` (UCI optical recognition of handwritten digits), 8 x 8 pixels upscaled to 32 x 32 by
-a bicubic filter, white on black; {NUM_IMAGES - NUM_TEST_IMAGES} images for training, {NUM_TEST_IMAGES} held out.
-Nothing else was used. Command:
+a bicubic filter, white on black; {NUM_IMAGES - NUM_TEST_IMAGES} images for training, {NUM_TEST_IMAGES} held out. \
+Nothing else was used.
 
 ```
 {command}
 ```
 
-Wall time on one thread of a CPU that was shared with other work: {timing}. Parameters: layout and texture
-generator {two["parameters"] / 1e6:.2f} M together, one-stage baseline {one["parameters"] / 1e6:.2f} M.
+Wall time on one thread of a CPU that was busy with other work, too: {timing}. \
+Parameters: {sizes["two-stage"]} M in the two generators of this pipeline, {sizes["one-stage"]} M in the one-stage \
+baseline.
 
 ## Results
 
-Tokenizer on the held-out digits: PSNR {results["tokenizer"]["psnr"]:.1f} dB; the classifier recognises
+Tokenizer on the held-out digits: PSNR {results["tokenizer"]["psnr"]:.1f} dB; the classifier below recognises
 {100 * results["tokenizer"]["accuracy"]:.1f} % of the reconstructions.
 
-{options.samples_per_class} samples per class, Euler with {options.num_inference_steps} steps
-({options.num_layout_steps} for the layout), guidance {options.guidance_scale:g} in the interval {low:g} to {high:g},
+Generation: {options.samples_per_class} samples per class, Euler with {options.num_inference_steps} steps and
+{options.num_layout_steps} for the layout, guidance {options.guidance_scale:g} in the interval {low:g} to {high:g};
 layouts generated, none stored.
-"Recognised" is the share that a support vector machine, trained on the real training digits, takes for the class that
-was asked for. Distances are Euclidean, on 8 x 8 pixels of 0 to 16, from an image to the nearest training image: copies
-would lie at 0.
 
-| | recognised | nearest, min | nearest, 5 % | nearest, median |
-|---|---|---|---|---|
+- Recognised: the share that a support vector machine, trained on the real training digits, takes for the class that
+  was asked for.
+- Fréchet: distance between normal distributions fitted to the samples and to the training images; the number of
+  samples enters it ({NUM_TEST_IMAGES} held-out images, {NUM_CLASSES * options.samples_per_class} generated ones).
+- Nearest: Euclidean distance from an image to the nearest training image; copies would lie at 0.
+
+All on 8 x 8 pixels of 0 to 16.
+
+| | recognised | Fréchet | nearest, min | nearest, 5 % | nearest, median |
+|---|---|---|---|---|---|
 {row("real, held out", real)}
 {row("two-stage (this pipeline)", two)}
 {row("one-stage baseline", one)}
@@ -394,8 +414,7 @@ Per class, two-stage: {per_class}.
 The one-stage baseline generates all 13 channels of the tokens at once. Its network has the size of one of the two
 generators here and the same training; it is not part of this folder.
 
-Limits: {NUM_IMAGES - NUM_TEST_IMAGES} training images of ten classes; the guidance that makes classes clear narrows
-their variety.
+Limits: few training images and ten classes; the guidance that makes classes clear narrows their variety.
 """
 
 
@@ -417,7 +436,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         # What is measured is what ships.
         pipelines["two-stage"] = GPSTokenPipeline.from_pretrained(staging)
         results = measure(options, pipelines)
-        command = "python -m training.make_digits " + shlex.join(argv or sys.argv[1:])
+        command = "python -m training.make_digits " + shlex.join(
+            word for word in argv or sys.argv[1:] if word != "--overwrite"
+        )
         card = model_card(options, results, training_minutes(options.work_dir), command)
         shutil.copyfile(options.work_dir / "samples-two-stage.png", staging / "samples.png")
         (staging / "README.md").write_text(card, encoding="utf-8")
