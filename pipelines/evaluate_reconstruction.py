@@ -114,7 +114,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--batch-size", type=positive_int, default=16)
     parser.add_argument("--model", default=DEFAULT_MODEL, help="folder, Hub repository, or the bundled checkpoint")
     parser.add_argument("--focus", type=parse_box, metavar="x0,y0,x1,y1", help="box in pixels of the cropped images")
-    parser.add_argument("--focus-weight", type=non_negative_float, default=100.0, help="importance per pixel there")
+    parser.add_argument("--focus-weight", type=non_negative_float, default=30.0, help="importance per pixel there")
     parser.add_argument("--output", type=Path, default=Path("out/evaluate_reconstruction"))
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--overwrite", action="store_true", help="start anew when the output is of other settings")
