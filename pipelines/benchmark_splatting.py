@@ -18,10 +18,11 @@ import json
 import math
 import platform
 import statistics
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -148,6 +149,9 @@ def forward_backward(
     return maps.detach(), *torch.autograd.grad(maps, (gaussians, features), weights)
 
 
+PASSES: dict[str, Callable[..., Any]] = {"forward": forward, "forward + backward": forward_backward}
+
+
 # ---- Checking -------------------------------------------------------------------------------------------------------
 
 
@@ -226,6 +230,7 @@ def measure(functions: dict[str, Callable[[], Any]], device: torch.device, num_r
     seconds: dict[str, list[float]] = {name: [] for name in functions}
     for _ in range(num_rounds):
         for name, function in functions.items():
+            function()  # uncounted: what another side left in caches and page tables is not this side's cost
             seconds[name].append(_seconds(function, device, repeats[name]))
     return {name: statistics.median(values) for name, values in seconds.items()}
 
@@ -244,22 +249,35 @@ def _wait(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def peak_extra_bytes(function: Callable[[], Any], device: torch.device) -> int | None:
-    """Memory that a call needs at most beyond what is in use before it, its results included; None if unknown."""
-    function()
+def peak_extra_bytes(what: str, case: Case, device: torch.device) -> int | None:
+    """Memory that a call of the op needs at most beyond its inputs, its results included; None if unknown.
+
+    On the CPU it is measured in a process of its own: here the allocator keeps what earlier calls gave back, and a
+    call that finds room there would seem to need nothing.
+    """
     if device.type == "cuda":
+        function = partial(PASSES[what], automatic, *_inputs(case, device))
+        function()
         torch.cuda.synchronize(device)
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
         function()
         return torch.cuda.max_memory_allocated(device) - before
-    try:
-        Path("/proc/self/clear_refs").write_text("5")  # resets the peak, VmHWM
-    except OSError:
-        return None
+    program = f"from pipelines.benchmark_splatting import print_peak; print_peak({what!r}, {astuple(case)!r})"
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    return int(result.stdout.split()[-1]) if result.returncode == 0 else None
+
+
+def print_peak(what: str, case: tuple[Any, ...]) -> None:
+    """What `peak_extra_bytes` runs in a fresh process on the CPU; prints bytes."""
+    cpu = torch.device("cpu")
+    run = PASSES[what]
+    run(automatic, *_inputs(Case("first call", 1, 4, case[3], 8), cpu))  # loads the compiled loops
+    inputs = _inputs(Case(*case), cpu)
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak, VmHWM
     before = _status_bytes("VmRSS")
-    function()
-    return max(0, _status_bytes("VmHWM") - before)
+    run(automatic, *inputs)
+    print(max(0, _status_bytes("VmHWM") - before))
 
 
 def _status_bytes(field: str) -> int:
@@ -281,7 +299,7 @@ def time_case(case: Case, device: torch.device, num_rounds: int) -> list[dict[st
     """Forward, and forward + backward, of every side; rows of the table."""
     inputs = _inputs(case, device)
     rows = []
-    for what, run in (("forward", forward), ("forward + backward", forward_backward)):
+    for what, run in PASSES.items():
         functions: dict[str, Callable[[], Any]] = {
             name: partial(run, side, *inputs)
             for name, side in SIDES.items()
@@ -290,7 +308,7 @@ def time_case(case: Case, device: torch.device, num_rounds: int) -> list[dict[st
         if device.type == "cuda":
             functions["two launches"] = two_launches(device)
         seconds = measure(functions, device, num_rounds)
-        memory = peak_extra_bytes(functions["op"], device)
+        memory = peak_extra_bytes(what, case, device)
         milliseconds = {name: value * 1e3 for name, value in seconds.items()}
         row: dict[str, Any] = {"case": str(case), "what": what, "milliseconds": milliseconds}
         row["peak_extra_mb"] = None if memory is None else memory / 1e6
