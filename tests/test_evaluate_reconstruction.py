@@ -135,7 +135,7 @@ def test_focus_raises_the_share_of_the_box(run, folder, tmp_path):
     assert entry["inside_psnr"] == pytest.approx(sum(row["inside_psnr"] for row in rows) / 5)
     assert entry["inside_psnr"] != entry["inside_psnr_focused"]
     table = (tmp_path / "results/table.md").read_text()
-    assert "With the box 0,0,15,15 in focus (weight 100)" in table
+    assert "With the box 0,0,15,15 in focus (weight 30)" in table
     assert f"| 12 | {entry['inside_psnr']:.2f} | {entry['inside_psnr_focused']:.2f} |" in table
 
 
