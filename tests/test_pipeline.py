@@ -11,6 +11,7 @@ import pytest
 import sit_golden
 import tiny_pipeline
 import torch
+from accelerate import cpu_offload
 from diffusers import (
     DiffusionPipeline,
     DPMSolverMultistepScheduler,
@@ -625,3 +626,14 @@ def test_errors_of_missing_components():
 def test_components_must_fit(mode, changes, message):
     with pytest.raises(ValueError, match=message):
         GPSTokenPipeline(**{**make_components(mode), **changes})
+
+
+def test_weights_that_live_off_the_device_between_calls():
+    """What sequential CPU offload does to every module, with the CPU in the place of the accelerator."""
+    expected = pixels(make_pipeline("generated")([1, 2], 3, generator=seeded(0, 1), output_type="pt"))
+    pipeline = make_pipeline("generated")
+    for component in (pipeline.vae, pipeline.transformer, pipeline.layout_transformer):
+        cpu_offload(component, execution_device=torch.device("cpu"))
+        assert {parameter.device.type for parameter in component.parameters()} == {"meta"}
+    images = pixels(pipeline([1, 2], 3, generator=seeded(0, 1), output_type="pt"))
+    assert torch.equal(images, expected)
