@@ -306,7 +306,8 @@ def make_images(
     """Make and write one batch; an image appears last, so that it stands for its layout too."""
 
     def show_step(pipe: GPSTokenPipeline, step: int, timestep: torch.Tensor, tensors: dict) -> dict:
-        bar.set_postfix_str(f"step {step + 1}/{pipe.num_timesteps}")
+        bar.set_postfix_str(f"step {step + 1}/{pipe.num_timesteps}", refresh=False)
+        bar.update(0)  # redraws at most as often as the bar does
         return {}
 
     output = pipeline(
