@@ -3,6 +3,7 @@
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -286,9 +287,13 @@ def test_tiling_refuses(arguments, message):
 
 
 PEAK_MEMORY = """
-import resource, sys, torch
+import sys, torch
+from pathlib import Path
 from gpstoken_hf.configuration_gpstoken import GPSTokenConfig
 from gpstoken_hf.modeling_gpstoken import GPSTokenModel
+
+def status(field):  # KiB
+    return int(Path("/proc/self/status").read_text().split(field + ":")[1].split()[0])
 
 torch.set_num_threads(1)
 # m128's shape at a quarter of its widths.
@@ -301,16 +306,18 @@ if sys.argv[1] == "tiled":
     model.enable_tiling()
 with torch.no_grad():
     model(torch.zeros(1, 3, 32, 32), num_tokens=4)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak, which the imports have driven up
+    before = status("VmRSS")
     sample = model(image, num_tokens=2048).sample
 assert sample.shape == image.shape
-print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
+print((status("VmHWM") - before) / 1024)
 """
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the peak is read from Linux's /proc")
 def test_tiling_bounds_the_memory_of_a_large_image():
-    """Peak memory above that of the loaded model for 1024 x 1024 pixels: measured 101 MiB tiled, 1043 MiB whole."""
+    """Peak memory above that of the loaded model for 1024 x 1024 pixels: measured 153 MiB tiled, 1047 MiB whole."""
 
     def peak(mode):
         result = subprocess.run(
