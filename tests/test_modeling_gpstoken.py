@@ -291,7 +291,9 @@ def test_compile_of_encode_and_decode_in_one_graph(images):
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")  # inductor's own
+@pytest.mark.filterwarnings(
+    r"ignore::DeprecationWarning:torch\..*", r"ignore::FutureWarning:torch\..*"
+)  # inductor's own
 def test_compile_with_inductor(images):
     torch._dynamo.reset()
     check_compiled(make_model(), images, "inductor", fullgraph=True)

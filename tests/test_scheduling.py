@@ -286,7 +286,7 @@ def test_swaps_with_the_flow_schedulers_of_diffusers(other):
     end = swapped.sigmas[-1].item()
     assert (end > 0) == (other is DEISMultistepScheduler)
     # Worst seen: 0.0043 (DPM-Solver++ and DEIS, which begin at 0.999 with the sample given for 1).
-    torch.testing.assert_close(x, end * noise + (1 - end) * data, rtol=0, atol=0.01)
+    torch.testing.assert_close(x, end * noise + (1 - end) * data, rtol=0, atol=5e-3)
 
     back = FlowMatchSDEScheduler.from_config(swapped.config)
     assert back.config.last_step == "mean"

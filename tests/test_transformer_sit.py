@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 import sit_golden
@@ -62,9 +63,7 @@ def test_velocities_match_the_release(name):
 
 
 def test_xl_preset_has_the_shapes_of_the_released_generator():
-    path = sit_golden.SETS["shared"][0] / "official_state_dict_shapes.json"
-    if not path.is_file():
-        pytest.skip("shapes of the released checkpoints are not part of the repository")
+    path = Path(__file__).parent / "golden" / "official_state_dict_shapes.json"
     shapes = json.loads(path.read_text())["generator_sit_xl_2_gs"]
     with torch.device("meta"):
         model = SiTTransformer1DModel.preset("XL", condition_channels=5)

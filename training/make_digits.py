@@ -63,6 +63,9 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--guidance_scale", type=non_negative_float, default=1.5)
     parser.add_argument("--guidance_interval", type=unit_interval, nargs=2, default=(0.2, 1.0))
     parser.add_argument("--seed", type=non_negative_int, default=0)
+    parser.add_argument(
+        "--sampling_seed", type=non_negative_int, help="noise of the measured samples; default: --seed"
+    )
     parser.add_argument("--threads", type=positive, help="CPU threads of the arithmetic; default: torch's own choice")
     parser.add_argument("--overwrite", action="store_true", help="replace a pipeline that is already at --output_dir")
     return parser
@@ -220,9 +223,10 @@ def store_as_half(directory: Path) -> None:
 def sample(pipeline: GPSTokenPipeline, options: argparse.Namespace, name: str) -> tuple[np.ndarray, np.ndarray]:
     """uint8 images (10 n, 32, 32, 3) and the labels (10 n,) that they were asked for, class by class."""
     images = []
+    seed = options.seed if options.sampling_seed is None else options.sampling_seed
     pipeline.set_progress_bar_config(disable=True)
     for label in tqdm(range(NUM_CLASSES), desc=f"sampling {name}", unit="class", mininterval=5):
-        generator = torch.Generator().manual_seed(options.seed * 1000 + label)
+        generator = torch.Generator().manual_seed(seed * 1000 + label)
         batch = pipeline(
             [label] * options.samples_per_class,
             num_inference_steps=options.num_inference_steps,
