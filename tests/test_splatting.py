@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 from splatting_cases import naive_splat, random_mask, random_tokens, value_and_gradients
+from torch.autograd import forward_ad
 
 from gpstoken_hf.splatting import splat_gaussians, splat_reference
 
@@ -359,6 +360,34 @@ def test_second_derivatives_raise():
     (grad,) = torch.autograd.grad(maps.square().sum(), gaussians, create_graph=True)
     with pytest.raises(RuntimeError, match="no autograd formula"):
         grad.sum().backward()
+
+
+# PyTorch prepares forward-mode AD with a function that it has deprecated itself.
+@pytest.mark.filterwarnings("ignore:`torch.jit:FutureWarning", "ignore:`torch.jit:DeprecationWarning")
+@pytest.mark.parametrize("needs_gradient", [False, True])
+def test_forward_mode_raises(needs_gradient):
+    gaussians, features = random_tokens(0, 1, 4, 2)
+    gaussians.requires_grad_(needs_gradient)
+    with forward_ad.dual_level():
+        dual = forward_ad.make_dual(gaussians, torch.ones_like(gaussians))
+        with pytest.raises(NotImplementedError, match="forward-mode AD"):
+            splat_gaussians(dual, features, (6, 6))
+        tangent = forward_ad.unpack_dual(splat_gaussians(dual, features, (6, 6), backend="reference")).tangent
+        assert tangent.abs().max() > 0
+        assert torch.isfinite(splat_gaussians(gaussians, features, (6, 6))).all()  # no tangent: as ever
+
+
+def test_function_transforms_need_the_reference():
+    gaussians, features = random_tokens(0, 1, 4, 2)
+
+    def loss(gaussians, backend):
+        return splat_gaussians(gaussians, features, (6, 6), backend=backend).square().sum()
+
+    with pytest.raises(RuntimeError, match="functorch transforms"):
+        torch.func.grad(loss)(gaussians, "cpu")
+    transformed = torch.func.grad(loss)(gaussians, "reference")
+    (expected,) = torch.autograd.grad(loss(gaussians.requires_grad_(), "cpu"), gaussians)
+    assert_same([transformed], [expected], 1e-5)
 
 
 def test_copies_of_the_module_share_the_op_and_compile_nothing_at_import(tmp_path):

@@ -27,6 +27,7 @@ from collections.abc import Iterator
 from functools import cache
 
 import torch
+from torch.autograd import forward_ad
 
 from .gaussians import NUM_GAUSSIAN_PARAMS, pixel_coordinates
 from .splatting_cpu import cpu_backward, cpu_forward
@@ -58,9 +59,8 @@ def splat_gaussians(
     """Render tokens into a feature map (paper Eq. 1-3), differentiable in Gaussians and features.
 
     Computed in float32 (float64 when either input is); the result has the promoted dtype of the inputs, and float32
-    under autocast. Deterministic. The gradients are closed-form; double backward and `torch.func.grad` raise, and
-    forward-mode AD is not implemented (a custom op gives zero tangents without saying so): use
-    `backend="reference"` for those.
+    under autocast. Deterministic. The gradients are closed-form; double backward, forward-mode AD and
+    `torch.func.grad` raise: use `backend="reference"` for those.
 
     Args:
         gaussians: `(B, L, 5)` finite `[sigma_x, sigma_y, rho, mu_x, mu_y]`, sigma > 0, -1 < rho < 1 (see
@@ -86,7 +86,7 @@ def splat_gaussians(
     if path == "reference":
         return splat_reference(gaussians, features, size, support, attention_mask)
     mask = None if attention_mask is None else attention_mask.bool()
-    maps = torch.ops.gpstoken.splat(
+    maps = torch.ops.gpstoken.splat.default(
         gaussians.to(compute_dtype), features.to(compute_dtype), mask, height, width, float(support), path
     )
     return maps if _autocast_enabled(gaussians.device.type) else maps.to(out_dtype)
@@ -510,19 +510,58 @@ def _splat_backward_fake(
     return gaussians.new_empty(gaussians.shape), features.new_empty(features.shape)
 
 
-def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
-    gaussians, features, attention_mask, _, _, support, path = inputs
-    ctx.save_for_backward(gaussians, features, attention_mask)
-    ctx.support, ctx.path = support, path
+class _Splat(torch.autograd.Function):
+    """A call of the op in a graph, with the backward op as its gradient."""
+
+    @staticmethod
+    def forward(ctx, gaussians, features, attention_mask, height, width, support, path):
+        ctx.save_for_backward(gaussians, features, attention_mask)
+        ctx.support, ctx.path = support, path
+        args = gaussians, features, attention_mask, height, width, support, path
+        return _below_autograd(torch.ops.gpstoken.splat.default, args)
+
+    @staticmethod
+    def backward(ctx, grad):
+        gaussians, features, attention_mask = ctx.saved_tensors
+        # Autograd promises nothing about the strides of `grad`.
+        grads = torch.ops.gpstoken.splat_backward.default(
+            grad.contiguous(), gaussians, features, attention_mask, ctx.support, ctx.path
+        )
+        return *grads, None, None, None, None, None
 
 
-def _autograd_backward(ctx, grad):
-    gaussians, features, attention_mask = ctx.saved_tensors
-    # Autograd promises nothing about the strides of `grad`.
-    grads = torch.ops.gpstoken.splat_backward(
-        grad.contiguous(), gaussians, features, attention_mask, ctx.support, ctx.path
-    )
-    return *grads, None, None, None, None, None
+class _SplatBackward(torch.autograd.Function):
+    """The backward op in a graph of its own, as `create_graph=True` asks for; its gradient is not defined."""
+
+    @staticmethod
+    def forward(ctx, *args):
+        return _below_autograd(torch.ops.gpstoken.splat_backward.default, args)
+
+    @staticmethod
+    def backward(ctx, *grads):
+        raise RuntimeError(
+            'second derivatives of gpstoken::splat: there is no autograd formula; use backend="reference" for them'
+        )
+
+
+def _below_autograd(op, args):
+    with torch._C._AutoDispatchBelowAutograd():
+        return op(*args)
+
+
+def _splat_autograd(*args):
+    """What the dispatcher calls first: a node of the graph where autograd is at work, else the op itself."""
+    if forward_ad._current_level >= 0 and any(forward_ad.unpack_dual(t).tangent is not None for t in args[:2]):
+        raise NotImplementedError('forward-mode AD of gpstoken::splat is not implemented; use backend="reference"')
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in args[:2]):
+        return _Splat.apply(*args)
+    return _below_autograd(torch.ops.gpstoken.splat.default, args)
+
+
+def _splat_backward_autograd(*args):
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in args[:3]):
+        return _SplatBackward.apply(*args)
+    return _below_autograd(torch.ops.gpstoken.splat_backward.default, args)
 
 
 def _splat_vmap(info, in_dims, gaussians, features, attention_mask, height, width, support, path):
@@ -551,20 +590,27 @@ def _fold_batches(
     return folded
 
 
-def _register_ops() -> None:
-    splat = torch.library.custom_op("gpstoken::splat", _splat, mutates_args=())
-    backward = torch.library.custom_op("gpstoken::splat_backward", _splat_backward, mutates_args=())
-    splat.register_fake(_splat_fake)
-    backward.register_fake(_splat_backward_fake)
-    splat.register_autograd(_autograd_backward, setup_context=_setup_context)
-    splat.register_vmap(_splat_vmap)
-    backward.register_vmap(_splat_backward_vmap)
+def _register_op(name, kernel, fake, autograd, vmap):
+    torch.library.define(
+        name, torch.library.infer_schema(kernel, mutates_args=()), tags=(torch.Tag.pt2_compliant_tag,)
+    )
+    torch.library.impl(name, "default", kernel)
+    # Not `register_autograd`: the wrapper it generates costs as much as rendering a small map.
+    torch.library.impl(name, "Autograd", autograd)
+    torch.library.register_fake(name, fake)
+    torch.library.register_vmap(name, vmap)
     for device_type in ("cpu", "cuda"):
-        splat.register_autocast(device_type, torch.float32)
-        backward.register_autocast(device_type, torch.float32)
+        torch.library.register_autocast(name, device_type, torch.float32)
 
 
 # Ops are global to the process: a second copy of this module, as remote code of a model repository brings one, uses
 # those of the first.
 if not hasattr(torch.ops.gpstoken, "splat"):
-    _register_ops()
+    _register_op("gpstoken::splat", _splat, _splat_fake, _splat_autograd, _splat_vmap)
+    _register_op(
+        "gpstoken::splat_backward",
+        _splat_backward,
+        _splat_backward_fake,
+        _splat_backward_autograd,
+        _splat_backward_vmap,
+    )
