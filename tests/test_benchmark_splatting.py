@@ -56,5 +56,9 @@ def test_targets_are_judged():
     judge = benchmark_splatting._target
     assert judge({"ratio": 41.0, "peak_extra_mb": 1.0}, "forward", "B", "cpu") == (">= 40x dense", True)
     assert judge({"ratio": 39.0, "peak_extra_mb": 1.0}, "forward", "B", "cpu") == (">= 40x dense", False)
+    launch_bound = {"ratio": 31.0, "launches": 2.9, "peak_extra_mb": 1.0}
+    assert judge(launch_bound, "forward", "B", "cuda") == (">= 30x dense, <= 3x two launches", True)
+    assert not judge(launch_bound | {"launches": 3.1}, "forward", "B", "cuda")[1]
+    assert not judge(launch_bound | {"ratio": 29.0}, "forward", "B", "cuda")[1]
     assert judge({"peak_extra_mb": 201.0}, "forward + backward", "C", "cuda") == ("<= 200 MB", False)
     assert judge({"ratio": 9.0, "peak_extra_mb": 1.0}, "forward", "training", "cpu") == ("", None)
