@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: install demo test test-slow lint format clean
+.PHONY: install demo test test-slow test-oldest lint format clean
 
 install: $(STAMP)
 
@@ -27,6 +27,13 @@ test: $(STAMP)
 test-slow: $(STAMP)
 	$(BIN)/python -m pytest -m "slow and not gpu"
 
+# The same tests with the oldest versions that pyproject.toml admits; their own deprecations are not our errors.
+test-oldest:
+	$(PYTHON) -m venv $(VENV)-oldest
+	$(VENV)-oldest/bin/python -m pip install --quiet --upgrade pip
+	$(VENV)-oldest/bin/python -m pip install --quiet --editable ".[dev]" --constraint tests/oldest.txt
+	OMP_NUM_THREADS=1 $(VENV)-oldest/bin/python -m pytest -m "not slow and not gpu" -W default --numprocesses 2 --dist loadfile
+
 lint: $(STAMP)
 	$(BIN)/python -m ruff check .
 	$(BIN)/python -m ruff format --check .
@@ -37,4 +44,4 @@ format: $(STAMP)
 	$(BIN)/python -m ruff format .
 
 clean:
-	rm -rf $(VENV) .cache build dist out src/*.egg-info
+	rm -rf $(VENV) $(VENV)-oldest .cache build dist out src/*.egg-info

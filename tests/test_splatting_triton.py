@@ -26,8 +26,9 @@ runs_kernels = pytest.mark.skipif(
 
 
 @pytest.mark.skipif(splatting_triton.is_available(DEVICE), reason="the kernels run in this process")
-def test_under_the_interpreter():
+def test_under_the_interpreter(pytestconfig):
     command = [sys.executable, "-m", "pytest", __file__, "-q", "-p", "no:cacheprovider", "-k", "not ahead_of_time"]
+    command += [f"-W{warning}" for warning in pytestconfig.getoption("pythonwarnings") or []]
     result = subprocess.run(
         command, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True, check=False
     )

@@ -44,6 +44,8 @@ _FAR = 1e18
 _EXP2_SCALE = -0.5 / math.log(2)
 # (token, tile) pairs rendered at once: 4096 pairs of 64 float32 weights are 1 MiB, which stays in a core's cache.
 _PAIRS_PER_CHUNK = 4096
+# Looked up once: not every supported version of PyTorch can trace the question.
+_AUTOCAST_DEVICES = frozenset(name for name in ("cpu", "cuda", "xpu", "mps") if torch.amp.is_autocast_available(name))
 # Weights that `splat_reference` holds at once.
 _REFERENCE_WEIGHTS = 1 << 22
 
@@ -116,7 +118,7 @@ def splat_reference(
 
 
 def _autocast_enabled(device_type: str) -> bool:
-    return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
+    return device_type in _AUTOCAST_DEVICES and torch.is_autocast_enabled(device_type)
 
 
 def _dense_splat(
