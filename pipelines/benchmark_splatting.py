@@ -104,7 +104,9 @@ def partition_like_gaussians(B: int, L: int, seed: int) -> torch.Tensor:
             half_w, half_h = (w / 2, h) if w >= h else (w, h / 2)
             for x0, y0 in ((x, y), (x + w - half_w, y + h - half_h)):
                 inherited = complexity * math.exp(0.7 * next(draws))
-                heapq.heappush(regions, (-inherited * half_w * half_h, x0, y0, half_w, half_h, inherited))
+                # A partition does not split a region that is small; here, below an eighth of the mean.
+                score = inherited * half_w * half_h if 8 * L * half_w * half_h > 1 else 0.0
+                heapq.heappush(regions, (-score, x0, y0, half_w, half_h, inherited))
         layouts.append([[2 / 3 * w, 2 / 3 * h, 0.0, 2 * x + w - 1, 2 * y + h - 1] for _, x, y, w, h, _ in regions])
     gaussians = torch.tensor(layouts)
     gaussians[..., :2] *= torch.empty(B, L, 2).uniform_(0.9, 1.1, generator=generator)

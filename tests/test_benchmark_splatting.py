@@ -42,6 +42,8 @@ def test_layouts_are_like_a_partition():
     # Regions tile the frame: areas (3 sigma / 2 a side, drawn to within 10 %) add up to 1.
     areas = (gaussians[..., 0] * gaussians[..., 1] * 9 / 4).sum(-1)
     torch.testing.assert_close(areas, torch.ones(2), rtol=0, atol=0.1)
+    # Not all of them in one corner: halves of regions of at least an eighth of the mean.
+    assert (gaussians[..., 0] * gaussians[..., 1] * 9 / 4).min() > 0.81 / (16 * 128)
     # Pixels in boxes per pixel of the map; photographs have 3.4 to 3.6.
     axis = torch.linspace(-1, 1, 64)
     inside_x = (axis - gaussians[..., 3:4]).abs() <= 3 * gaussians[..., 0:1]
