@@ -1,6 +1,7 @@
 # Copyright 2026 The gpstoken-hf authors. Licensed under the Apache License, Version 2.0.
 """The layout bank's conversion: the authors' pickle in, the same numbers out, and nothing of a hostile pickle runs."""
 
+import importlib
 import os
 import pickle
 import pickletools
@@ -18,6 +19,8 @@ from conversion.array_pickle import PickleRefusedError, load_array_pickle
 from gpstoken_hf.layout_bank import GaussianLayoutBank
 from gpstoken_hf.programs import run_program
 
+# What arrays pickle themselves with; NumPy 1.26 has it under this name as well.
+RECONSTRUCT = importlib.import_module("numpy._core.multiarray")._reconstruct
 SHARED_GOLDEN = Path(__file__).parents[2] / "shared" / "golden"
 
 
@@ -105,7 +108,7 @@ class HostileState:
         self.state = state
 
     def __reduce__(self):
-        return np._core.multiarray._reconstruct, (np.ndarray, (0,), b"b"), self.state
+        return RECONSTRUCT, (np.ndarray, (0,), b"b"), self.state
 
 
 def handmade(*parts):
