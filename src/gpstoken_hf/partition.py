@@ -40,8 +40,10 @@ from .partition_torch import (
     region_tree,
     to_device,
 )
+from .partition_triton import MAX_CHOSEN, triton_choose_boxes, triton_region_entropies
+from .triton_support import is_available as triton_is_available
 
-BACKENDS = ("auto", "numba", "torch")
+BACKENDS = ("auto", "numba", "torch", "triton")
 
 PADDED = RESIZED + 2
 # No bin that a magnitude can have: with grey in [0, 1] it is at most sqrt(20), bin 208.
@@ -95,9 +97,14 @@ def partition_images(
     longer side (the first half is the smaller one), a square along the side that leaves the least complex half.
 
     On the CPU the images of a batch are shared out over `torch.get_num_threads()` threads (one in a DataLoader
-    worker). On CUDA all regions that the image size allows are scored at once, and the GPU waits once for the host,
-    which makes the choices. Both see the same entropies, bit for bit. Sums of an importance map may differ in the last
-    place, so that regions whose complexities differ by less can be taken in another order.
+    worker). On CUDA all regions that the image size allows are scored by one kernel and chosen by another ("triton").
+    The host waits there for the check of the values alone, which the GPU does first: it still has the rest to do when
+    the host goes on. Without Triton ("torch"), and for more than 4096 regions of an image, the GPU waits once while
+    the host makes the choices.
+
+    All backends see the same entropies, bit for bit. Sums of an importance map, and on CUDA powers of the entropies,
+    may differ in the last place, so that regions whose complexities differ by less can be taken in another order (see
+    docs/partition.md).
 
     Args:
         images: `(B, 3, H, W)` floating point RGB in [-1, 1]; any H and W.
@@ -107,13 +114,15 @@ def partition_images(
         sigma_scale: sigma in units of a region's extent, 2/3 in the authors' code, 1/3 in the paper.
         importance: optional `(B, H, W)` weights >= 0, added to the complexity of every region that holds them.
         backend: "numba" (the compiled loop on the CPU), "torch" (batched tensor operations on the device of `images`,
-            float64 needed, and the choices on the CPU) or "auto": "torch" for CUDA tensors, else "numba".
+            float64 needed, and the choices on the CPU), "triton" (kernels for CUDA tensors) or "auto": "triton" for
+            CUDA tensors, "torch" for those where there is no Triton, else "numba".
 
     Returns:
         A `PartitionOutput` on the device of `images`.
 
     Raises:
-        ValueError: shape, dtype or range of an argument, or more tokens than an image can be split into.
+        ValueError: shape, dtype or range of an argument, more tokens than an image can be split into, or a forced
+            backend that is not available.
     """
     counts = _check_arguments(images, num_tokens, complexity_exponent, min_region_size, sigma_scale, importance)
     path = _resolve_backend(backend, images.device)
@@ -128,7 +137,7 @@ def partition_images(
         if importance is not None:
             importance = to_device(importance.detach().to(torch.float32), images.device)
             checks.append(RangeCheck("importance", importance, 0.0, math.inf))
-        boxes = _partition_batched(images, *arguments, importance)
+        boxes = _partition_batched(images, *arguments, importance, token_counts, path)
     height, width = images.shape[-2:]
     attention_mask = torch.arange(boxes.shape[1], device=images.device) < token_counts[:, None]
     output = PartitionOutput(
@@ -142,12 +151,19 @@ def partition_images(
 
 
 def _resolve_backend(backend: str, device: torch.device) -> str:
-    """A backend's name -> the path that runs: "numba" or "torch"."""
+    """A backend's name -> the path that runs: "numba", "torch" or "triton"."""
     if backend not in BACKENDS:
         raise ValueError(f"backend must be one of {BACKENDS}, got {backend!r}")
+    if backend == "triton" and not triton_is_available(device):
+        raise ValueError(
+            "backend 'triton' needs Triton and images on CUDA (elsewhere it runs under TRITON_INTERPRET=1 only), "
+            f"got images on {device}"
+        )
     if backend != "auto":
         return backend
-    return "torch" if device.type == "cuda" else "numba"
+    if device.type != "cuda":
+        return "numba"
+    return "triton" if triton_is_available(device) else "torch"
 
 
 def _check_arguments(
@@ -220,15 +236,21 @@ def _partition_batched(
     complexity_exponent: float,
     min_region_size: int,
     importance: torch.Tensor | None,
+    token_counts: torch.Tensor,
+    path: str,
 ) -> torch.Tensor:
     """Boxes `(B, L, 4)` int64 on the device of `images`, whose values nobody has checked yet."""
     _, _, height, width = images.shape
     max_count = max(counts, default=0)
     regions = region_tensors(height, width, min_region_size, images.device)
-    entropies = region_entropies(grey_images(images), regions)
+    score = triton_region_entropies if path == "triton" else region_entropies
+    entropies = score(grey_images(images), regions)
     weights = None
     if importance is not None:
         weights = importance_sums(importance, regions.boxes[: regions.num_splittable])
+    if path == "triton" and max_count <= MAX_CHOSEN:
+        return triton_choose_boxes(entropies, weights, regions, token_counts, max_count, complexity_exponent)
+
     tree = region_tree(height, width, min_region_size)
     boxes = np.empty((len(counts), max_count, 4), dtype=np.int64)
     boxes[:] = tree.boxes[0]

@@ -1,12 +1,15 @@
 # Copyright 2026 The gpstoken-hf authors. Licensed under the Apache License, Version 2.0.
 """Complexity of every region that a partition could meet, for a batch in one go, in PyTorch on any device.
 
-Letters: B batch, N regions, H x W pixels of an image, E distinct extents of regions.
+Letters: B batch, N regions, S splittable ones, H x W pixels of an image, P pairs of an image and a region.
 
 The halvings of an image of given size form a fixed set of regions (2729 for 256 x 256 and s_min = 8), so all of their
 entropies can be computed before the first choice is made: much more work than the compiled loop of partition.py does,
 but all of it in parallel. It takes the same roundings as that loop: float32 where OpenCV has float32, a fused
 multiply-add as a product and a sum in float64, one kernel for each operation so that nothing is contracted.
+
+The tree of these regions, and the check of the values that does not hold up a GPU, serve the kernels of
+partition_triton.py as well.
 """
 
 from __future__ import annotations
