@@ -539,7 +539,7 @@ def test_entropy_kernel_compiled_without_a_gpu(tmp_path, monkeypatch):
 
 
 @pytest.mark.skipif(INTERPRETED, reason="interpreted kernels are not compiled")
-@pytest.mark.parametrize("block", [32, 256, 512, 4096])
+@pytest.mark.parametrize("block", [2**n for n in range(5, 13)])
 def test_choose_kernel_compiled_without_a_gpu(block, tmp_path, monkeypatch):
     constants = {"BLOCK_L": block, "NO_KEY": partition_triton._NO_KEY}
     warps = partition_triton.choose_warps(block)
