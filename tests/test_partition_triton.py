@@ -232,7 +232,9 @@ def test_portable_pictures(name):
 @runs_kernels
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("file", "name"), [case for case in golden_cases() if "_l128_" not in case[1] and "min4" not in case[1]]
+    ("file", "name"),
+    # One number of tokens for each picture: the scores are the same for all.
+    [case for case in golden_cases() if "bias" in case[1] or not re.search("_l64_|_l128_|min4", case[1])],
 )
 def test_golden_regions(file, name):
     arguments = golden_arguments(load_file(file), name)
