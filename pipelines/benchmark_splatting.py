@@ -30,7 +30,7 @@ from typing import Any
 import torch
 from tqdm.auto import tqdm
 
-from gpstoken_hf import splatting_triton
+from gpstoken_hf import splatting_triton, triton_support
 from gpstoken_hf.programs import ProgramError, atomic_directory, positive_int, run_program
 from gpstoken_hf.splatting import splat_gaussians, splat_reference
 
@@ -185,7 +185,7 @@ def _check_shape(
     results = {
         name: forward_backward(side, gaussians, features, weights, support, mask) for name, side in SIDES.items()
     }
-    if splatting_triton.is_available(device):
+    if triton_support.is_available(device):
         results |= _kernel_variants(gaussians, features, weights, mask, support)
     where = f"B{B} L{L} C{C} {h} x {w}, support {support}, {'masked' if masked else 'no mask'}"
     again = forward_backward(automatic, gaussians, features, weights, support, mask)
@@ -397,7 +397,7 @@ def machine(device: torch.device) -> dict[str, Any]:
     facts = {"cpu": model, "threads": torch.get_num_threads(), "torch": torch.__version__}
     if device.type == "cuda":
         facts |= {"gpu": torch.cuda.get_device_name(device), "cuda": torch.version.cuda}
-        facts["triton"] = getattr(splatting_triton.triton, "__version__", "none")
+        facts["triton"] = getattr(triton_support.triton, "__version__", "none")
     return facts
 
 

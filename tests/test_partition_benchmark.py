@@ -38,6 +38,17 @@ def test_pictures_of_every_size_are_mirrored_from_one():
     assert np.abs(benchmark_partition.picture(square, 64)).max() <= 1
 
 
+def test_batches_of_every_backend_that_the_device_has():
+    square = np.random.default_rng(0).uniform(-1, 1, (3, 64, 64)).astype(np.float32)
+    reference = benchmark_partition.load_reference()
+    row = benchmark_partition.compare_batches(square, reference, 32, 6, 2, 1, torch.device("cpu"))
+    assert row["numba_equal"] == row["torch_equal"] == 2
+    assert "triton_ms" not in row
+    numba, batched = benchmark_partition.batch_table([row | {"plain_ms_per_image": 8.0, "torch_ms": 4.0}])[2:]
+    assert numba.startswith("| 2 | 32 x 32 | 6 | numba | ")
+    assert batched == "| 2 | 32 x 32 | 6 | torch | 4.00 | 500 | 8.0 | 4.0x | 2 of 2 | - |"
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
 def test_missing_device_is_one_line_and_leaves_nothing(tmp_path, capsys):
     arguments = ["--device", "cuda", "--quick", "--output", str(tmp_path / "results")]

@@ -1,6 +1,8 @@
 # Copyright 2026 The gpstoken-hf authors. Licensed under the Apache License, Version 2.0.
 """The batched tensor partition against the compiled one: equal entropies bit for bit, so equal regions."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -8,8 +10,16 @@ from safetensors.numpy import load_file
 from test_partition import PORTABLE, as_set, complexity, golden_arguments, golden_cases, random_image
 
 from gpstoken_hf import partition_images
+from gpstoken_hf.gaussians import morton_order
 from gpstoken_hf.partition import max_regions
-from gpstoken_hf.partition_torch import grey_images, importance_sums, region_entropies, region_tree
+from gpstoken_hf.partition_torch import (
+    RangeCheck,
+    grey_images,
+    importance_sums,
+    region_entropies,
+    region_tensors,
+    region_tree,
+)
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 
@@ -37,6 +47,39 @@ def test_tree_holds_every_region_once(height, width, min_region_size, expected):
     assert smallest >= max_regions(height, width, min_region_size)
 
 
+def every_region(height, width, min_region_size, device):
+    """The tensors of a tree as if all of its regions, not only the splittable ones, had a score."""
+    regions = region_tensors(height, width, min_region_size, torch.device(device))
+    x0, y0, x1, y1 = regions.boxes.cpu().unbind(1)
+    is_line = (x0 == x1) | (y0 == y1)
+    return replace(
+        regions,
+        num_splittable=len(regions.boxes),
+        area_rows=(~is_line).nonzero()[:, 0].to(device),
+        line_rows=is_line.nonzero()[:, 0].to(device),
+    )
+
+
+@pytest.mark.parametrize(("height", "width", "min_region_size"), [(64, 64, 8), (1, 40, 3), (1, 1, 8), (37, 101, 1)])
+def test_tensors_of_a_tree(height, width, min_region_size):
+    tree = region_tree(height, width, min_region_size)
+    regions = region_tensors(height, width, min_region_size, torch.device("cpu"))
+    assert regions.num_splittable == tree.num_splittable == (tree.halves >= 0).any(axis=1).sum()
+    assert (tree.halves[tree.num_splittable :] == -1).all()
+    assert tree.boxes[0].tolist() == [0, 0, width - 1, height - 1]
+    x0, y0, x1, y1 = regions.boxes.unbind(1)
+    splittable = slice(tree.num_splittable)
+    assert torch.equal(regions.width, (x1 - x0 + 1)[splittable].double())
+    assert torch.equal(regions.height, (y1 - y0 + 1)[splittable].double())
+    rows = torch.cat([regions.area_rows, regions.line_rows])
+    assert torch.equal(rows.sort().values, torch.arange(tree.num_splittable))
+    assert ((x0 == x1) | (y0 == y1))[regions.line_rows].all()
+    assert ((x0 < x1) & (y0 < y1))[regions.area_rows].all()
+    assert torch.equal(regions.morton_code.argsort(stable=True), morton_order(x0, y0))
+    # Kept: the second time it is the same.
+    assert region_tensors(height, width, min_region_size, torch.device("cpu")) is regions
+
+
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize(("height", "width", "min_region_size"), [(64, 64, 8), (37, 101, 5), (1, 40, 3), (9, 9, 1)])
 def test_entropies_are_those_of_the_compiled_loop_bit_for_bit(device, height, width, min_region_size):
@@ -45,7 +88,7 @@ def test_entropies_are_those_of_the_compiled_loop_bit_for_bit(device, height, wi
     images = torch.from_numpy(np.stack([random_image(rng, height, width) for _ in range(2)]))
     tree = region_tree(height, width, min_region_size)
     grey = grey_images(images.to(device))
-    entropies = region_entropies(grey, torch.from_numpy(tree.boxes).to(device)).cpu().numpy()
+    entropies = region_entropies(grey, every_region(height, width, min_region_size, device)).cpu().numpy()
     for image in range(2):
         pixels = grey[image].cpu().numpy()
         for (x0, y0, x1, y1), entropy in zip(tree.boxes, entropies[image]):
@@ -104,6 +147,28 @@ def test_importance_sums():
     for row, (x0, y0, x1, y1) in enumerate(boxes.tolist()):
         expected = importance[:, y0 : y1 + 1, x0 : x1 + 1].sum((1, 2))
         torch.testing.assert_close(sums[:, row], expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ([0.0, 1.0], None),
+        ([], None),
+        ([-1.5, 0.0], r"weights must be in \[-1, 1\], got values from -1.5 to 0"),
+        ([0.0, 1.5], "from 0 to 1.5"),
+        ([0.0, float("nan")], "finite, got 1 NaN"),
+        ([float("-inf"), float("inf")], "finite, got 2 NaN or infinite"),
+    ],
+)
+def test_range_check_in_two_parts(device, values, message):
+    skip_without(device)
+    check = RangeCheck("weights", torch.tensor(values, device=device), -1.0, 1.0)
+    if message is None:
+        check.finish()
+        return
+    with pytest.raises(ValueError, match=message):
+        check.finish()
 
 
 @pytest.mark.gpu

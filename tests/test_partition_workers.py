@@ -89,7 +89,7 @@ def copy_of_the_partition(folder):
     package = folder / "installed"
     package.mkdir()
     (package / "__init__.py").write_text("")
-    for module in ("gaussians.py", "partition.py", "partition_torch.py"):
+    for module in ("gaussians.py", "partition.py", "partition_torch.py", "partition_triton.py", "triton_support.py"):
         shutil.copy(Path(gpstoken_hf.__file__).parent / module, package / module)
     return package
 

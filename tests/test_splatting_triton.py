@@ -15,17 +15,16 @@ from splatting_cases import random_mask, random_tokens, value_and_gradients
 
 from gpstoken_hf import splatting_triton
 from gpstoken_hf.splatting import splat_gaussians, splat_reference
+from gpstoken_hf.triton_support import is_available
 
 triton = pytest.importorskip("triton")
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = torch.device("cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu")
-runs_kernels = pytest.mark.skipif(
-    not splatting_triton.is_available(DEVICE), reason="no GPU here: test_under_the_interpreter runs it"
-)
+runs_kernels = pytest.mark.skipif(not is_available(DEVICE), reason="no GPU here: test_under_the_interpreter runs it")
 
 
-@pytest.mark.skipif(splatting_triton.is_available(DEVICE), reason="the kernels run in this process")
+@pytest.mark.skipif(is_available(DEVICE), reason="the kernels run in this process")
 def test_under_the_interpreter(pytestconfig):
     command = [sys.executable, "-m", "pytest", __file__, "-q", "-p", "no:cacheprovider", "-k", "not ahead_of_time"]
     command += [f"-W{warning}" for warning in pytestconfig.getoption("pythonwarnings") or []]

@@ -155,7 +155,12 @@ def morton_order(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
     Returns:
         `(..., L)` int64 permutation; equal points keep their order.
     """
-    return torch.argsort(_interleave_zeros(x) | (_interleave_zeros(y) << 1), dim=-1, stable=True)
+    return torch.argsort(morton_code(x, y), dim=-1, stable=True)
+
+
+def morton_code(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    """Position of points `(..., L)` along the Z-curve, int64: their bits in turn, those of y above those of x."""
+    return _interleave_zeros(x) | (_interleave_zeros(y) << 1)
 
 
 def _interleave_zeros(value: torch.Tensor) -> torch.Tensor:

@@ -29,15 +29,24 @@ from .partition_torch import (
     BIN_WIDTH,
     RESIZED,
     USED_BINS,
+    RangeCheck,
+    check_range,
+    count_tensor,
     entropy_table,
     grey_images,
     importance_sums,
     region_entropies,
+    region_tensors,
     region_tree,
+    to_device,
 )
+from .partition_triton import MAX_CHOSEN, triton_choose_boxes, triton_region_entropies
+from .triton_support import is_available as triton_is_available
+
+BACKENDS = ("auto", "numba", "torch", "triton")
 
 PADDED = RESIZED + 2
-# No bin that a magnitude can have: with grey in [0, 1] it stays below sqrt(18), bin 197.
+# No bin that a magnitude can have: with grey in [0, 1] it is at most sqrt(20), bin 208.
 UNDECIDED = USED_BINS - 1
 _ENTROPY_TABLE = entropy_table()
 
@@ -88,9 +97,14 @@ def partition_images(
     longer side (the first half is the smaller one), a square along the side that leaves the least complex half.
 
     On the CPU the images of a batch are shared out over `torch.get_num_threads()` threads (one in a DataLoader
-    worker). On CUDA all regions that the image size allows are scored at once and the host, which makes the choices,
-    is waited for once. Both see the same entropies, bit for bit. Sums of an importance map may differ in the last
-    place, so that regions whose complexities differ by less can be taken in another order.
+    worker). On CUDA all regions that the image size allows are scored by one kernel and chosen by another ("triton").
+    The host waits there for the check of the values alone, which the GPU does first: it still has the rest to do when
+    the host goes on. Without Triton ("torch"), and for more than 4096 regions of an image, the GPU waits once while
+    the host makes the choices.
+
+    All backends see the same entropies, bit for bit. Sums of an importance map, and on CUDA powers of the entropies,
+    may differ in the last place, so that regions whose complexities differ by less can be taken in another order (see
+    docs/partition.md).
 
     Args:
         images: `(B, 3, H, W)` floating point RGB in [-1, 1]; any H and W.
@@ -99,31 +113,57 @@ def partition_images(
         min_region_size: s_min, pixels, at least 1.
         sigma_scale: sigma in units of a region's extent, 2/3 in the authors' code, 1/3 in the paper.
         importance: optional `(B, H, W)` weights >= 0, added to the complexity of every region that holds them.
-        backend: "numba" (the compiled loop), "torch" (batched tensor operations on the device of `images`, float64
-            needed) or "auto": "torch" for CUDA tensors, else "numba".
+        backend: "numba" (the compiled loop on the CPU), "torch" (batched tensor operations on the device of `images`,
+            float64 needed, and the choices on the CPU), "triton" (kernels for CUDA tensors) or "auto": "triton" for
+            CUDA tensors, "torch" for those where there is no Triton, else "numba".
 
     Returns:
         A `PartitionOutput` on the device of `images`.
 
     Raises:
-        ValueError: shape, dtype or range of an argument, or more tokens than an image can be split into.
+        ValueError: shape, dtype or range of an argument, more tokens than an image can be split into, or a forced
+            backend that is not available.
     """
     counts = _check_arguments(images, num_tokens, complexity_exponent, min_region_size, sigma_scale, importance)
-    if backend not in ("auto", "numba", "torch"):
-        raise ValueError(f'backend must be "auto", "numba" or "torch", got {backend!r}')
-    if backend == "torch" or (backend == "auto" and images.is_cuda):
-        partition = _partition_batched
+    path = _resolve_backend(backend, images.device)
+    images, token_counts = images.detach(), count_tensor(counts, images.device)
+    arguments = (counts, float(complexity_exponent), int(min_region_size))
+    checks = []
+    if path == "numba":
+        boxes = to_device(_partition_compiled(images, *arguments, importance), images.device)
     else:
-        partition = _partition_compiled
-    boxes = partition(images.detach(), counts, float(complexity_exponent), int(min_region_size), importance)
+        # First in the queue, so that the answers are there long before the partition is.
+        checks.append(RangeCheck("images", images, -1.0, 1.0))
+        if importance is not None:
+            importance = to_device(importance.detach().to(torch.float32), images.device)
+            checks.append(RangeCheck("importance", importance, 0.0, math.inf))
+        boxes = _partition_batched(images, *arguments, importance, token_counts, path)
     height, width = images.shape[-2:]
-    attention_mask = torch.arange(boxes.shape[1])[None] < torch.tensor(counts, dtype=torch.int64)[:, None]
-    boxes = boxes.to(images.device)
-    return PartitionOutput(
+    attention_mask = torch.arange(boxes.shape[1], device=images.device) < token_counts[:, None]
+    output = PartitionOutput(
         boxes=boxes,
         gaussians=boxes_to_gaussians(boxes, image_size=(height, width), sigma_scale=sigma_scale),
-        attention_mask=attention_mask.to(images.device, torch.int64),
+        attention_mask=attention_mask.to(torch.int64),
     )
+    for check in checks:
+        check.finish()
+    return output
+
+
+def _resolve_backend(backend: str, device: torch.device) -> str:
+    """A backend's name -> the path that runs: "numba", "torch" or "triton"."""
+    if backend not in BACKENDS:
+        raise ValueError(f"backend must be one of {BACKENDS}, got {backend!r}")
+    if backend == "triton" and not triton_is_available(device):
+        raise ValueError(
+            "backend 'triton' needs Triton and images on CUDA (elsewhere it runs under TRITON_INTERPRET=1 only), "
+            f"got images on {device}"
+        )
+    if backend != "auto":
+        return backend
+    if device.type != "cuda":
+        return "numba"
+    return "triton" if triton_is_available(device) else "torch"
 
 
 def _check_arguments(
@@ -178,19 +218,6 @@ def _token_counts(num_tokens: int | Sequence[int], batch_size: int) -> list[int]
     return counts
 
 
-def _check_range(name: str, values: torch.Tensor, low: float, high: float) -> None:
-    """Raise ValueError unless all `values` are finite and in [low, high]."""
-    if values.numel() == 0:
-        return
-    if not torch.isfinite(values).all():
-        bad = int((~torch.isfinite(values)).sum())
-        raise ValueError(f"{name} must be finite, got {bad} NaN or infinite values")
-    smallest, largest = values.min().item(), values.max().item()
-    if smallest < low or largest > high:
-        expected = f"in [{low:g}, {high:g}]" if math.isfinite(high) else f"at least {low:g}"
-        raise ValueError(f"{name} must be {expected}, got values from {smallest:.6g} to {largest:.6g}")
-
-
 @lru_cache(maxsize=4096)
 def max_regions(height: int, width: int, min_region_size: int) -> int:
     """The largest number of regions that an image of H x W pixels can be split into.
@@ -209,26 +236,30 @@ def _partition_batched(
     complexity_exponent: float,
     min_region_size: int,
     importance: torch.Tensor | None,
+    token_counts: torch.Tensor,
+    path: str,
 ) -> torch.Tensor:
-    """Boxes `(B, L, 4)` int64 on the CPU: all scores on the device of `images`, the choices on the CPU."""
+    """Boxes `(B, L, 4)` int64 on the device of `images`, whose values nobody has checked yet."""
     _, _, height, width = images.shape
-    _check_range("images", images, -1.0, 1.0)
-    tree = region_tree(height, width, min_region_size)
-    scored = (tree.halves >= 0).any(axis=1)
-    boxes = torch.from_numpy(tree.boxes[scored]).to(images.device)
-    entropies = np.zeros((len(images), len(tree.boxes)))
-    weights = np.zeros_like(entropies)
-    entropies[:, scored] = region_entropies(grey_images(images), boxes).cpu().numpy()
+    max_count = max(counts, default=0)
+    regions = region_tensors(height, width, min_region_size, images.device)
+    score = triton_region_entropies if path == "triton" else region_entropies
+    entropies = score(grey_images(images), regions)
+    weights = None
     if importance is not None:
-        importance = importance.detach().to(images.device, torch.float32)
-        _check_range("importance", importance, 0.0, math.inf)
-        weights[:, scored] = importance_sums(importance, boxes).cpu().numpy()
-    regions = np.empty((len(counts), max(counts, default=0), 4), dtype=np.int64)
-    regions[:] = tree.boxes[0]
+        weights = importance_sums(importance, regions.boxes[: regions.num_splittable])
+    if path == "triton" and max_count <= MAX_CHOSEN:
+        return triton_choose_boxes(entropies, weights, regions, token_counts, max_count, complexity_exponent)
+
+    tree = region_tree(height, width, min_region_size)
+    boxes = np.empty((len(counts), max_count, 4), dtype=np.int64)
+    boxes[:] = tree.boxes[0]
+    # One copy of both, so that the host waits once.
+    both = torch.stack([entropies, torch.zeros_like(entropies) if weights is None else weights]).cpu().numpy()
     _choose_regions(
-        entropies, weights, tree.boxes, tree.halves, np.array(counts, dtype=np.int64), complexity_exponent, regions
+        both[0], both[1], tree.boxes, tree.halves, np.array(counts, dtype=np.int64), complexity_exponent, boxes
     )
-    return torch.from_numpy(regions)
+    return to_device(torch.from_numpy(boxes), images.device)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -250,7 +281,7 @@ def _partition_compiled(
         no_weights = np.zeros((0, 0), dtype=np.float32)
     else:
         importance = importance.detach().to("cpu", torch.float32).contiguous()
-        _check_range("importance", importance, 0.0, math.inf)
+        check_range("importance", importance, 0.0, math.inf)
         weights = importance.numpy()
     boxes = np.empty((len(counts), max(counts, default=0), 4), dtype=np.int64)
     boxes[:] = (0, 0, width - 1, height - 1)
@@ -273,7 +304,7 @@ def _partition_compiled(
     else:
         valid = [work(index) for index in range(len(counts))]
     if not all(valid):
-        _check_range("images", images, -1.0, 1.0)
+        check_range("images", images, -1.0, 1.0)
     return torch.from_numpy(boxes)
 
 
@@ -342,13 +373,16 @@ def _partition_image(pixels, regions, complexity_exponent, min_region_size, impo
 
 @compiled
 def _choose_regions(entropies, weights, boxes, halves, counts, complexity_exponent, regions):
-    """Alg. 1 on a batch whose regions are all scored: `entropies`, `weights` (B, N), `boxes`, `halves` (N, 4)."""
-    num_regions = boxes.shape[0]
-    score = np.empty(num_regions, dtype=np.float64)
+    """Alg. 1 on a batch: `entropies`, `weights` (B, S) of the splittable regions of the tree.
+
+    `boxes` and `halves` (N, 4) are those of all its regions.
+    """
+    num_regions, num_splittable = boxes.shape[0], entropies.shape[1]
+    score = np.empty(num_splittable, dtype=np.float64)
     age = np.empty(num_regions, dtype=np.int64)
     heap = np.empty(num_regions, dtype=np.int64)
     for image in range(entropies.shape[0]):
-        for i in range(num_regions):
+        for i in range(num_splittable):
             w, h = boxes[i, 2] - boxes[i, 0] + 1, boxes[i, 3] - boxes[i, 1] + 1
             score[i] = entropies[image, i] ** complexity_exponent * h * w + weights[image, i]
         heap[0], age[0] = 0, 0
@@ -546,7 +580,7 @@ def _magnitude_bins(pixels, bins):
     of each: one loop without row ends runs in full vectors.
 
     For pixels in [0, 1] the float32 gradients are off by at most 3 * 2^-23 each, the product by 3.5 * 2^-24 of its
-    value: together less than 6.5e-5 bins.
+    value: together less than 7e-5 bins.
     """
     two, half, tolerance = np.float32(2), np.float32(0.5), np.float32(1e-4)
     scale = np.float32(1 / BIN_WIDTH)

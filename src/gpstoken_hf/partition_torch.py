@@ -1,21 +1,27 @@
 # Copyright 2026 The gpstoken-hf authors. Licensed under the Apache License, Version 2.0.
 """Complexity of every region that a partition could meet, for a batch in one go, in PyTorch on any device.
 
-Letters: B batch, N regions, H x W pixels of an image, E distinct extents of regions.
+Letters: B batch, N regions, S splittable ones, H x W pixels of an image, P pairs of an image and a region.
 
 The halvings of an image of given size form a fixed set of regions (2729 for 256 x 256 and s_min = 8), so all of their
 entropies can be computed before the first choice is made: much more work than the compiled loop of partition.py does,
 but all of it in parallel. It takes the same roundings as that loop: float32 where OpenCV has float32, a fused
 multiply-add as a product and a sum in float64, one kernel for each operation so that nothing is contracted.
+
+The tree of these regions, and the check of the values that does not hold up a GPU, serve the kernels of
+partition_triton.py as well.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
 import torch
+
+from .gaussians import morton_code
 
 RESIZED = 64
 NUM_BINS = 512
@@ -23,6 +29,8 @@ NUM_BINS = 512
 USED_BINS = NUM_BINS // 2
 # Exact in binary, and so are its multiples, the edges of the bins.
 BIN_WIDTH = 11 / NUM_BINS
+# With grey in [0, 1] the largest magnitude is sqrt(20), bin 208; this is bin 232.
+MAGNITUDE_LIMIT = 5.0
 # Magnitudes that are worked on at a time: bounds the memory (about 60 bytes for each).
 _CHUNK_PIXELS = 2**23
 
@@ -40,10 +48,12 @@ class RegionTree:
     Attributes:
         boxes: `(N, 4)` int64, inclusive `[x0, y0, x1, y1]`.
         halves: `(N, 4)` int64, rows of the two halves in x and of the two in y; -1 where a region is not halved so.
+        num_splittable: the first so many regions can be halved, the others cannot.
     """
 
     boxes: np.ndarray
     halves: np.ndarray
+    num_splittable: int
 
 
 @lru_cache(maxsize=8)
@@ -73,7 +83,123 @@ def region_tree(height: int, width: int, min_region_size: int) -> RegionTree:
         level, position = np.unique(children[wanted], axis=0, return_inverse=True)
         halves[wanted] = num_regions + position.reshape(-1)
         all_halves.append(halves)
-    return RegionTree(np.concatenate(all_boxes), np.concatenate(all_halves))
+    boxes, halves = np.concatenate(all_boxes), np.concatenate(all_halves)
+    is_leaf = (halves < 0).all(axis=1)
+    order = np.argsort(is_leaf, kind="stable")
+    new_row = np.empty(num_regions + 1, dtype=np.int64)
+    new_row[order] = np.arange(num_regions)
+    new_row[-1] = -1
+    return RegionTree(boxes[order], new_row[halves[order]], num_regions - int(is_leaf.sum()))
+
+
+@dataclass(frozen=True)
+class RegionTensors:
+    """A `RegionTree` on one device, with what the scores and the order of its regions need. S = num_splittable.
+
+    Attributes:
+        boxes: `(N, 4)` int64.
+        halves: `(N, 4)` int32.
+        num_splittable: S, the number of regions that have a score.
+        area_rows, line_rows: int64 rows of `boxes` below S, those of at least 2 x 2 pixels and those one pixel wide or
+            high.
+        height, width: `(S,)` float64, pixels.
+        morton_code: `(N,)` int64, of the top-left corners.
+        entropy_table: `(4097,)` float64, see `entropy_table`.
+    """
+
+    boxes: torch.Tensor
+    halves: torch.Tensor
+    num_splittable: int
+    area_rows: torch.Tensor
+    line_rows: torch.Tensor
+    height: torch.Tensor
+    width: torch.Tensor
+    morton_code: torch.Tensor
+    entropy_table: torch.Tensor
+
+
+def region_tensors(height: int, width: int, min_region_size: int, device: torch.device) -> RegionTensors:
+    """The tree of an image size on a device, sent there once."""
+    stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+    return _region_tensors(height, width, min_region_size, device, stream)
+
+
+# Each stream has tensors of its own: another stream could read them before they are there, or after they are freed.
+@lru_cache(maxsize=4)
+def _region_tensors(height: int, width: int, min_region_size: int, device: torch.device, stream: int) -> RegionTensors:
+    tree = region_tree(height, width, min_region_size)
+    x0, y0, x1, y1 = tree.boxes.T
+    splittable = np.arange(len(tree.boxes)) < tree.num_splittable
+    is_line = (x0 == x1) | (y0 == y1)
+
+    def send(array: np.ndarray) -> torch.Tensor:
+        return to_device(torch.from_numpy(np.ascontiguousarray(array)), device)
+
+    # Under inference mode the tensors that are kept would be unusable outside it.
+    with torch.inference_mode(False):
+        return RegionTensors(
+            boxes=send(tree.boxes),
+            halves=send(tree.halves.astype(np.int32)),
+            num_splittable=tree.num_splittable,
+            area_rows=send(np.flatnonzero(splittable & ~is_line)),
+            line_rows=send(np.flatnonzero(splittable & is_line)),
+            height=send((y1 - y0 + 1)[splittable].astype(np.float64)),
+            width=send((x1 - x0 + 1)[splittable].astype(np.float64)),
+            morton_code=to_device(morton_code(torch.from_numpy(x0), torch.from_numpy(y0)), device),
+            entropy_table=send(entropy_table()),
+        )
+
+
+def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """`tensor` on `device`. From the CPU to CUDA nothing is waited for, which takes page-locked memory."""
+    if device.type == "cuda" and tensor.device.type == "cpu":
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=device.type == "cuda")
+
+
+def count_tensor(counts: list[int], device: torch.device) -> torch.Tensor:
+    """`counts` as `(B,)` int64 on `device`."""
+    if len(set(counts)) == 1:
+        return torch.full((len(counts),), counts[0], dtype=torch.int64, device=device)
+    return to_device(torch.tensor(counts, dtype=torch.int64), device)
+
+
+def check_range(name: str, values: torch.Tensor, low: float, high: float) -> None:
+    """Raise ValueError unless all `values` are finite and in [low, high]. Waits for the device of `values`."""
+    if values.numel() == 0:
+        return
+    if not torch.isfinite(values).all():
+        bad = int((~torch.isfinite(values)).sum())
+        raise ValueError(f"{name} must be finite, got {bad} NaN or infinite values")
+    smallest, largest = values.min().item(), values.max().item()
+    if smallest < low or largest > high:
+        expected = f"in [{low:g}, {high:g}]" if math.isfinite(high) else f"at least {low:g}"
+        raise ValueError(f"{name} must be {expected}, got values from {smallest:.6g} to {largest:.6g}")
+
+
+class RangeCheck:
+    """`check_range` in two parts, so that a GPU has other work while the host waits for its result.
+
+    The first part, the constructor, queues a pass over `values` and the copy of what it finds. `finish` waits for
+    that copy alone, not for what was queued after it, and raises as `check_range` does.
+    """
+
+    def __init__(self, name: str, values: torch.Tensor, low: float, high: float):
+        self.arguments = (name, values, low, high)
+        # NaN if any value is. Copied without blocking, which takes page-locked memory, by itself.
+        extremes = torch.stack(values.aminmax()) if values.numel() > 0 else values.new_tensor([low, low], device="cpu")
+        self.extremes = extremes.to("cpu", non_blocking=True)
+        self.copied = torch.cuda.Event() if values.is_cuda else None
+        if self.copied is not None:
+            self.copied.record(torch.cuda.current_stream(values.device))
+
+    def finish(self) -> None:
+        if self.copied is not None:
+            self.copied.synchronize()
+        _, _, low, high = self.arguments
+        smallest, largest = self.extremes[0].item(), self.extremes[1].item()
+        if not (low <= smallest and largest <= high and math.isfinite(largest)):
+            check_range(*self.arguments)
 
 
 def grey_images(images: torch.Tensor) -> torch.Tensor:
@@ -82,21 +208,19 @@ def grey_images(images: torch.Tensor) -> torch.Tensor:
     return (0.299 * red + 0.587 * green + 0.114 * blue + 1) * 0.5
 
 
-def region_entropies(grey: torch.Tensor, boxes: torch.Tensor) -> torch.Tensor:
-    """Entropy in bits of the gradient magnitudes of regions, after a resize to 64 x 64 (Eq. 4).
+def region_entropies(grey: torch.Tensor, regions: RegionTensors) -> torch.Tensor:
+    """Entropy in bits of the gradient magnitudes of the splittable regions, after a resize to 64 x 64 (Eq. 4).
 
     Args:
-        grey: `(B, H, W)` float32 in [0, 1].
-        boxes: `(N, 4)` int64 on the same device, the same regions for every image.
+        grey: `(B, H, W)` float32 in [0, 1]; values outside, NaN too, give a finite result without meaning.
+        regions: S splittable regions, on the same device.
 
     Returns:
-        `(B, N)` float64.
+        `(B, S)` float64.
     """
-    entropies = torch.empty(grey.shape[0], len(boxes), dtype=torch.float64, device=grey.device)
-    table = torch.from_numpy(entropy_table()).to(grey.device)
-    is_line = ((boxes[:, 0] == boxes[:, 2]) | (boxes[:, 1] == boxes[:, 3])).nonzero()[:, 0]
-    is_area = ((boxes[:, 0] != boxes[:, 2]) & (boxes[:, 1] != boxes[:, 3])).nonzero()[:, 0]
-    for rows, resize in ((is_area, _resize), (is_line, _resize_lines)):
+    boxes, table = regions.boxes, regions.entropy_table
+    entropies = torch.empty(grey.shape[0], regions.num_splittable, dtype=torch.float64, device=grey.device)
+    for rows, resize in ((regions.area_rows, _resize), (regions.line_rows, _resize_lines)):
         # Pairs of an image and a region, so that neither a large batch nor many regions decide the memory.
         num_pairs = grey.shape[0] * len(rows)
         for start in range(0, num_pairs, _CHUNK_PIXELS // RESIZED**2):
@@ -173,6 +297,8 @@ def _gradient_entropy(resized: torch.Tensor, table: torch.Tensor) -> torch.Tenso
     dy = padded[:, 2:] - padded[:, :-2]
     gy = dy[:, :, :-2] + 2 * dy[:, :, 1:-1] + dy[:, :, 2:]
     magnitude = (gx * gx + gy * gy).sqrt()
+    # Grey in [0, 1] stays below it; what is not, NaN too, must not reach beyond the bins.
+    magnitude = torch.where(magnitude < MAGNITUDE_LIMIT, magnitude, 0)
     bins = (magnitude * (1 / BIN_WIDTH)).to(torch.int64)
     # The quotient is rounded: compare with the exact edges.
     bins -= (magnitude < bins * BIN_WIDTH).to(torch.int64)

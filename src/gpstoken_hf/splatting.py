@@ -31,8 +31,8 @@ from torch.autograd import forward_ad
 
 from .gaussians import NUM_GAUSSIAN_PARAMS, pixel_coordinates
 from .splatting_cpu import cpu_backward, cpu_forward
-from .splatting_triton import is_available as triton_is_available
 from .splatting_triton import triton_backward, triton_forward
+from .triton_support import is_available as triton_is_available
 
 TILE_SIZE = 8
 BACKENDS = ("auto", "reference", "cpu", "triton")

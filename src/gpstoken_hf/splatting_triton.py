@@ -14,32 +14,13 @@ P pixels of a tile.
 
 from __future__ import annotations
 
-import contextlib
 import math
-import os
-from collections.abc import Callable
-from typing import Any
 
 import torch
 
-try:
-    import triton
-    import triton.language as tl
-except ImportError:  # a platform without Triton: `is_available` says so, and no kernel is ever called
-    triton = tl = None
+from .triton_support import jit, on_device, tl, triton
 
-# Triton decides at the definition of a kernel whether it is compiled or interpreted.
-_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-
-
-def _jit(function: Callable[..., Any]) -> Any:
-    """`triton.jit` where there is Triton. Sizes are not specialised on: no recompilation, and 1 is like any other."""
-    if triton is None:
-        return function
-    return triton.jit(
-        function, do_not_specialize=["L", "C", "height", "width", "num_tokens", "num_strips", "num_parts"]
-    )
-
+_jit = jit("L", "C", "height", "width", "num_tokens", "num_strips", "num_parts")
 
 # Forward: pixels of a tile, tokens of a chunk, and tokens looked at together when lists are made.
 TILE_HEIGHT, TILE_WIDTH = 8, 16
@@ -58,13 +39,6 @@ ROWS_PER_STRIP, MAX_STRIPS = 64, 8
 _OPTIONS = {"enable_fp_fusion": True}
 
 _EXP2_SCALE = -0.5 / math.log(2)
-
-
-def is_available(device: torch.device) -> bool:
-    """Whether the kernels can run on tensors of `device`: CUDA, or any device under Triton's interpreter."""
-    if triton is None:
-        return False
-    return device.type == "cuda" or _INTERPRETED
 
 
 @_jit
@@ -400,7 +374,7 @@ def triton_forward(
     grid = (B * num_tiles, triton.cdiv(C, block_c))
     scan = max(CHUNK, min(SCAN, triton.next_power_of_2(L)))
     lists = features.new_empty(math.prod(grid) * scan if make_lists else 1, dtype=torch.int32)
-    with _on_device(features):
+    with on_device(features):
         forward_kernel[grid](
             gaussians, features, mask, maps, lists, L, C, height, width, support,
             HAS_MASK=attention_mask is not None, MAKE_LISTS=make_lists, TILE_H=TILE_HEIGHT, TILE_W=TILE_WIDTH,
@@ -434,7 +408,7 @@ def triton_backward(
     moments = gaussians.new_empty(num_parts, B * L, 5) if split else grad_gaussians
     partial_features = features.new_empty(num_strips, B * L, C) if split else grad_features
     has_mask = attention_mask is not None
-    with _on_device(features):
+    with on_device(features):
         backward_kernel[(B * L, num_strips, num_blocks)](
             grad, gaussians, features, mask, moments, partial_features, L, C, height, width, B * L, support,
             HAS_MASK=has_mask, SPLIT=split, BLOCK_H=BLOCK_HEIGHT, BLOCK_W=BLOCK_WIDTH, BLOCK_C=block_c,
@@ -462,8 +436,3 @@ def _kernel_inputs(
 def _channel_block(num_channels: int) -> int:
     """Channels of one program: a power of two, at least the 16 that a matrix product takes."""
     return max(16, min(MAX_CHANNEL_BLOCK, triton.next_power_of_2(num_channels)))
-
-
-def _on_device(tensor: torch.Tensor) -> contextlib.AbstractContextManager[Any]:
-    """Kernels are launched on the current device, which need not be that of the tensors."""
-    return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()

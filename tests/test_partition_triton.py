@@ -1,0 +1,551 @@
+# Copyright 2026 The gpstoken-hf authors. Licensed under the Apache License, Version 2.0.
+"""The partition's kernels: on a GPU where there is one, else through Triton's interpreter in a process of its own.
+
+They are also compiled ahead of time for sm_90, and the path of CUDA tensors runs with fake ones, to see that it never
+waits; neither needs a GPU.
+"""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.numpy import load_file
+from test_partition import BAD_ARGUMENTS, PORTABLE, complexity, golden_arguments, golden_cases, random_image
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from gpstoken_hf import partition, partition_images, partition_torch, partition_triton
+from gpstoken_hf.partition_torch import grey_images, region_entropies, region_tensors, region_tree
+from gpstoken_hf.triton_support import is_available
+
+triton = pytest.importorskip("triton")
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+DEVICE = torch.device("cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu")
+runs_kernels = pytest.mark.skipif(not is_available(DEVICE), reason="no GPU here: test_under_the_interpreter runs it")
+
+
+@pytest.fixture(autouse=True)
+def few_blocks(monkeypatch):
+    """The interpreter takes as long for a row of pixels as for all: one block of rows, but where a test says so."""
+    if INTERPRETED:
+        monkeypatch.setattr(partition_triton, "ROWS", 64)
+
+
+@pytest.mark.skipif(is_available(DEVICE), reason="the kernels run in this process")
+@pytest.mark.parametrize("which", ["not slow", pytest.param("slow", marks=pytest.mark.slow)])
+def test_under_the_interpreter(which):
+    command = [sys.executable, "-m", "pytest", __file__, "-q", "-p", "no:cacheprovider", "-m", f"{which} and not gpu"]
+    result = subprocess.run(
+        [*command, "-k", "not without_a_gpu"],
+        env={**os.environ, "TRITON_INTERPRET": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-2000:]
+    assert "passed" in result.stdout
+
+
+def random_batch(size, height, width, seed=0):
+    rng = np.random.default_rng(seed)
+    return torch.from_numpy(np.stack([random_image(rng, height, width) for _ in range(size)]))
+
+
+# ---- The entropies --------------------------------------------------------------------------------------------------
+
+
+def every_entropy(grey, tree):
+    """Entropies of all regions of the tree, not only of those that a partition needs."""
+    return torch.ops.gpstoken.region_entropies(
+        grey.to(DEVICE),
+        torch.from_numpy(tree.boxes).to(DEVICE),
+        torch.from_numpy(partition_torch.entropy_table()).to(DEVICE),
+    ).cpu()
+
+
+@runs_kernels
+@pytest.mark.parametrize(
+    ("height", "width", "min_region_size"),
+    [(1, 1, 8), (1, 40, 10), (300, 1, 60), (2, 9, 4), (9, 9, 4), (37, 61, 18), (37, 301, 80), (64, 64, 32)],
+)
+def test_entropies_are_those_of_the_compiled_loop_bit_for_bit(height, width, min_region_size):
+    tree = region_tree(height, width, min_region_size)
+    grey = grey_images(random_batch(1, height, width, seed=width))
+    entropies = every_entropy(grey, tree)
+    for (x0, y0, x1, y1), entropy in zip(tree.boxes, entropies[0].tolist()):
+        region = np.ascontiguousarray(grey[0, y0 : y1 + 1, x0 : x1 + 1].numpy())
+        assert complexity(region, exponent=1.0) == entropy * region.shape[0] * region.shape[1]
+    regions = region_tensors(height, width, min_region_size, torch.device("cpu"))
+    assert torch.equal(entropies[:, : regions.num_splittable], region_entropies(grey, regions))
+
+
+@runs_kernels
+def test_programs_that_score_several_regions_in_blocks(monkeypatch):
+    """As on a GPU: blocks of rows, and scratch that is written again for the next region."""
+    monkeypatch.setattr(partition_triton, "ROWS", 16)
+    monkeypatch.setattr(partition_triton, "MAX_PROGRAMS", 3)
+    tree = region_tree(40, 30, 20)
+    grey = grey_images(random_batch(2, 40, 30))
+    assert 2 * len(tree.boxes) > 3 * 3
+    entropies = every_entropy(grey, tree)
+    regions = region_tensors(40, 30, 20, torch.device("cpu"))
+    assert torch.equal(entropies[:, : regions.num_splittable], region_entropies(grey, regions))
+
+
+@runs_kernels
+@pytest.mark.parametrize("steps", [1, 5])
+def test_magnitudes_on_the_edges_of_bins(steps):
+    ramp = (np.arange(64) * steps * 11 / 4096).astype(np.float32)
+    beside = np.random.default_rng(0).choice([0, 2.0**-24, -(2.0**-24)], (64, 64)).astype(np.float32)
+    grey = np.stack([np.tile(ramp, (64, 1)), np.tile(ramp[:, None], (1, 64)), np.clip(ramp + beside, 0, 1)])
+    entropies = every_entropy(torch.from_numpy(grey), region_tree(64, 64, 64))[:, 0]
+    assert entropies.tolist() == [complexity(np.ascontiguousarray(image), exponent=1.0) / 4096 for image in grey]
+
+
+@runs_kernels
+@pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf, 3e38, -7.0])
+def test_pixels_that_nobody_has_checked_do_no_harm(value):
+    grey = grey_images(random_batch(1, 20, 20))
+    grey[:, 3:17, 5:8] = value
+    tree = region_tree(20, 20, 12)
+    assert torch.isfinite(every_entropy(grey, tree)).all()
+    assert torch.isfinite(region_entropies(grey, region_tensors(20, 20, 12, torch.device("cpu")))).all()
+
+
+# ---- The choices ----------------------------------------------------------------------------------------------------
+
+
+def host_choice(scores, tree, counts):
+    """Boxes `(B, L, 4)` that the compiled loop chooses for given scores."""
+    boxes = np.empty((len(counts), max(counts), 4), dtype=np.int64)
+    boxes[:] = tree.boxes[0]
+    # With entropies of 0 and an exponent of 1, the weights are the scores.
+    partition._choose_regions(
+        np.zeros(scores.shape), scores, tree.boxes, tree.halves, np.array(counts, dtype=np.int64), 1.0, boxes
+    )
+    return torch.from_numpy(boxes)
+
+
+def device_choice(scores, size, counts):
+    regions = region_tensors(*size, DEVICE)
+    # An exponent of 0 gives 1 h w for every region: subtracted, the weights are the scores.
+    area = regions.height * regions.width
+    weights = torch.from_numpy(scores).to(DEVICE) - area
+    return partition_triton.triton_choose_boxes(
+        torch.zeros(scores.shape, dtype=torch.float64, device=DEVICE),
+        weights,
+        regions,
+        torch.tensor(counts, device=DEVICE),
+        max(counts),
+        0.0,
+    ).cpu()
+
+
+@runs_kernels
+@settings(max_examples=25, deadline=None)
+@given(
+    height=st.integers(1, 60),
+    width=st.integers(1, 60),
+    min_region_size=st.integers(4, 12),
+    num_scores=st.sampled_from([1, 2, 5, 1000]),
+    shares=st.lists(st.floats(0, 1), min_size=1, max_size=3),
+    seed=st.integers(0, 2**31),
+)
+def test_choices_are_those_of_the_compiled_loop(height, width, min_region_size, num_scores, shares, seed):
+    """Integers as scores, many of them equal: the oldest of the largest is taken, and squares go the same way."""
+    tree = region_tree(height, width, min_region_size)
+    rng = np.random.default_rng(seed)
+    scores = rng.integers(0, num_scores, (len(shares), tree.num_splittable)).astype(np.float64)
+    largest = min(partition.max_regions(height, width, min_region_size), 24)
+    counts = [1 + round(share * (largest - 1)) for share in shares]
+    chosen = device_choice(scores, (height, width, min_region_size), counts)
+    assert torch.equal(chosen, host_choice(scores, tree, counts))
+
+
+@runs_kernels
+def test_choices_among_more_regions_than_a_warp_has_threads():
+    tree = region_tree(128, 128, 8)
+    scores = np.random.default_rng(0).integers(0, 50, (1, tree.num_splittable)).astype(np.float64)
+    assert torch.equal(device_choice(scores, (128, 128, 8), [150]), host_choice(scores, tree, [150]))
+
+
+@runs_kernels
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf, 0.0])
+def test_scores_that_nobody_has_checked_do_no_harm(value):
+    regions = region_tensors(32, 32, 8, DEVICE)
+    scores = torch.full((2, regions.num_splittable), value, dtype=torch.float64, device=DEVICE)
+    scores[1, ::3] = 1.0
+    # More regions than there are, too.
+    counts = torch.tensor([16, 40], device=DEVICE)
+    chosen = torch.ops.gpstoken.choose_regions(scores, regions.halves, counts, 30)
+    assert chosen.shape == (2, 30)
+    assert int(chosen.min()) >= 0
+    assert int(chosen.max()) < len(regions.boxes)
+
+
+# ---- The partition --------------------------------------------------------------------------------------------------
+
+
+def same_partition(images, num_tokens, **options):
+    """The three backends give the same; returns the kernels' output."""
+    importance = options.pop("importance", None)
+    expected = partition_images(images, num_tokens, importance=importance, backend="numba", **options)
+    if importance is not None:
+        importance = importance.to(DEVICE)
+    output = partition_images(images.to(DEVICE), num_tokens, importance=importance, backend="triton", **options)
+    for name in ("boxes", "gaussians", "attention_mask"):
+        actual = getattr(output, name)
+        assert actual.device.type == DEVICE.type
+        assert torch.allclose(actual.cpu(), getattr(expected, name), rtol=0, atol=1e-7 * (name == "gaussians"))
+    return output
+
+
+@runs_kernels
+@pytest.mark.parametrize(("height", "width", "min_region_size"), [(37, 101, 25), (1, 60, 15), (48, 48, 20), (1, 1, 1)])
+def test_batches_with_counts_and_importance(height, width, min_region_size):
+    images = random_batch(2, height, width, seed=width)
+    rng = np.random.default_rng(height)
+    # Powers of two: their sums are exact in any order.
+    importance = torch.from_numpy(rng.choice([0.0, 0.5, 8.0], (2, height, width)).astype(np.float32))
+    largest = partition.max_regions(height, width, min_region_size)
+    for weights in (None, importance):
+        same_partition(images, [largest, 1 + largest // 2], min_region_size=min_region_size, importance=weights)
+
+
+@runs_kernels
+@pytest.mark.parametrize("name", ["0", "flat", "halves"])
+def test_portable_pictures(name):
+    file = PORTABLE / ("partition.safetensors" if name == "0" else "partition_degenerate.safetensors")
+    pixels = load_file(file)[f"image_{name}"].astype(np.float32) / 127.5 - 1
+    same_partition(torch.from_numpy(pixels).permute(2, 0, 1)[None], 40, min_region_size=40)
+
+
+@runs_kernels
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("file", "name"),
+    # One number of tokens for each picture: the scores are the same for all.
+    [case for case in golden_cases() if "bias" in case[1] or not re.search("_l64_|_l128_|min4", case[1])],
+)
+def test_golden_regions(file, name):
+    arguments = golden_arguments(load_file(file), name)
+    same_partition(arguments.pop("images"), arguments.pop("num_tokens"), **arguments)
+
+
+@runs_kernels
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_other_dtypes_and_an_empty_batch(dtype):
+    images = random_batch(1, 20, 24).to(dtype).requires_grad_()
+    expected = partition_images(images.detach().to(torch.float32), 3, min_region_size=12)
+    output = partition_images(images.to(DEVICE), 3, min_region_size=12, backend="triton")
+    assert torch.equal(output.boxes.cpu(), expected.boxes)
+    empty = partition_images(images[:0].to(DEVICE), 4, backend="triton")
+    assert empty.boxes.shape[0] == empty.gaussians.shape[0] == empty.attention_mask.shape[0] == 0
+
+
+@runs_kernels
+def test_tensors_kept_from_inference_mode_serve_outside_it():
+    images = random_batch(1, 20, 28).to(DEVICE)
+    with torch.inference_mode():
+        inside = partition_images(images, 4, min_region_size=12, backend="triton")
+    outside = partition_images(images, 4, min_region_size=12, backend="triton")
+    assert torch.equal(inside.boxes, outside.boxes)
+    assert not outside.boxes.is_inference()
+    assert outside.gaussians.clone().requires_grad_().square().sum().requires_grad
+
+
+@runs_kernels
+def test_more_regions_than_the_kernel_holds_are_chosen_by_the_host(monkeypatch):
+    monkeypatch.setattr(partition, "MAX_CHOSEN", 4)
+    monkeypatch.setattr(partition, "triton_choose_boxes", None)
+    same_partition(random_batch(2, 40, 40), [6, 7], min_region_size=12)
+
+
+@runs_kernels
+@pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")
+@pytest.mark.parametrize("name", ["nan", "infinite", "range", "importance negative", "importance nan"])
+def test_bad_values_are_refused_as_on_the_cpu(name):
+    arguments, message = BAD_ARGUMENTS[name]
+    arguments = {"images": torch.zeros(1, 3, 32, 32), **arguments}
+    arguments = {key: value.to(DEVICE) for key, value in arguments.items()}
+    with pytest.raises(ValueError, match=message):
+        partition_images(num_tokens=4, min_region_size=16, backend="triton", **arguments)
+    # What was refused leaves nothing behind.
+    same_partition(random_batch(1, 32, 32), 4, min_region_size=16)
+
+
+@runs_kernels
+def test_one_bad_pixel_in_a_batch_is_found():
+    images = torch.zeros(3, 3, 32, 32)
+    images[1, 2, 31, 31] = -1.001
+    with pytest.raises(ValueError, match=r"got values from -1\.001 to 0"):
+        partition_images(images.to(DEVICE), 4, min_region_size=16, backend="triton")
+
+
+@pytest.mark.skipif(is_available(DEVICE), reason="the kernels run here")
+def test_forced_without_a_gpu():
+    with pytest.raises(ValueError, match=r"backend 'triton' needs Triton and images on CUDA .* got images on cpu"):
+        partition_images(torch.zeros(1, 3, 32, 32), 4, backend="triton")
+
+
+@runs_kernels
+def test_ops_are_well_formed():
+    regions = region_tensors(20, 20, 12, DEVICE)
+    grey = grey_images(random_batch(1, 20, 20)).to(DEVICE)
+    boxes = regions.boxes[: regions.num_splittable]
+    torch.library.opcheck(torch.ops.gpstoken.region_entropies, (grey, boxes, regions.entropy_table))
+    scores = torch.ones(2, regions.num_splittable, dtype=torch.float64, device=DEVICE)
+    counts = torch.tensor([1, 4], device=DEVICE)
+    torch.library.opcheck(torch.ops.gpstoken.choose_regions, (scores, regions.halves, counts, 4))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(DEVICE.type != "cuda", reason="needs a CUDA device")
+def test_on_a_gpu_auto_takes_the_kernels(monkeypatch):
+    images = random_batch(8, 256, 256).cuda()
+    expected = partition_images(images, 128, backend="triton").boxes
+    assert torch.equal(expected.cpu(), partition_images(images.cpu(), 128).boxes)
+    monkeypatch.setattr(partition, "region_entropies", None)
+    assert torch.equal(partition_images(images, 128).boxes, expected)
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        elsewhere = partition_images(images, 128).boxes
+    stream.synchronize()
+    assert torch.equal(elsewhere, expected)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(DEVICE.type != "cuda", reason="needs a CUDA device")
+def test_on_a_gpu_no_operation_synchronises():
+    images = random_batch(4, 256, 256).cuda()
+    importance = torch.rand(4, 256, 256, device="cuda")
+    partition_images(images, [5, 128, 7, 9], importance=importance)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        partition_images(images, [5, 128, 7, 9], importance=importance)
+        partition_images(images, 64)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+# ---- Without a GPU: nothing waits -----------------------------------------------------------------------------------
+
+
+def last(log, name):
+    """Index of the last entry of that name."""
+    return len(log) - 1 - log[::-1].index(name)
+
+
+class ReadBackError(AssertionError):
+    """The host reads what the GPU has still to compute, or a copy waits for the GPU."""
+
+
+class Watch(TorchDispatchMode):
+    """Writes down the operations in order; raises where one makes the host wait for a CUDA device."""
+
+    def __init__(self):
+        super().__init__()
+        self.log = []
+        self.pinned = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        name = function.name().removeprefix("aten::")
+        if name.startswith("prim::"):  # questions about a tensor, not work
+            return function(*args, **kwargs)
+        tensors = [value for value in args if isinstance(value, torch.Tensor)]
+        on_cuda = any(tensor.is_cuda for tensor in tensors)
+        if on_cuda and name.split(".")[0] in ("_local_scalar_dense", "nonzero", "masked_select", "_unique2", "equal"):
+            raise ReadBackError(name)
+        if name.startswith("index.") and any(index.dtype == torch.bool for index in args[1] if index is not None):
+            raise ReadBackError("index by a mask")
+        if name == "_local_scalar_dense":
+            # A number that was copied to the CPU: valid, and only there once its event has been waited for.
+            if "event waited for" not in self.log[last(self.log, "copy cuda to cpu") :]:
+                raise ReadBackError("a number is read before it has been waited for")
+            return 0.0
+        if name in ("_to_copy", "copy_"):
+            source = tensors[-1]
+            target = kwargs.get("device", source.device) if name == "_to_copy" else tensors[0].device
+            non_blocking = kwargs.get("non_blocking", args[2] if name == "copy_" and len(args) > 2 else False)
+            if source.device.type != torch.device(target).type:
+                name = f"copy {source.device.type} to {torch.device(target).type}"
+                if not non_blocking:
+                    raise ReadBackError(f"{name}, blocking")
+                if source.device.type == "cpu" and not any(source is tensor for tensor in self.pinned):
+                    raise ReadBackError(f"{name} from pageable memory")
+        self.log.append(name)
+        return function(*args, **kwargs)
+
+
+@pytest.fixture
+def watch(monkeypatch):
+    """`Watch` over fake CUDA tensors, which need no GPU, with stand-ins for what would start CUDA."""
+    mode = Watch()
+
+    class Stream:
+        cuda_stream = 0
+
+    class Event:
+        def record(self, stream):
+            mode.log.append("event recorded")
+
+        def synchronize(self):
+            mode.log.append("event waited for")
+
+    def pin_memory(tensor):
+        mode.pinned.append(tensor.clone())
+        return mode.pinned[-1]
+
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device=None: Stream)
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.Tensor, "pin_memory", pin_memory)
+    # Fake tensors must not be kept for other tests, nor real ones be found here.
+    partition_torch._region_tensors.cache_clear()
+    with FakeTensorMode(), mode:
+        yield mode
+    partition_torch._region_tensors.cache_clear()
+
+
+@pytest.mark.parametrize("importance_device", [None, "cpu", "cuda"])
+@pytest.mark.parametrize("num_tokens", [128, [128, 7]])
+def test_nothing_waits_without_a_gpu(watch, num_tokens, importance_device):
+    images = torch.empty(2, 3, 256, 200, device="cuda")
+    importance = None if importance_device is None else torch.empty(2, 256, 200, device=importance_device)
+    watch.log.clear()
+    output = partition_images(images, num_tokens, importance=importance)
+    assert {tensor.device.type for tensor in vars(output).values()} == {"cuda"}
+    assert output.boxes.shape == (2, 128, 4)
+    assert output.gaussians.shape == (2, 128, 5)
+    assert output.attention_mask.shape == (2, 128)
+
+    # The check of the values is asked for before anything is computed from them, and waited for after all else.
+    num_checks = 1 if importance is None else 2
+    log = watch.log
+    assert log.index("aminmax") < log.index("mul.Tensor") < log.index("gpstoken::region_entropies")
+    assert log.index("gpstoken::region_entropies") < log.index("gpstoken::choose_regions")
+    copied = [i for i, name in enumerate(log) if name == "copy cuda to cpu"]
+    assert len(copied) == num_checks
+    assert all(log[i + 1] == "event recorded" for i in copied)
+    waited = log.index("event waited for")
+    assert log.count("event waited for") == num_checks
+    assert waited > max(copied)
+    assert set(log[waited:]) <= {"event waited for", "select.int"}
+
+    # The second time nothing but what differs from call to call is sent to the GPU.
+    watch.log.clear()
+    partition_images(images, num_tokens, importance=importance)
+    sent = (importance_device == "cpu") + isinstance(num_tokens, list)
+    assert watch.log.count("copy cpu to cuda") == sent
+
+
+def test_the_choices_of_the_host_wait_once_without_a_gpu(watch):
+    """The fallback reads the scores, and nothing before it: the check above would find it out."""
+    images = torch.empty(2, 3, 64, 50, device="cuda")
+    with pytest.raises(ReadBackError, match="copy cuda to cpu, blocking"):
+        partition_images(images, 5, backend="torch")
+    assert watch.log.count("copy cuda to cpu") == 1
+    assert "scatter_add_" in watch.log
+
+
+@pytest.mark.parametrize(
+    ("wait", "what"),
+    [
+        (lambda x: x.sum().item(), "_local_scalar_dense"),
+        (lambda x: x[x > 0], "index by a mask"),
+        (lambda x: x.nonzero(), "nonzero"),
+        (lambda x: x.cpu(), "copy cuda to cpu, blocking"),
+        (lambda x: torch.zeros(3).to(x.device), "copy cpu to cuda, blocking"),
+        (lambda x: torch.zeros(3).to(x.device, non_blocking=True), "from pageable memory"),
+        (lambda x: x.to("cpu", non_blocking=True).sum().item(), "before it has been waited for"),
+    ],
+)
+def test_waiting_is_noticed_without_a_gpu(watch, wait, what):
+    with pytest.raises(ReadBackError, match=what):
+        wait(torch.empty(2, 3, device="cuda"))
+
+
+# ---- Without a GPU: the kernels compile for one ---------------------------------------------------------------------
+
+POINTERS = {
+    "entropy_kernel": {
+        "grey_ptr": "*fp32",
+        "boxes_ptr": "*i64",
+        "table_ptr": "*fp64",
+        "resized_ptr": "*fp32",
+        "counts_ptr": "*i32",
+        "entropies_ptr": "*fp64",
+    },
+    "choose_kernel": {"scores_ptr": "*fp64", "halves_ptr": "*i32", "counts_ptr": "*i64", "regions_ptr": "*i64"},
+}
+
+
+def compiled_for_sm_90(kernel, constants, num_warps, tmp_path, monkeypatch):
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    function = getattr(partition_triton, kernel)
+    signature = {
+        name: "constexpr" if name in constants else POINTERS[kernel].get(name, "i32") for name in function.arg_names
+    }
+    result = triton.compile(
+        ASTSource(function, signature, constants),
+        target=GPUTarget("cuda", 90, 32),
+        options={"num_warps": num_warps, **partition_triton._OPTIONS},
+    )
+    assert result.metadata.shared <= 48 * 1024
+    return result
+
+
+def local_memory(cubin, tmp_path):
+    """Bytes of the stack and of local memory of a compiled kernel: what is spilled lies there. None if unknown."""
+    program = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    if not program.exists():
+        return None
+    file = tmp_path / "kernel.cubin"
+    file.write_bytes(cubin)
+    report = subprocess.run([program, "--dump-resource-usage", file], capture_output=True, text=True, check=True)
+    return [int(size) for size in re.findall(r"(?:STACK|LOCAL):(\d+)", report.stdout)]
+
+
+@pytest.mark.skipif(INTERPRETED, reason="interpreted kernels are not compiled")
+def test_entropy_kernel_compiled_without_a_gpu(tmp_path, monkeypatch):
+    constants = {
+        "ROWS": partition_triton.ROWS,
+        "SIZE": partition_torch.RESIZED,
+        "BINS": partition_torch.USED_BINS,
+        "BIN_WIDTH": partition_torch.BIN_WIDTH,
+        "MAGNITUDE_LIMIT": partition_torch.MAGNITUDE_LIMIT,
+    }
+    result = compiled_for_sm_90("entropy_kernel", constants, partition_triton.ENTROPY_WARPS, tmp_path, monkeypatch)
+    assert local_memory(result.asm["cubin"], tmp_path) in (None, [0, 0])
+    ptx = result.asm["ptx"]
+    # What the last bit hangs on: a square root that rounds, nothing fused or flushed to zero, no order of additions
+    # that chance decides. Counting, in shared memory, may be atomic.
+    assert "sqrt.rn.f64" in ptx
+    assert not re.findall(r"\bfma\.|\bsqrt\.approx|\b(?:add|sub|mul|div)\.[\w.]*ftz", ptx)
+    atomics = re.findall(r"\b(?:atom|red)\.[\w.:]+", ptx)
+    assert all(".shared" in atomic and atomic.endswith(("u32", "s32")) for atomic in atomics), atomics
+    # Addition and multiplication as written: none that the assembler may fuse.
+    assert not re.findall(r"\b(?:add|sub|mul)\.f(?:32|64)", ptx)
+
+
+@pytest.mark.skipif(INTERPRETED, reason="interpreted kernels are not compiled")
+@pytest.mark.parametrize("block", [2**n for n in range(5, 13)])
+def test_choose_kernel_compiled_without_a_gpu(block, tmp_path, monkeypatch):
+    constants = {"BLOCK_L": block, "NO_KEY": partition_triton._NO_KEY}
+    warps = partition_triton.choose_warps(block)
+    result = compiled_for_sm_90("choose_kernel", constants, warps, tmp_path, monkeypatch)
+    assert local_memory(result.asm["cubin"], tmp_path) in (None, [0, 0])
+    assert "atom." not in result.asm["ptx"]
+    assert "f32" not in result.asm["ptx"]
