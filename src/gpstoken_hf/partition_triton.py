@@ -19,7 +19,7 @@ from __future__ import annotations
 import torch
 
 from .partition_torch import BIN_WIDTH, MAGNITUDE_LIMIT, RESIZED, USED_BINS, RegionTensors
-from .triton_support import jit, on_device, tl, triton
+from .triton_support import jit, next_power_of_2, on_device, tl
 
 _jit = jit("height", "width", "num_pairs", "num_splittable", "max_count")
 
@@ -273,7 +273,7 @@ def _choose_regions(scores: torch.Tensor, halves: torch.Tensor, counts: torch.Te
     regions = torch.empty(num_images, max_count, dtype=torch.int64, device=scores.device)
     if num_images == 0:
         return regions
-    block = max(32, triton.next_power_of_2(max_count))
+    block = max(32, next_power_of_2(max_count))
     with on_device(scores):
         choose_kernel[(num_images,)](
             scores.contiguous(), halves, counts, regions, scores.shape[1], max_count, BLOCK_L=block, NO_KEY=_NO_KEY,

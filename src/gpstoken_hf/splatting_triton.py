@@ -18,7 +18,7 @@ import math
 
 import torch
 
-from .triton_support import jit, on_device, tl, triton
+from .triton_support import cdiv, jit, next_power_of_2, on_device, tl
 
 _jit = jit("L", "C", "height", "width", "num_tokens", "num_strips", "num_parts")
 
@@ -27,26 +27,33 @@ TILE_HEIGHT, TILE_WIDTH = 8, 16
 CHUNK = 16
 SCAN = 512
 # From this many tokens on the forward pass makes lists.
-LIST_MIN_TOKENS = 192
+LIST_MIN_TOKENS = 64
 # Backward: pixels of a block of the token's box.
-BLOCK_HEIGHT, BLOCK_WIDTH = 4, 16
+BLOCK_HEIGHT, BLOCK_WIDTH = 8, 8
 MAX_CHANNEL_BLOCK = 64
 # Rows of the map for each strip that a box may be split into, and the largest number of strips.
 ROWS_PER_STRIP, MAX_STRIPS = 64, 8
+# Programs that keep a GPU busy: with fewer, boxes are split further.
+MIN_PROGRAMS = 2048
 
 # Products and sums may be fused: no comparison that decides about a box has one. Said explicitly, as the default
-# varies between versions of Triton.
-_OPTIONS = {"enable_fp_fusion": True}
+# varies between versions of Triton. No software pipeline: it takes registers, and with them a fifth of the programs
+# that a multiprocessor holds (forward with lists on sm_90: 107 against 96 registers).
+_OPTIONS = {"enable_fp_fusion": True, "num_stages": 1}
 
 _EXP2_SCALE = -0.5 / math.log(2)
 
 
 @_jit
 def _coordinate(index, num_pixels):
-    """`2 i / (n - 1) - 1` in float64, cast to float32: bit for bit what `gaussians.pixel_coordinates` gives."""
-    span = tl.maximum(num_pixels - 1, 1).to(tl.float64)
-    coordinate = (2 * index).to(tl.float64) / span - 1.0
-    return tl.where(num_pixels > 1, coordinate, 0.0).to(tl.float32)
+    """`(2 i - (n - 1)) / (n - 1)`, rounded once: the bits of `gaussians.pixel_coordinates`, with no float64 arithmetic.
+
+    Both operands are exact below 2^24, and the quotient is further from a rounding boundary than the error of the
+    float64 formula: equal for every index of every n up to 20000 (checked), and of most beyond.
+    """
+    span = tl.maximum(num_pixels - 1, 1)
+    coordinate = tl.div_rn((2 * index - span).to(tl.float32), span.to(tl.float32))
+    return tl.where(num_pixels > 1, coordinate, 0.0)
 
 
 @_jit
@@ -191,10 +198,12 @@ def forward_kernel(  # type: ignore[no-untyped-def]
 @_jit
 def _pixel_range(mu, half, num_pixels):
     """First pixel and end of a range that holds every pixel of the box along one axis."""
-    middle = (mu.to(tl.float64) + 1.0) * 0.5 * (num_pixels - 1)
-    reach = half.to(tl.float64) * 0.5 * (num_pixels - 1)
-    end = num_pixels.to(tl.float64)
-    first, last = tl.floor(middle - reach) - 1.0, tl.ceil(middle + reach) + 2.0
+    to_pixels = 0.5 * (num_pixels - 1)
+    middle, reach = (mu + 1.0) * to_pixels, half * to_pixels
+    end = num_pixels.to(tl.float32)
+    # The rounding of the float32 operands here, and in the comparison that decides.
+    slack = 1e-3 + 1e-6 * (tl.abs(middle) + reach + end)
+    first, last = tl.ceil(middle - reach - slack), tl.floor(middle + reach + slack) + 1.0
     # Written so that a NaN ends at 0 and nothing beyond int32 is ever converted.
     first = tl.where(first > 0.0, tl.where(first < end, first, end), 0.0)
     last = tl.where(last > 0.0, tl.where(last < end, last, end), 0.0)
@@ -252,6 +261,15 @@ def backward_kernel(  # type: ignore[no-untyped-def]
     if HAS_MASK:
         kept = tl.load(mask_ptr + token) != 0
         y_end = tl.where(kept, y_end, y_begin)
+    if SPLIT:
+        part = (channel_block * num_strips + strip).to(tl.int64)
+        moments_ptr += (part * num_tokens + token) * 5
+        grad_features_ptr += (strip.to(tl.int64) * num_tokens + token) * C
+        if (y_begin + strip * BLOCK_H >= y_end) | (x_begin >= x_end):  # most strips of small boxes
+            for k in tl.static_range(5):
+                tl.store(moments_ptr + k, 0.0)
+            tl.store(grad_features_ptr + channel, tl.zeros((BLOCK_C,), dtype=tl.float32), mask=real)
+            return
     feature = tl.load(features_ptr + token.to(tl.int64) * C + channel, mask=real, other=0.0)[None, :]
     grad_ptr += image.to(tl.int64) * C * height * width
 
@@ -268,13 +286,14 @@ def backward_kernel(  # type: ignore[no-untyped-def]
         dy = _coordinate(row, height) - mu_y
         for left in range(x_begin, x_end, BLOCK_W):
             column = left + pixel % BLOCK_W
+            # The load comes first: nothing after it waits for it but the sums.
+            inside = (row < y_end) & (column < x_end)
+            offset = channel[None, :] * (height * width) + (row * width + column)[:, None]
+            grad = tl.load(grad_ptr + offset, mask=inside[:, None] & real[None, :], other=0.0)
             dx = _coordinate(column, width) - mu_x
             weight, t, v = _weights(dx, dy, half_x, half_y, sigma_x, sigma_y, rho, scale, EXP2_SCALE)
             # Past the end of the range there may be pixels of the box in theory only: the range holds all of it.
-            inside = (row < y_end) & (column < x_end)
             weight = tl.where(inside, weight, 0.0)
-            offset = channel[None, :] * (height * width) + (row * width + column)[:, None]
-            grad = tl.load(grad_ptr + offset, mask=inside[:, None] & real[None, :], other=0.0)
             weighted_grad += weight[:, None] * grad
             A = weight * tl.sum(grad * feature, 1)
             sum_t += A * t
@@ -287,14 +306,11 @@ def backward_kernel(  # type: ignore[no-untyped-def]
     total_tt, total_tv, total_vv = tl.sum(sum_tt, 0), tl.sum(sum_tv, 0), tl.sum(sum_vv, 0)
     grad_feature = tl.sum(weighted_grad, 0)
     if SPLIT:
-        part = (channel_block * num_strips + strip).to(tl.int64)
-        out = moments_ptr + (part * num_tokens + token) * 5
-        tl.store(out, total_t)
-        tl.store(out + 1, total_v)
-        tl.store(out + 2, total_tt)
-        tl.store(out + 3, total_tv)
-        tl.store(out + 4, total_vv)
-        grad_features_ptr += (strip.to(tl.int64) * num_tokens + token) * C
+        tl.store(moments_ptr, total_t)
+        tl.store(moments_ptr + 1, total_v)
+        tl.store(moments_ptr + 2, total_tt)
+        tl.store(moments_ptr + 3, total_tv)
+        tl.store(moments_ptr + 4, total_vv)
         tl.store(grad_features_ptr + channel, grad_feature, mask=channel < C)
     else:
         kept = half_x == half_x
@@ -324,6 +340,7 @@ def finish_kernel(  # type: ignore[no-untyped-def]
 ):
     """Grid (B L,): adds the parts of a token in their order and turns its moments into gradients."""
     token = tl.program_id(0).to(tl.int64)
+    num_tokens = num_tokens.to(tl.int64)
     total_t, total_v, total_tt, total_tv, total_vv = 0.0, 0.0, 0.0, 0.0, 0.0
     for part in range(num_parts):
         base = moments_ptr + (part * num_tokens + token) * 5
@@ -370,9 +387,10 @@ def triton_forward(
     if make_lists is None:
         make_lists = L >= LIST_MIN_TOKENS
     block_c = _channel_block(C)
-    num_tiles = triton.cdiv(height, TILE_HEIGHT) * triton.cdiv(width, TILE_WIDTH)
-    grid = (B * num_tiles, triton.cdiv(C, block_c))
-    scan = max(CHUNK, min(SCAN, triton.next_power_of_2(L)))
+    num_tiles = cdiv(height, TILE_HEIGHT) * cdiv(width, TILE_WIDTH)
+    grid = (B * num_tiles, cdiv(C, block_c))
+    # Without lists it is not used, and must not vary, as every value is compiled for.
+    scan = min(SCAN, max(128, next_power_of_2(L))) if make_lists else CHUNK
     lists = features.new_empty(math.prod(grid) * scan if make_lists else 1, dtype=torch.int32)
     with on_device(features):
         forward_kernel[grid](
@@ -399,9 +417,11 @@ def triton_backward(
     gaussians, features, mask = _kernel_inputs(gaussians, features, attention_mask, height, width)
     grad = grad.contiguous()
     if num_strips is None:
-        num_strips = min(MAX_STRIPS, triton.cdiv(height, ROWS_PER_STRIP))
+        num_strips = min(MAX_STRIPS, cdiv(height, ROWS_PER_STRIP))
+        if num_strips > 1:  # few tokens on a large map: as many strips as it takes to fill a GPU
+            num_strips = max(num_strips, min(cdiv(height, 4 * BLOCK_HEIGHT), MIN_PROGRAMS // (B * L)))
     block_c = _channel_block(C)
-    num_blocks = triton.cdiv(C, block_c)
+    num_blocks = cdiv(C, block_c)
     num_parts = num_strips * num_blocks
     grad_gaussians, grad_features = torch.empty_like(gaussians), torch.empty_like(features)
     split = num_parts > 1
@@ -435,4 +455,4 @@ def _kernel_inputs(
 
 def _channel_block(num_channels: int) -> int:
     """Channels of one program: a power of two, at least the 16 that a matrix product takes."""
-    return max(16, min(MAX_CHANNEL_BLOCK, triton.next_power_of_2(num_channels)))
+    return max(16, min(MAX_CHANNEL_BLOCK, next_power_of_2(num_channels)))

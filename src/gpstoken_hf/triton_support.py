@@ -42,3 +42,16 @@ def jit(*sizes: str) -> Callable[[Callable[..., Any]], Any]:
 def on_device(tensor: torch.Tensor) -> contextlib.AbstractContextManager[Any]:
     """Kernels are launched on the current device, which need not be that of the tensors."""
     return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
+
+
+# Triton's own functions of these names take 2 to 3 µs a call, a tenth of what a whole launch does.
+
+
+def cdiv(a: int, b: int) -> int:
+    """`a / b`, rounded up."""
+    return -(-a // b)
+
+
+def next_power_of_2(n: int) -> int:
+    """The smallest power of two that is at least `n` >= 1."""
+    return 1 << (n - 1).bit_length()
