@@ -411,8 +411,13 @@ def watch(monkeypatch):
     monkeypatch.setattr(torch.Tensor, "pin_memory", pin_memory)
     # Fake tensors must not be kept for other tests, nor real ones be found here.
     partition_torch._region_tensors.cache_clear()
-    with FakeTensorMode(), mode:
-        yield mode
+    with FakeTensorMode():
+        try:
+            torch.empty(2, device="cuda")[:1]
+        except RuntimeError:
+            pytest.skip("this version of torch starts CUDA to index a fake tensor")
+        with mode:
+            yield mode
     partition_torch._region_tensors.cache_clear()
 
 
