@@ -10,7 +10,8 @@ import torch
 def random_tokens(seed, B, L, C, dtype=torch.float32, extreme=False):
     """Gaussians `(B, L, 5)` and features `(B, L, C)`.
 
-    `extreme` draws sigma from its lower bound 1e-5 to 1, |rho| up to 1 - 1e-5, and means outside of the frame too.
+    `extreme` draws sigma from its lower bound 1e-5 to 1, |rho| up to 1 - 1e-5, and means outside of the frame too;
+    every second token is in the frame and covers some of it.
     """
     rng = np.random.default_rng(seed)
     if extreme:
@@ -18,6 +19,8 @@ def random_tokens(seed, B, L, C, dtype=torch.float32, extreme=False):
         sigma[rng.random((B, L, 2)) < 0.1] = 1e-5
         rho = (1 - 10 ** rng.uniform(-5, 0, (B, L, 1))) * rng.choice([-1, 1], (B, L, 1))
         mu = rng.uniform(-1.5, 1.5, (B, L, 2))
+        sigma[:, ::2] = 10 ** rng.uniform(-0.5, 0, sigma[:, ::2].shape)
+        mu[:, ::2] /= 2
     else:
         sigma = rng.uniform(0.3, 1.5, (B, L, 2)) * (2 / 3 / math.sqrt(max(L, 1)))
         rho = rng.uniform(-0.9, 0.9, (B, L, 1))

@@ -1,7 +1,7 @@
 # Copyright 2026 The gpstoken-hf authors. Licensed under the Apache License, Version 2.0.
 """The partition's kernels: on a GPU where there is one, else through Triton's interpreter in a process of its own.
 
-They are also compiled ahead of time for sm_90, and the path of CUDA tensors runs with fake ones, to see that it never
+They are also compiled ahead of time, and the path of CUDA tensors runs with fake ones, to see that it never
 waits; neither needs a GPU.
 """
 
@@ -9,11 +9,11 @@ import os
 import re
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from ahead_of_time import compile_kernel, local_memory
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import load_file
@@ -25,7 +25,7 @@ from gpstoken_hf import partition, partition_images, partition_torch, partition_
 from gpstoken_hf.partition_torch import grey_images, region_entropies, region_tensors, region_tree
 from gpstoken_hf.triton_support import is_available
 
-triton = pytest.importorskip("triton")
+pytest.importorskip("triton")
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = torch.device("cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu")
@@ -494,37 +494,9 @@ POINTERS = {
 }
 
 
-def compiled_for_sm_90(kernel, constants, num_warps, tmp_path, monkeypatch):
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
-    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    function = getattr(partition_triton, kernel)
-    signature = {
-        name: "constexpr" if name in constants else POINTERS[kernel].get(name, "i32") for name in function.arg_names
-    }
-    result = triton.compile(
-        ASTSource(function, signature, constants),
-        target=GPUTarget("cuda", 90, 32),
-        options={"num_warps": num_warps, **partition_triton._OPTIONS},
-    )
-    assert result.metadata.shared <= 48 * 1024
-    return result
-
-
-def local_memory(cubin, tmp_path):
-    """Bytes of the stack and of local memory of a compiled kernel: what is spilled lies there. None if unknown."""
-    program = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-    if not program.exists():
-        return None
-    file = tmp_path / "kernel.cubin"
-    file.write_bytes(cubin)
-    report = subprocess.run([program, "--dump-resource-usage", file], capture_output=True, text=True, check=True)
-    return [int(size) for size in re.findall(r"(?:STACK|LOCAL):(\d+)", report.stdout)]
-
-
 @pytest.mark.skipif(INTERPRETED, reason="interpreted kernels are not compiled")
-def test_entropy_kernel_compiled_without_a_gpu(tmp_path, monkeypatch):
+@pytest.mark.parametrize("capability", [75, 80, 90])
+def test_entropy_kernel_compiled_without_a_gpu(capability, tmp_path, monkeypatch):
     constants = {
         "ROWS": partition_triton.ROWS,
         "SIZE": partition_torch.RESIZED,
@@ -532,7 +504,10 @@ def test_entropy_kernel_compiled_without_a_gpu(tmp_path, monkeypatch):
         "BIN_WIDTH": partition_torch.BIN_WIDTH,
         "MAGNITUDE_LIMIT": partition_torch.MAGNITUDE_LIMIT,
     }
-    result = compiled_for_sm_90("entropy_kernel", constants, partition_triton.ENTROPY_WARPS, tmp_path, monkeypatch)
+    pointers, warps = POINTERS["entropy_kernel"], partition_triton.ENTROPY_WARPS
+    result = compile_kernel(
+        partition_triton, "entropy_kernel", constants, pointers, warps, tmp_path, monkeypatch, capability
+    )
     assert local_memory(result.asm["cubin"], tmp_path) in (None, [0, 0])
     ptx = result.asm["ptx"]
     # What the last bit hangs on: a square root that rounds, nothing fused or flushed to zero, no order of additions
@@ -546,11 +521,15 @@ def test_entropy_kernel_compiled_without_a_gpu(tmp_path, monkeypatch):
 
 
 @pytest.mark.skipif(INTERPRETED, reason="interpreted kernels are not compiled")
+@pytest.mark.parametrize("capability", [75, 90])
 @pytest.mark.parametrize("block", [2**n for n in range(5, 13)])
-def test_choose_kernel_compiled_without_a_gpu(block, tmp_path, monkeypatch):
+def test_choose_kernel_compiled_without_a_gpu(block, capability, tmp_path, monkeypatch):
     constants = {"BLOCK_L": block, "NO_KEY": partition_triton._NO_KEY}
     warps = partition_triton.choose_warps(block)
-    result = compiled_for_sm_90("choose_kernel", constants, warps, tmp_path, monkeypatch)
+    pointers = POINTERS["choose_kernel"]
+    result = compile_kernel(
+        partition_triton, "choose_kernel", constants, pointers, warps, tmp_path, monkeypatch, capability
+    )
     assert local_memory(result.asm["cubin"], tmp_path) in (None, [0, 0])
     assert "atom." not in result.asm["ptx"]
     assert "f32" not in result.asm["ptx"]

@@ -1,23 +1,26 @@
 # Copyright 2026 The gpstoken-hf authors. Licensed under the Apache License, Version 2.0.
 """The Triton kernels: on a GPU where there is one, else through Triton's interpreter in a process of its own.
 
-Triton decides at import whether kernels are interpreted. They are also compiled ahead of time for sm_90, which needs
-no GPU.
+Triton decides at import whether kernels are interpreted. They are also compiled ahead of time, which needs no GPU.
 """
 
+import itertools
 import os
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
+from ahead_of_time import compile_kernel, local_memory
 from splatting_cases import random_mask, random_tokens, value_and_gradients
 
 from gpstoken_hf import splatting_triton
+from gpstoken_hf.gaussians import pixel_coordinates
 from gpstoken_hf.splatting import splat_gaussians, splat_reference
 from gpstoken_hf.triton_support import is_available
 
-triton = pytest.importorskip("triton")
+pytest.importorskip("triton")
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = torch.device("cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu")
@@ -93,6 +96,7 @@ def test_extreme_gaussians(seed):
     actual = value_and_gradients(
         lambda g, f: splat_gaussians(g, f, (19, 21), support, backend="triton"), gaussians, features, weights
     )
+    assert (expected[0] != 0).float().mean() > 0.1
     # At |rho| = 1 - 1e-5 the rounding of u grows 224 times in t.
     assert_same(actual, expected, [1e-4, 5e-4, 1e-4])
 
@@ -129,15 +133,23 @@ def test_tokens_outside_the_frame_and_nothing_at_all():
 
 
 @runs_kernels
-def test_deterministic():
-    gaussians, features = (tensor.to(DEVICE) for tensor in random_tokens(0, 2, 12, 5))
-    weights = torch.randn(2, 5, 20, 20, generator=torch.Generator().manual_seed(0)).to(DEVICE)
+def test_more_tokens_and_rows_than_one_program_takes():
+    """As the op itself chooses: lists of tokens, and boxes in strips, most of them empty."""
+    L, size = splatting_triton.LIST_MIN_TOKENS + 3, (splatting_triton.ROWS_PER_STRIP + 6, 11)
+    gaussians, features = (tensor.to(DEVICE) for tensor in random_tokens(0, 1, L, 3))
+    mask = random_mask(0, 1, L).to(DEVICE)
+    weights = torch.randn(1, 3, *size, generator=torch.Generator().manual_seed(0)).to(DEVICE)
+    expected = reference_values(gaussians, features, size, 3.0, mask, weights)
     first, second = (
         value_and_gradients(
-            lambda g, f: splat_gaussians(g, f, (20, 20), backend="triton"), gaussians, features, weights
+            lambda g, f: splat_gaussians(g, f, size, backend="triton", attention_mask=mask),
+            gaussians,
+            features,
+            weights,
         )
         for _ in range(2)
     )
+    assert_same(first, expected, [1e-5] * 3)
     assert all(torch.equal(one, other) for one, other in zip(first, second, strict=True))
 
 
@@ -149,15 +161,26 @@ def test_float64_is_refused():
 
 
 @runs_kernels
-def test_pixel_coordinates_are_those_of_the_reference():
-    # A support that ends on pixel centres: one unit in the last place would move them to the other side.
-    for size in (3, 5, 16):
-        gaussians = torch.tensor([[[0.25, 0.5, 0.0, 0.0, 0.0]]], device=DEVICE)
-        features = torch.ones(1, 1, 1, device=DEVICE)
-        for support in (1.0, 2.0):
-            maps = splat_gaussians(gaussians, features, (size, size), support, backend="triton")
-            expected = splat_reference(gaussians, features, (size, size), support)
+@pytest.mark.parametrize("size", [3, 4, 5, 16, 33])
+def test_no_pixel_changes_sides(size):
+    """Boxes that end on pixel centres: one unit in the last place would move pixels to the other side."""
+    x = pixel_coordinates(size, DEVICE, torch.float32)
+    features = torch.ones(1, 1, 1, device=DEVICE)
+    for i in range(size // 2, size):
+        if x[i] > 0:
+            gaussians = torch.tensor([[[x[i], 0.5, 0.0, 0.0, 0.0]]], device=DEVICE)
+            maps = splat_gaussians(gaussians, features, (size, size), 1.0, backend="triton")
+            expected = splat_reference(gaussians, features, (size, size), 1.0)
+            assert expected[0, 0, :, i].any()
             assert torch.equal(maps != 0, expected != 0)
+
+
+def test_coordinates_without_float64():
+    """The formula of the kernels has the bits of the float64 one."""
+    for size in (*range(2, 2049), 3000, 4095, 4096, 8191, 8192, 10000, 16384):
+        span = np.float32(size - 1)
+        ours = (2 * np.arange(size) - (size - 1)).astype(np.float32) / span
+        assert np.array_equal(ours, pixel_coordinates(size, torch.device("cpu"), torch.float32).numpy())
 
 
 @pytest.mark.gpu
@@ -170,14 +193,51 @@ def test_on_a_gpu_auto_is_triton_and_float64_is_tiled():
     torch.testing.assert_close(double.float(), forced, rtol=0, atol=1e-5)
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(DEVICE.type != "cuda", reason="needs a CUDA device")
+def test_on_a_gpu_every_token_on_every_tile():
+    """Lists are written over while other warps of a program may still read them, unless they are kept apart."""
+    gaussians, features = (tensor.to(DEVICE) for tensor in random_tokens(0, 2, 2000, 20))
+    gaussians[..., :2] = 0.9
+    weights = torch.randn(2, 20, 96, 96, generator=torch.Generator().manual_seed(0)).to(DEVICE)
+    expected = reference_values(gaussians, features, (96, 96), 3.0, None, weights)
+    for _ in range(5):
+        actual = value_and_gradients(lambda g, f: splat_gaussians(g, f, (96, 96)), gaussians, features, weights)
+        assert_same(actual, expected, [1e-4, 1e-4, 1e-4])
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(DEVICE.type != "cuda", reason="needs a CUDA device")
+def test_on_a_gpu_unaligned_views_other_streams_and_graphs():
+    tokens = torch.cat(random_tokens(0, 3, 40, 8), dim=-1).to(DEVICE)
+    gaussians, features = tokens[1:, 1:, :5], tokens[1:, 1:, 5:]
+    weights = torch.randn(2, 8, 20, 20, generator=torch.Generator().manual_seed(0)).to(DEVICE)
+
+    def run():
+        return value_and_gradients(lambda g, f: splat_gaussians(g, f, (20, 20)), gaussians, features, weights)
+
+    expected = reference_values(gaussians, features, (20, 20), 3.0, None, weights)
+    assert_same(run(), expected, [1e-5] * 3)
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        other = run()
+    torch.cuda.current_stream().wait_stream(stream)
+    assert_same(other, expected, [1e-5] * 3)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = run()
+    tokens[..., 5:] *= 2
+    graph.replay()
+    assert_same(captured[:1], [2 * expected[0]], [1e-5])
+
+
 # ---- Without a GPU: the kernels compile for one ---------------------------------------------------------------------
 
-POINTERS = {"mask_ptr": "*u8", "lists_ptr": "*i32"}
 FORWARD = {
     "TILE_H": splatting_triton.TILE_HEIGHT,
     "TILE_W": splatting_triton.TILE_WIDTH,
     "CHUNK_L": splatting_triton.CHUNK,
-    "SCAN_L": splatting_triton.SCAN,
     "EXP2_SCALE": splatting_triton._EXP2_SCALE,
 }
 BACKWARD = {
@@ -187,35 +247,38 @@ BACKWARD = {
 }
 
 
+# A few registers of the kernels for 64 channels at a time.
+MAX_SPILLED_BYTES = 64
+
+
+def kernel_variants():
+    """All that calls can need, `(kernel, constants, warps)`; on other machines than sm_90 as slow tests."""
+    for has_mask, block_c in itertools.product((False, True), (16, 32, 64)):
+        common = {"HAS_MASK": has_mask, "BLOCK_C": block_c}
+        yield "forward_kernel", FORWARD | common | {"MAKE_LISTS": False, "SCAN_L": splatting_triton.CHUNK}, 4
+        for scan in (128, splatting_triton.SCAN):
+            yield "forward_kernel", FORWARD | common | {"MAKE_LISTS": True, "SCAN_L": scan}, 4
+        for split in (False, True):
+            yield "backward_kernel", BACKWARD | common | {"SPLIT": split}, 2 if block_c <= 32 else 4
+        yield "finish_kernel", common, 1
+
+
 @pytest.mark.skipif(INTERPRETED, reason="interpreted kernels are not compiled")
 @pytest.mark.parametrize(
-    ("kernel", "constants", "num_warps"),
-    [
-        ("forward_kernel", FORWARD | {"MAKE_LISTS": False, "HAS_MASK": False, "BLOCK_C": 16}, 4),
-        ("forward_kernel", FORWARD | {"MAKE_LISTS": True, "HAS_MASK": True, "BLOCK_C": 64}, 4),
-        ("backward_kernel", BACKWARD | {"SPLIT": False, "HAS_MASK": False, "BLOCK_C": 16}, 2),
-        ("backward_kernel", BACKWARD | {"SPLIT": True, "HAS_MASK": True, "BLOCK_C": 64}, 4),
-        ("finish_kernel", {"HAS_MASK": True, "BLOCK_C": 16}, 1),
-    ],
+    "capability", [pytest.param(75, marks=pytest.mark.slow), pytest.param(80, marks=pytest.mark.slow), 90]
 )
-def test_compiled_ahead_of_time_for_sm_90(kernel, constants, num_warps, tmp_path, monkeypatch):
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
-    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    function = getattr(splatting_triton, kernel)
-    signature = {
-        name: "constexpr" if name in constants
-        else POINTERS.get(name, "*fp32") if name.endswith("_ptr")
-        else "fp32" if name == "support"
-        else "i32"
-        for name in function.arg_names
-    }  # fmt: skip
-    compiled = triton.compile(
-        ASTSource(function, signature, constants),
-        target=GPUTarget("cuda", 90, 32),
-        options={"num_warps": num_warps, **splatting_triton._OPTIONS},
+@pytest.mark.parametrize(("kernel", "constants", "num_warps"), list(kernel_variants()))
+def test_compiled_ahead_of_time(kernel, constants, num_warps, capability, tmp_path, monkeypatch):
+    pointers = {"mask_ptr": "*u8" if constants["HAS_MASK"] else "*fp32", "lists_ptr": "*i32"}
+    compiled = compile_kernel(
+        splatting_triton, kernel, constants, pointers, num_warps, tmp_path, monkeypatch, capability
     )
-    assert compiled.asm["cubin"]
-    assert "atom." not in compiled.asm["ptx"]
-    assert compiled.metadata.shared <= 48 * 1024
+    ptx = compiled.asm["ptx"]
+    assert "atom." not in ptx
+    assert "red.global" not in ptx
+    # Lists are read back by the program that wrote them; products have all digits of float32; no float64.
+    assert "ld.global.nc" not in ptx
+    assert "mma." not in ptx
+    assert ".f64" not in ptx
+    spilled = local_memory(compiled.asm["cubin"], tmp_path)
+    assert spilled is None or sum(spilled) <= MAX_SPILLED_BYTES

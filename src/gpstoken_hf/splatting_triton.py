@@ -46,10 +46,9 @@ _EXP2_SCALE = -0.5 / math.log(2)
 
 @_jit
 def _coordinate(index, num_pixels):
-    """`(2 i - (n - 1)) / (n - 1)`, rounded once: the bits of `gaussians.pixel_coordinates`, with no float64 arithmetic.
+    """`(2 i - (n - 1)) / (n - 1)` in float32, rounded once: the bits of the float64 `gaussians.pixel_coordinates`.
 
-    Both operands are exact below 2^24, and the quotient is further from a rounding boundary than the error of the
-    float64 formula: equal for every index of every n up to 20000 (checked), and of most beyond.
+    Both operands are exact below 2^24. Equal for every index of every n up to 20000, which was checked one by one.
     """
     span = tl.maximum(num_pixels - 1, 1)
     coordinate = tl.div_rn((2 * index - span).to(tl.float32), span.to(tl.float32))
