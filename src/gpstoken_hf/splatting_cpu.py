@@ -201,6 +201,21 @@ def _reduce_tokens(
         grad_features[b, l, :] = token_grad
 
 
+@_compiled(fastmath=False)
+def _to_channels_last(maps: np.ndarray, out: np.ndarray, start: int, stop: int) -> None:
+    """`(B, C, h, w)` -> `(B, h, w, C)`, rows `start` to `stop`, counted over all images.
+
+    Row by row, which stays in the cache: in a quarter of the time that PyTorch's copy of the permuted maps takes.
+    """
+    _, C, h, w = maps.shape
+    for index in range(start, stop):
+        b = index // h
+        j = index - b * h
+        for c in range(C):
+            for i in range(w):
+                out[b, j, i, c] = maps[b, c, j, i]
+
+
 def cpu_forward(
     gaussians: torch.Tensor,
     features: torch.Tensor,
@@ -233,10 +248,12 @@ def cpu_backward(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Moments of A `(B, L, 5)` and gradient of the features `(B, L, C)`, from `grad` `(B, C, h, w)`."""
     B, L, C = features.shape
-    arrays = _to_numpy(grad.permute(0, 2, 3, 1), gaussians, features)
-    boxes, num_pairs = _boxes(arrays[1], attention_mask, x, y, support)
+    maps, *arrays = _to_numpy(grad, gaussians, features)
+    boxes, num_pairs = _boxes(arrays[0], attention_mask, x, y, support)
+    channels_last = np.empty((B, y.shape[0], x.shape[0], C), maps.dtype)
+    _share_out(_to_channels_last, (maps, channels_last), B * y.shape[0], maps.size)
     moments, grad_features = torch.empty_like(gaussians).contiguous(), torch.empty_like(features).contiguous()
-    arguments = (*arrays, boxes, x.numpy(), y.numpy(), moments.numpy(), grad_features.numpy())
+    arguments = (channels_last, *arrays, boxes, x.numpy(), y.numpy(), moments.numpy(), grad_features.numpy())
     _share_out(_reduce_tokens, arguments, B * L, num_pairs * C)
     return moments, grad_features
 
