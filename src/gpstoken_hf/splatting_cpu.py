@@ -250,7 +250,7 @@ def cpu_backward(
     B, L, C = features.shape
     maps, *arrays = _to_numpy(grad, gaussians, features)
     boxes, num_pairs = _boxes(arrays[0], attention_mask, x, y, support)
-    channels_last = np.empty((B, y.shape[0], x.shape[0], C), maps.dtype)
+    channels_last = grad.new_empty(B, y.shape[0], x.shape[0], C).numpy()
     _share_out(_to_channels_last, (maps, channels_last), B * y.shape[0], maps.size)
     moments, grad_features = torch.empty_like(gaussians).contiguous(), torch.empty_like(features).contiguous()
     arguments = (channels_last, *arrays, boxes, x.numpy(), y.numpy(), moments.numpy(), grad_features.numpy())
