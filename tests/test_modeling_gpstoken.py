@@ -5,6 +5,7 @@ import json
 
 import pytest
 import torch
+from fake_cuda import watched_fake_cuda
 from model_helpers import make_images, make_model, max_error
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoImageProcessor, AutoModel
@@ -407,6 +408,42 @@ def test_missing_files(checkpoint):
         GPSTokenModel.from_pretrained(folder)
 
 
+# -- a GPU is not kept waiting
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("importance_device", [None, "cpu", "cuda"])
+@pytest.mark.parametrize("arguments", [{"num_tokens": 12}, {"num_tokens": [12, 5]}, {"tile_size": 16}])
+def test_encode_waits_for_the_check_of_the_values_alone(monkeypatch, arguments, importance_device):
+    pytest.importorskip("triton")
+    with watched_fake_cuda(monkeypatch) as watch:
+        with watch.look_away(), torch.device("cuda"):
+            model = make_model()
+        images = torch.empty(2, 3, 32, 24, device="cuda")
+        importance = None if importance_device is None else torch.empty(2, 32, 24, device=importance_device)
+        encoded = model.encode(images, importance=importance, **arguments)
+        assert {tensor.device.type for tensor in encoded.values()} == {"cuda"}
+        # Asked for before anything else is computed, and waited for when all work is queued.
+        log = watch.log
+        assert log.index("copy cuda to cpu") < log.index("gpstoken::region_entropies") < log.index("addmm")
+        waited = log.index("event waited for")
+        assert log.count("copy cuda to cpu") == log.count("event waited for") == 1 + (importance_device == "cuda")
+        assert set(log[waited:]) <= {"event waited for", "select.int"}
+
+
+@torch.no_grad()
+def test_pixels_may_leave_their_range_by_the_rounding_of_a_resize(model, images):
+    pixels = images.clone()
+    pixels[0, 0, 0, 0], pixels[1, 2, 3, 4] = 1 + 2**-17, -1 - 2**-17
+    expected = model.encode(pixels.clamp(-1, 1), num_tokens=6)
+    encoded = model.encode(pixels, num_tokens=6)
+    assert torch.equal(encoded.boxes, expected.boxes)
+    assert max_error(encoded.tokens, expected.tokens) < 1e-4
+    pixels[0, 0, 0, 0] = 1 + 2**-16
+    with pytest.raises(ValueError, match=r"pixel_values must be in \[-1, 1\]"):
+        model.encode(pixels, num_tokens=6)
+
+
 # -- bad input
 
 BOXES = [[[0, 0, 31, 31]]] * 2
@@ -429,10 +466,10 @@ def bad_pixel(value):
             {"pixel_values": torch.zeros(1, 3, 32, 32, dtype=torch.uint8)},
             r"floating point in \[-1, 1\], got torch.uint8",
         ),
-        (bad_pixel(float("nan")), "finite, got NaN or infinite"),
-        (bad_pixel(float("-inf")), "finite, got NaN or infinite"),
-        (bad_pixel(255.0), r"must lie in \[-1, 1\], got values from 0 to 255"),
-        (bad_pixel(-1.01), r"must lie in \[-1, 1\], got values from -1.01 to 0"),
+        (bad_pixel(float("nan")), "pixel_values must be finite, got 1 NaN or infinite"),
+        (bad_pixel(float("-inf")), "pixel_values must be finite, got 1 NaN or infinite"),
+        (bad_pixel(255.0), r"pixel_values must be in \[-1, 1\], got values from 0 to 255"),
+        (bad_pixel(-1.01), r"pixel_values must be in \[-1, 1\], got values from -1.01 to 0"),
         ({"num_tokens": 0}, "num_tokens must be at least 1, got 0"),
         ({"num_tokens": [4, 0]}, "num_tokens must be at least 1, got 0"),
         ({"num_tokens": -2}, "num_tokens must be at least 1, got -2"),

@@ -15,7 +15,8 @@ from safetensors.numpy import load_file
 
 from gpstoken_hf import partition_images
 from gpstoken_hf.gaussians import boxes_to_gaussians, morton_order
-from gpstoken_hf.partition import _ENTROPY_TABLE, _complexity, max_regions
+from gpstoken_hf.partition import max_regions
+from gpstoken_hf.partition_cpu import _ENTROPY_TABLE, _complexity
 
 TESTS = Path(__file__).parent
 PORTABLE = TESTS / "golden"
@@ -313,6 +314,18 @@ BAD_ARGUMENTS = {
 def test_bad_input(arguments, message, backend):
     with pytest.raises(ValueError, match=message):
         partition_images(**{"images": torch.zeros(1, 3, 32, 32), "num_tokens": 4, "backend": backend, **arguments})
+
+
+@pytest.mark.parametrize("backend", ["numba", "torch"])
+@pytest.mark.parametrize("sign", [-1, 1])
+def test_pixels_may_leave_their_range_by_the_rounding_of_a_resize(backend, sign):
+    images = torch.from_numpy(random_image(np.random.default_rng(3), 40, 32))[None].clone()
+    images[0, :, 7, 9] = sign * (1 + 2**-17)
+    boxes = partition_images(images, 12, backend=backend).boxes
+    assert torch.equal(boxes, partition_images(images.clamp(-1, 1), 12, backend=backend).boxes)
+    images[0, 1, 7, 9] = sign * (1 + 2**-16)
+    with pytest.raises(ValueError, match=r"images must be in \[-1, 1\], got values from .*1\.00002"):
+        partition_images(images, 12, backend=backend)
 
 
 def test_one_bad_image_in_a_batch_is_found():

@@ -163,12 +163,22 @@ def test_importance_sums():
 )
 def test_range_check_in_two_parts(device, values, message):
     skip_without(device)
-    check = RangeCheck("weights", torch.tensor(values, device=device), -1.0, 1.0)
+    tensor = torch.tensor(values, device=device)
     if message is None:
-        check.finish()
-        return
-    with pytest.raises(ValueError, match=message):
-        check.finish()
+        RangeCheck("weights", tensor, -1.0, 1.0).finish()
+    elif device == "cuda":
+        check = RangeCheck("weights", tensor, -1.0, 1.0)
+        with pytest.raises(ValueError, match=message):
+            check.finish()
+    else:  # there is nothing to wait for
+        with pytest.raises(ValueError, match=message):
+            RangeCheck("weights", tensor, -1.0, 1.0)
+
+
+def test_range_check_has_a_tolerance():
+    RangeCheck("weights", torch.tensor([-1.25, 1.25]), -1.0, 1.0, tolerance=0.25)
+    with pytest.raises(ValueError, match=r"weights must be in \[-1, 1\], got values from -1.25 to 1.5"):
+        RangeCheck("weights", torch.tensor([-1.25, 1.5]), -1.0, 1.0, tolerance=0.25)
 
 
 @pytest.mark.gpu

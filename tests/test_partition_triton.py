@@ -14,14 +14,13 @@ import numpy as np
 import pytest
 import torch
 from ahead_of_time import compile_kernel, local_memory
+from fake_cuda import ReadBackError, watched_fake_cuda
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import load_file
 from test_partition import BAD_ARGUMENTS, PORTABLE, complexity, golden_arguments, golden_cases, random_image
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
 
-from gpstoken_hf import partition, partition_images, partition_torch, partition_triton
+from gpstoken_hf import partition, partition_cpu, partition_images, partition_torch, partition_triton
 from gpstoken_hf.partition_torch import grey_images, region_entropies, region_tensors, region_tree
 from gpstoken_hf.triton_support import is_available
 
@@ -129,7 +128,7 @@ def host_choice(scores, tree, counts):
     boxes = np.empty((len(counts), max(counts), 4), dtype=np.int64)
     boxes[:] = tree.boxes[0]
     # With entropies of 0 and an exponent of 1, the weights are the scores.
-    partition._choose_regions(
+    partition_cpu.choose_regions(
         np.zeros(scores.shape), scores, tree.boxes, tree.halves, np.array(counts, dtype=np.int64), 1.0, boxes
     )
     return torch.from_numpy(boxes)
@@ -340,85 +339,10 @@ def test_on_a_gpu_no_operation_synchronises():
 # ---- Without a GPU: nothing waits -----------------------------------------------------------------------------------
 
 
-def last(log, name):
-    """Index of the last entry of that name."""
-    return len(log) - 1 - log[::-1].index(name)
-
-
-class ReadBackError(AssertionError):
-    """The host reads what the GPU has still to compute, or a copy waits for the GPU."""
-
-
-class Watch(TorchDispatchMode):
-    """Writes down the operations in order; raises where one makes the host wait for a CUDA device."""
-
-    def __init__(self):
-        super().__init__()
-        self.log = []
-        self.pinned = []
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        name = function.name().removeprefix("aten::")
-        if name.startswith("prim::"):  # questions about a tensor, not work
-            return function(*args, **kwargs)
-        tensors = [value for value in args if isinstance(value, torch.Tensor)]
-        on_cuda = any(tensor.is_cuda for tensor in tensors)
-        if on_cuda and name.split(".")[0] in ("_local_scalar_dense", "nonzero", "masked_select", "_unique2", "equal"):
-            raise ReadBackError(name)
-        if name.startswith("index.") and any(index.dtype == torch.bool for index in args[1] if index is not None):
-            raise ReadBackError("index by a mask")
-        if name == "_local_scalar_dense":
-            # A number that was copied to the CPU: valid, and only there once its event has been waited for.
-            if "event waited for" not in self.log[last(self.log, "copy cuda to cpu") :]:
-                raise ReadBackError("a number is read before it has been waited for")
-            return 0.0
-        if name in ("_to_copy", "copy_"):
-            source = tensors[-1]
-            target = kwargs.get("device", source.device) if name == "_to_copy" else tensors[0].device
-            non_blocking = kwargs.get("non_blocking", args[2] if name == "copy_" and len(args) > 2 else False)
-            if source.device.type != torch.device(target).type:
-                name = f"copy {source.device.type} to {torch.device(target).type}"
-                if not non_blocking:
-                    raise ReadBackError(f"{name}, blocking")
-                if source.device.type == "cpu" and not any(source is tensor for tensor in self.pinned):
-                    raise ReadBackError(f"{name} from pageable memory")
-        self.log.append(name)
-        return function(*args, **kwargs)
-
-
 @pytest.fixture
 def watch(monkeypatch):
-    """`Watch` over fake CUDA tensors, which need no GPU, with stand-ins for what would start CUDA."""
-    mode = Watch()
-
-    class Stream:
-        cuda_stream = 0
-
-    class Event:
-        def record(self, stream):
-            mode.log.append("event recorded")
-
-        def synchronize(self):
-            mode.log.append("event waited for")
-
-    def pin_memory(tensor):
-        mode.pinned.append(tensor.clone())
-        return mode.pinned[-1]
-
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda device=None: Stream)
-    monkeypatch.setattr(torch.cuda, "Event", Event)
-    monkeypatch.setattr(torch.Tensor, "pin_memory", pin_memory)
-    # Fake tensors must not be kept for other tests, nor real ones be found here.
-    partition_torch._region_tensors.cache_clear()
-    with FakeTensorMode():
-        try:
-            torch.empty(2, device="cuda")[:1]
-        except RuntimeError:
-            pytest.skip("this version of torch starts CUDA to index a fake tensor")
-        with mode:
-            yield mode
-    partition_torch._region_tensors.cache_clear()
+    with watched_fake_cuda(monkeypatch) as mode:
+        yield mode
 
 
 @pytest.mark.parametrize("importance_device", [None, "cpu", "cuda"])
@@ -433,8 +357,9 @@ def test_nothing_waits_without_a_gpu(watch, num_tokens, importance_device):
     assert output.gaussians.shape == (2, 128, 5)
     assert output.attention_mask.shape == (2, 128)
 
-    # The check of the values is asked for before anything is computed from them, and waited for after all else.
-    num_checks = 1 if importance is None else 2
+    # The check of the values is asked for before anything is computed from them, and waited for after all else; that
+    # of values on the CPU is made there at once.
+    num_checks = 2 if importance_device == "cuda" else 1
     log = watch.log
     assert log.index("aminmax") < log.index("mul.Tensor") < log.index("gpstoken::region_entropies")
     assert log.index("gpstoken::region_entropies") < log.index("gpstoken::choose_regions")

@@ -16,7 +16,8 @@ import numpy as np
 import torch
 
 from .gaussians import GAUSSIAN_FIELDS, NUM_GAUSSIAN_PARAMS, boxes_to_gaussians
-from .partition import compiled, heap_pop, heap_push, max_regions, sort_by_morton_code
+from .partition import max_regions
+from .partition_cpu import compiled, heap_pop, heap_push, sort_by_morton_code
 
 
 @dataclass

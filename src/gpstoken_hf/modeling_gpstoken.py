@@ -39,11 +39,8 @@ from .gaussians import (
     join_tokens,
     split_tokens,
 )
-from .partition import partition_images
+from .partition import partition_images, partition_unchecked, start_value_checks
 from .splatting import splat_gaussians
-
-# Pixels may leave [-1, 1] by this much: the rounding of a resize in float32.
-PIXEL_TOLERANCE = 1e-5
 
 
 @dataclass
@@ -228,7 +225,7 @@ class GPSTokenModel(GPSTokenPreTrainedModel):
         Raises:
             ValueError: what was expected and what came, for any input that does not fit.
         """
-        self._check_pixel_values(pixel_values)
+        check_pixel_values(pixel_values)
         batch_size, _, height, width = pixel_values.shape
         num_tokens = check_num_tokens(num_tokens, batch_size)
         if importance is not None and importance.shape != (batch_size, height, width):
@@ -244,17 +241,25 @@ class GPSTokenModel(GPSTokenPreTrainedModel):
         if attention_mask is not None and not has_layout:
             raise ValueError("attention_mask belongs to a layout given by init_gaussians or boxes, got neither")
 
+        # Off CUDA these raise at once. There they are waited for when all work is queued, so that the GPU has some.
+        checks = []
+        if not torch.compiler.is_compiling():  # reading values would break the graph
+            checks = start_value_checks(pixel_values, importance, name="pixel_values")
         if has_layout:
             boxes, init_gaussians = self._complete_layout(pixel_values, boxes, init_gaussians, attention_mask)
-            return self._encode_layout(pixel_values, boxes, init_gaussians, attention_mask, **kwargs)
-
-        if tile_size is None and self.use_tiling and max(height, width) > self.tiling_size:
-            tile_size = self.tiling_size
-        if tile_size is None:
-            count = self.config.num_tokens if num_tokens is None else num_tokens
-            return self._encode_whole(pixel_values, count, importance, **kwargs)
-        self._check_tile_size(tile_size)
-        return self._encode_tiles(pixel_values, num_tokens, importance, tile_size, **kwargs)
+            output = self._encode_layout(pixel_values, boxes, init_gaussians, attention_mask, **kwargs)
+        else:
+            if tile_size is None and self.use_tiling and max(height, width) > self.tiling_size:
+                tile_size = self.tiling_size
+            if tile_size is None:
+                count = self.config.num_tokens if num_tokens is None else num_tokens
+                output = self._encode_whole(pixel_values, count, importance, **kwargs)
+            else:
+                self._check_tile_size(tile_size)
+                output = self._encode_tiles(pixel_values, num_tokens, importance, tile_size, **kwargs)
+        for check in checks:
+            check.finish()
+        return output
 
     def _encode_whole(
         self,
@@ -263,7 +268,9 @@ class GPSTokenModel(GPSTokenPreTrainedModel):
         importance: torch.Tensor | None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> GPSTokenEncoderOutput:
-        partition = partition_images(
+        # A traced `encode` has not looked at the values.
+        partition_function = partition_images if torch.compiler.is_compiling() else partition_unchecked
+        partition = partition_function(
             pixel_values.float(),
             num_tokens,
             complexity_exponent=self.config.complexity_exponent,
@@ -323,11 +330,13 @@ class GPSTokenModel(GPSTokenPreTrainedModel):
             gaussians, texture = split_tokens(tokens)
             frame = ((y0, x0, h, w), (height, width))
             missing = longest - tokens.shape[1]
+            # Numbers, not a tensor of them, which would have to be sent to the device.
+            boxes = torch.stack([boxes[..., 0::2] + x0, boxes[..., 1::2] + y0], dim=-1).flatten(-2)
             parts.append(
                 (
                     pad_tokens(join_tokens(gaussians_to_frame(gaussians, *frame), texture), missing),
                     pad_tokens(gaussians_to_frame(init_gaussians, *frame), missing),
-                    pad_tokens(boxes + boxes.new_tensor([x0, y0, x0, y0]), missing),
+                    pad_tokens(boxes, missing),
                     F.pad(attention_mask, (0, missing)),
                 )
             )
@@ -491,22 +500,6 @@ class GPSTokenModel(GPSTokenPreTrainedModel):
         if tile_size < scale or tile_size % scale:
             raise ValueError(f"tile_size must be a positive multiple of {scale} pixels, got {tile_size}")
 
-    def _check_pixel_values(self, pixel_values: torch.Tensor) -> None:
-        if pixel_values.ndim != 4 or pixel_values.shape[1] != 3 or 0 in pixel_values.shape:
-            raise ValueError(
-                f"pixel_values must be (B, 3, H, W) with 3 colour channels, got {tuple(pixel_values.shape)}"
-            )
-        if not pixel_values.is_floating_point():
-            raise ValueError(f"pixel_values must be floating point in [-1, 1], got {pixel_values.dtype}")
-        if torch.compiler.is_compiling():  # reading values would break the graph
-            return
-        low, high = pixel_values.detach().aminmax()  # NaN goes through to both
-        low, high = low.item(), high.item()
-        if not (math.isfinite(low) and math.isfinite(high)):
-            raise ValueError("pixel_values must be finite, got NaN or infinite values")
-        if low < -1 - PIXEL_TOLERANCE or high > 1 + PIXEL_TOLERANCE:
-            raise ValueError(f"pixel_values must lie in [-1, 1], got values from {low:.6g} to {high:.6g}")
-
     def _check_tokens(self, tokens: torch.Tensor, attention_mask: torch.Tensor | None) -> None:
         expected = self.config.token_channels
         if tokens.ndim != 3 or tokens.shape[-1] != expected:
@@ -613,6 +606,14 @@ def check_loading_info(class_name: str, source: Any, info: dict[str, Any]) -> No
             problems.append(f"{len(shown)} {kind} ({', '.join(shown[:5])}{more})")
     if problems:
         raise ValueError(f"expected exactly the weights of {class_name} in {source}, got: {'; '.join(problems)}")
+
+
+def check_pixel_values(pixel_values: torch.Tensor) -> None:
+    """What can be said of images without reading them: their shape and dtype."""
+    if pixel_values.ndim != 4 or pixel_values.shape[1] != 3 or 0 in pixel_values.shape:
+        raise ValueError(f"pixel_values must be (B, 3, H, W) with 3 colour channels, got {tuple(pixel_values.shape)}")
+    if not pixel_values.is_floating_point():
+        raise ValueError(f"pixel_values must be floating point in [-1, 1], got {pixel_values.dtype}")
 
 
 def check_num_tokens(num_tokens: int | Sequence[int] | None, batch_size: int) -> int | list[int] | None:

@@ -4,8 +4,8 @@
 Letters: B batch, N regions, S splittable ones, H x W pixels of an image, P pairs of an image and a region.
 
 The halvings of an image of given size form a fixed set of regions (2729 for 256 x 256 and s_min = 8), so all of their
-entropies can be computed before the first choice is made: much more work than the compiled loop of partition.py does,
-but all of it in parallel. It takes the same roundings as that loop: float32 where OpenCV has float32, a fused
+entropies can be computed before the first choice is made: much more work than the compiled loop of partition_cpu.py
+does, but all of it in parallel. It takes the same roundings as that loop: float32 where OpenCV has float32, a fused
 multiply-add as a product and a sum in float64, one kernel for each operation so that nothing is contracted.
 
 The tree of these regions, and the check of the values that does not hold up a GPU, serve the kernels of
@@ -22,6 +22,9 @@ import numpy as np
 import torch
 
 from .gaussians import morton_code
+
+# Pixels may leave [-1, 1] by this much, more than the rounding of a resize in float32. 1 + 2^-17 is exact there.
+PIXEL_TOLERANCE = 2.0**-17
 
 RESIZED = 64
 NUM_BINS = 512
@@ -164,15 +167,18 @@ def count_tensor(counts: list[int], device: torch.device) -> torch.Tensor:
     return to_device(torch.tensor(counts, dtype=torch.int64), device)
 
 
-def check_range(name: str, values: torch.Tensor, low: float, high: float) -> None:
-    """Raise ValueError unless all `values` are finite and in [low, high]. Waits for the device of `values`."""
+def check_range(name: str, values: torch.Tensor, low: float, high: float, tolerance: float = 0.0) -> None:
+    """Raise ValueError unless all `values` are finite and in [low, high]. Waits for the device of `values`.
+
+    Values that leave the range by no more than `tolerance` pass.
+    """
     if values.numel() == 0:
         return
     if not torch.isfinite(values).all():
         bad = int((~torch.isfinite(values)).sum())
         raise ValueError(f"{name} must be finite, got {bad} NaN or infinite values")
     smallest, largest = values.min().item(), values.max().item()
-    if smallest < low or largest > high:
+    if smallest < low - tolerance or largest > high + tolerance:
         expected = f"in [{low:g}, {high:g}]" if math.isfinite(high) else f"at least {low:g}"
         raise ValueError(f"{name} must be {expected}, got values from {smallest:.6g} to {largest:.6g}")
 
@@ -181,24 +187,27 @@ class RangeCheck:
     """`check_range` in two parts, so that a GPU has other work while the host waits for its result.
 
     The first part, the constructor, queues a pass over `values` and the copy of what it finds. `finish` waits for
-    that copy alone, not for what was queued after it, and raises as `check_range` does.
+    that copy alone, not for what was queued after it, and raises as `check_range` does. Off CUDA there is nothing to
+    gain: the constructor raises, before any work is done.
     """
 
-    def __init__(self, name: str, values: torch.Tensor, low: float, high: float):
-        self.arguments = (name, values, low, high)
+    def __init__(self, name: str, values: torch.Tensor, low: float, high: float, tolerance: float = 0.0):
+        self.arguments = (name, values, low, high, tolerance)
         # NaN if any value is. Copied without blocking, which takes page-locked memory, by itself.
         extremes = torch.stack(values.aminmax()) if values.numel() > 0 else values.new_tensor([low, low], device="cpu")
         self.extremes = extremes.to("cpu", non_blocking=True)
         self.copied = torch.cuda.Event() if values.is_cuda else None
         if self.copied is not None:
             self.copied.record(torch.cuda.current_stream(values.device))
+        else:
+            self.finish()
 
     def finish(self) -> None:
         if self.copied is not None:
             self.copied.synchronize()
-        _, _, low, high = self.arguments
+        _, _, low, high, tolerance = self.arguments
         smallest, largest = self.extremes[0].item(), self.extremes[1].item()
-        if not (low <= smallest and largest <= high and math.isfinite(largest)):
+        if not (low - tolerance <= smallest and largest <= high + tolerance and math.isfinite(largest)):
             check_range(*self.arguments)
 
 

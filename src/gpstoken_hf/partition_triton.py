@@ -6,7 +6,7 @@ Letters: B batch, L regions of an image, S splittable regions of the tree, N all
 `entropy_kernel`: a fixed number of programs share out the pairs of an image and a splittable region. A program resizes
 the region to 64 x 64 into scratch memory of its own, which is small enough to stay in the cache, takes the histogram
 of the Sobel magnitudes and adds the entropy. It rounds as `partition_torch.region_entropies` and the compiled loop of
-`partition.py` do: products and sums are not fused, and every sum has the order of theirs.
+`partition_cpu.py` do: products and sums are not fused, and every sum has the order of theirs.
 
 `choose_kernel`: one program for each image holds all of its regions so far and halves the one of the largest score
 until there are enough. Neither kernel uses floating-point atomics; both are deterministic and read nothing back. Both
