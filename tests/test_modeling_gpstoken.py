@@ -291,6 +291,16 @@ def test_compile_of_encode_and_decode_in_one_graph(images):
     check_compiled(make_model(), images, "aot_eager", fullgraph=True)
 
 
+def test_compiled_encode_looks_at_the_pixels_too(model, images):
+    """Where its graph breaks, at the partition."""
+    torch._dynamo.reset()
+    encode = torch.compile(model.encode, backend="eager")
+    with torch.no_grad():
+        assert torch.equal(encode(images, num_tokens=6).boxes, model.encode(images, num_tokens=6).boxes)
+        with pytest.raises(ValueError, match=r"must be in \[-1, 1\], got values from .* to 3"):
+            encode(images.clone().index_fill_(3, torch.tensor(5), 3.0), num_tokens=6)
+
+
 @pytest.mark.slow
 @pytest.mark.filterwarnings(
     r"ignore::DeprecationWarning:torch\..*", r"ignore::FutureWarning:torch\..*"

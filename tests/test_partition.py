@@ -328,6 +328,24 @@ def test_pixels_may_leave_their_range_by_the_rounding_of_a_resize(backend, sign)
         partition_images(images, 12, backend=backend)
 
 
+# The compiled loop always looks at the pixels.
+@pytest.mark.parametrize(("backend", "where"), [("numba", "importance"), ("torch", "importance"), ("torch", "images")])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -1e30])
+def test_unchecked_values_do_no_harm(backend, where, value):
+    """A GPU computes before anybody knows the values: what comes out is a partition, if one without meaning."""
+    rng = np.random.default_rng(4)
+    arguments = {
+        "images": torch.from_numpy(random_image(rng, 40, 33))[None].clone(),
+        "importance": torch.ones(1, 40, 33),
+    }
+    arguments[where][..., 5:30, 11] = value
+    boxes = partition_images(**arguments, num_tokens=20, backend=backend, check_values=False).boxes[0]
+    covered = torch.zeros(40, 33, dtype=torch.int64)
+    for x0, y0, x1, y1 in boxes.tolist():
+        covered[y0 : y1 + 1, x0 : x1 + 1] += 1
+    assert (covered == 1).all()
+
+
 def test_one_bad_image_in_a_batch_is_found():
     images = torch.zeros(3, 3, 32, 32)
     images[1, 2, 31, 31] = -1.001

@@ -39,7 +39,7 @@ from .gaussians import (
     join_tokens,
     split_tokens,
 )
-from .partition import partition_images, partition_unchecked, start_value_checks
+from .partition import partition_images, start_value_checks
 from .splatting import splat_gaussians
 
 
@@ -268,15 +268,15 @@ class GPSTokenModel(GPSTokenPreTrainedModel):
         importance: torch.Tensor | None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> GPSTokenEncoderOutput:
-        # A traced `encode` has not looked at the values.
-        partition_function = partition_images if torch.compiler.is_compiling() else partition_unchecked
-        partition = partition_function(
+        partition = partition_images(
             pixel_values.float(),
             num_tokens,
             complexity_exponent=self.config.complexity_exponent,
             min_region_size=self.config.min_region_size,
             sigma_scale=self.config.sigma_scale,
             importance=importance,
+            # A traced `encode` has not looked at the values.
+            check_values=torch.compiler.is_compiling(),
         )
         # One count for the whole batch leaves nothing to mask, and attention without a mask is faster.
         mask = None if isinstance(num_tokens, int) or len(set(num_tokens)) == 1 else partition.attention_mask

@@ -67,6 +67,7 @@ def partition_images(
     sigma_scale: float = 2 / 3,
     importance: torch.Tensor | None = None,
     backend: str = "auto",
+    check_values: bool = True,
 ) -> PartitionOutput:
     """Split every image into `num_tokens` regions, small where it is complex, and place a Gaussian on each.
 
@@ -93,6 +94,8 @@ def partition_images(
         backend: "numba" (the compiled loop on the CPU), "torch" (batched tensor operations on the device of `images`,
             float64 needed, and the choices on the CPU), "triton" (kernels for CUDA tensors) or "auto": "triton" for
             CUDA tensors, "torch" for those where there is no Triton, else "numba".
+        check_values: False for a caller who sees to the range of `images` and `importance`: nothing is waited for with
+            "triton" then. Values out of range do no harm, but what is returned for them means nothing.
 
     Returns:
         A `PartitionOutput` on the device of `images`.
@@ -101,13 +104,26 @@ def partition_images(
         ValueError: shape, dtype or range of an argument, more tokens than an image can be split into, or a forced
             backend that is not available.
     """
-    settings = (complexity_exponent, min_region_size, sigma_scale, importance)
-    _check_arguments(images, num_tokens, *settings)
+    counts = _check_arguments(images, num_tokens, complexity_exponent, min_region_size, sigma_scale, importance)
+    path = _resolve_backend(backend, images.device)
     # First in the queue, so that the answers are there long before the partition is. The compiled loop looks at the
     # pixels by itself.
-    compiled_loop = _resolve_backend(backend, images.device) == "numba"
-    checks = start_value_checks(None if compiled_loop else images, importance)
-    output = partition_unchecked(images, num_tokens, *settings, backend)
+    checks = start_value_checks(None if path == "numba" else images, importance) if check_values else []
+    images, token_counts = images.detach(), count_tensor(counts, images.device)
+    arguments = (counts, float(complexity_exponent), int(min_region_size))
+    if path == "numba":
+        boxes = to_device(partition_compiled(images, *arguments, importance), images.device)
+    else:
+        if importance is not None:
+            importance = to_device(importance.detach().to(torch.float32), images.device)
+        boxes = _partition_batched(images, *arguments, importance, token_counts, path)
+    height, width = images.shape[-2:]
+    attention_mask = torch.arange(boxes.shape[1], device=images.device) < token_counts[:, None]
+    output = PartitionOutput(
+        boxes=boxes,
+        gaussians=boxes_to_gaussians(boxes, image_size=(height, width), sigma_scale=sigma_scale),
+        attention_mask=attention_mask.to(torch.int64),
+    )
     for check in checks:
         check.finish()
     return output
@@ -127,39 +143,6 @@ def start_value_checks(
     if importance is not None:
         checks.append(RangeCheck("importance", importance.detach().to(torch.float32), 0.0, math.inf))
     return checks
-
-
-@torch.compiler.disable
-def partition_unchecked(
-    images: torch.Tensor,
-    num_tokens: int | Sequence[int],
-    complexity_exponent: float,
-    min_region_size: int,
-    sigma_scale: float,
-    importance: torch.Tensor | None,
-    backend: str = "auto",
-) -> PartitionOutput:
-    """`partition_images` for a caller that has started the checks of the values: nothing is waited for with "triton".
-
-    Values out of range do no harm, but what is returned for them means nothing.
-    """
-    counts = _check_arguments(images, num_tokens, complexity_exponent, min_region_size, sigma_scale, importance)
-    path = _resolve_backend(backend, images.device)
-    images, token_counts = images.detach(), count_tensor(counts, images.device)
-    arguments = (counts, float(complexity_exponent), int(min_region_size))
-    if path == "numba":
-        boxes = to_device(partition_compiled(images, *arguments, importance), images.device)
-    else:
-        if importance is not None:
-            importance = to_device(importance.detach().to(torch.float32), images.device)
-        boxes = _partition_batched(images, *arguments, importance, token_counts, path)
-    height, width = images.shape[-2:]
-    attention_mask = torch.arange(boxes.shape[1], device=images.device) < token_counts[:, None]
-    return PartitionOutput(
-        boxes=boxes,
-        gaussians=boxes_to_gaussians(boxes, image_size=(height, width), sigma_scale=sigma_scale),
-        attention_mask=attention_mask.to(torch.int64),
-    )
 
 
 def _resolve_backend(backend: str, device: torch.device) -> str:
