@@ -193,9 +193,9 @@ class RangeCheck:
 
     def __init__(self, name: str, values: torch.Tensor, low: float, high: float, tolerance: float = 0.0):
         self.arguments = (name, values, low, high, tolerance)
-        # NaN if any value is. Copied without blocking, which takes page-locked memory, by itself.
+        # NaN if any value is. On CUDA copied without blocking, which takes page-locked memory, by itself.
         extremes = torch.stack(values.aminmax()) if values.numel() > 0 else values.new_tensor([low, low], device="cpu")
-        self.extremes = extremes.to("cpu", non_blocking=True)
+        self.extremes = extremes.to("cpu", non_blocking=values.is_cuda)
         self.copied = torch.cuda.Event() if values.is_cuda else None
         if self.copied is not None:
             self.copied.record(torch.cuda.current_stream(values.device))
