@@ -101,7 +101,10 @@ def watched_fake_cuda(monkeypatch):
     with FakeTensorMode():
         try:
             torch.empty(2, device="cuda")[:1]
-        except RuntimeError:
+        except RuntimeError as error:
+            # torch 2.7 asks the driver to do it, of which there is none.
+            if "CUDA" not in str(error) and "NVIDIA" not in str(error):
+                raise
             pytest.skip("this version of torch starts CUDA to index a fake tensor")
         with mode:
             yield mode

@@ -29,13 +29,25 @@ runs_kernels = pytest.mark.skipif(not is_available(DEVICE), reason="no GPU here:
 
 @pytest.mark.skipif(is_available(DEVICE), reason="the kernels run in this process")
 def test_under_the_interpreter(pytestconfig):
-    command = [sys.executable, "-m", "pytest", __file__, "-q", "-p", "no:cacheprovider", "-k", "not ahead_of_time"]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        __file__,
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        "-rs",
+        "-k",
+        "not ahead_of_time",
+    ]
     command += [f"-W{warning}" for warning in pytestconfig.getoption("pythonwarnings") or []]
     result = subprocess.run(
         command, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True, check=False
     )
     assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-2000:]
     assert "passed" in result.stdout
+    assert "no GPU here" not in result.stdout, "what is skipped outside is to run here"
 
 
 def assert_same(actual, expected, tolerances):
@@ -175,9 +187,17 @@ def test_no_pixel_changes_sides(size):
             assert torch.equal(maps != 0, expected != 0)
 
 
-def test_coordinates_without_float64():
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        (*range(2, 2049), 3000, 4095, 4096, 8191, 8192, 10000, 16384),
+        pytest.param(range(2, 20001), marks=pytest.mark.slow),
+    ],
+    ids=["some", "every one"],
+)
+def test_coordinates_without_float64(sizes):
     """The formula of the kernels has the bits of the float64 one."""
-    for size in (*range(2, 2049), 3000, 4095, 4096, 8191, 8192, 10000, 16384):
+    for size in sizes:
         span = np.float32(size - 1)
         ours = (2 * np.arange(size) - (size - 1)).astype(np.float32) / span
         assert np.array_equal(ours, pixel_coordinates(size, torch.device("cpu"), torch.float32).numpy())

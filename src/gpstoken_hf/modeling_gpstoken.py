@@ -223,7 +223,8 @@ class GPSTokenModel(GPSTokenPreTrainedModel):
             attention_mask: `(B, L)` of a layout given by hand, 1 for a token, 0 for padding.
 
         Raises:
-            ValueError: what was expected and what came, for any input that does not fit.
+            ValueError: what was expected and what came, for any input that does not fit; before any work is done, but
+                for values out of range on CUDA, which are found while the GPU works.
         """
         check_pixel_values(pixel_values)
         batch_size, _, height, width = pixel_values.shape
