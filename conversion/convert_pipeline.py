@@ -26,9 +26,9 @@ from gpstoken_hf.image_processing_gpstoken import GPSTokenImageProcessor
 from gpstoken_hf.layout_bank import GaussianLayoutBank
 from gpstoken_hf.modeling_gpstoken import GPSTokenModel
 from gpstoken_hf.pipeline_gpstoken import GPSTokenPipeline
-from gpstoken_hf.programs import atomic_directory, run_program
 from gpstoken_hf.scheduling_flow_match_sde import FlowMatchSDEScheduler
 from gpstoken_hf.transformer_sit import SiTTransformer1DModel
+from pipelines.shared.programs import atomic_directory, run_program
 
 COPIED = ("config.json", "*.safetensors", "*.safetensors.index.json")
 

@@ -39,8 +39,8 @@ from tqdm import tqdm
 import gpstoken_hf
 from gpstoken_hf.image_processing_gpstoken import open_image
 from gpstoken_hf.partition import partition_images
-from gpstoken_hf.programs import atomic_directory, positive_int, run_program
 from gpstoken_hf.triton_support import is_available
+from pipelines.shared.programs import atomic_directory, positive_int, run_program
 
 REFERENCE = Path(__file__).resolve().parent.parent / "tests" / "partition_reference.py"
 # (pixels along a side, tokens)

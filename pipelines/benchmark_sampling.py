@@ -27,9 +27,9 @@ from tqdm import tqdm
 from gpstoken_hf.configuration_gpstoken import GPSTokenConfig
 from gpstoken_hf.modeling_gpstoken import GPSTokenModel
 from gpstoken_hf.pipeline_gpstoken import GPSTokenPipeline
-from gpstoken_hf.programs import atomic_file, positive_float, positive_int, run_program
 from gpstoken_hf.scheduling_flow_match_sde import FlowMatchSDEScheduler
 from gpstoken_hf.transformer_sit import SiTTransformer1DModel
+from pipelines.shared.programs import atomic_file, positive_float, positive_int, run_program
 
 SCHEDULERS = {
     "sde": FlowMatchSDEScheduler,

@@ -32,8 +32,8 @@ import torch
 from tqdm.auto import tqdm
 
 from gpstoken_hf import splatting_triton, triton_support
-from gpstoken_hf.programs import ProgramError, atomic_directory, positive_int, run_program
 from gpstoken_hf.splatting import splat_gaussians, splat_reference
+from pipelines.shared.programs import ProgramError, atomic_directory, positive_int, run_program
 
 # (gaussians, features, size, support, mask) -> maps
 Splat = Callable[..., torch.Tensor]

@@ -30,7 +30,8 @@ from conversion.publishing import push_folder
 from gpstoken_hf.configuration_gpstoken import GPSTokenConfig
 from gpstoken_hf.layout_bank import GaussianLayoutBank
 from gpstoken_hf.partition import partition_images
-from gpstoken_hf.programs import (
+from gpstoken_hf.visualization import contact_sheet, draw_gaussians
+from pipelines.shared.programs import (
     ProgramError,
     atomic_directory,
     atomic_file,
@@ -40,7 +41,6 @@ from gpstoken_hf.programs import (
     positive_int,
     run_program,
 )
-from gpstoken_hf.visualization import contact_sheet, draw_gaussians
 from training.data import center_crop, decode_image, image_to_array, load_image_dataset
 from training.options import add_dataset_options, describe_options, parse_options
 

@@ -40,9 +40,9 @@ import gpstoken_hf
 from gpstoken_hf.image_processing_gpstoken import GPSTokenImageProcessor, open_image
 from gpstoken_hf.metrics import psnr, ssim
 from gpstoken_hf.modeling_gpstoken import GPSTokenModel
-from gpstoken_hf.programs import atomic_file, non_negative_float, positive_int, run_program
 from gpstoken_hf.visualization import contact_sheet, tensor_to_pil
 from pipelines.reconstruct import DEFAULT_MODEL, Box, load_model, parse_box, weights_digest
+from pipelines.shared.programs import atomic_file, non_negative_float, positive_int, run_program
 
 PER_IMAGE_FILE = "per_image.jsonl"
 NUM_EXAMPLES = 6

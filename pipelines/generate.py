@@ -49,15 +49,15 @@ from tqdm import tqdm
 import gpstoken_hf
 from gpstoken_hf.image_processing_gpstoken import open_image
 from gpstoken_hf.pipeline_gpstoken import GPSTokenPipeline
-from gpstoken_hf.programs import (
+from gpstoken_hf.scheduling_flow_match_sde import FlowMatchSDEScheduler
+from gpstoken_hf.visualization import contact_sheet, draw_gaussians
+from pipelines.shared.programs import (
     atomic_file,
     non_negative_float,
     non_negative_int,
     positive_int,
     run_program,
 )
-from gpstoken_hf.scheduling_flow_match_sde import FlowMatchSDEScheduler
-from gpstoken_hf.visualization import contact_sheet, draw_gaussians
 
 DEFAULT_PIPELINE = "gpstoken-digits"
 SCHEDULERS = {

@@ -45,7 +45,8 @@ import gpstoken_hf
 from gpstoken_hf.image_processing_gpstoken import GPSTokenImageProcessor, open_image
 from gpstoken_hf.metrics import SSIM_WINDOW, psnr, ssim
 from gpstoken_hf.modeling_gpstoken import GPSTokenModel
-from gpstoken_hf.programs import (
+from gpstoken_hf.visualization import contact_sheet, draw_boxes, draw_error_map, draw_gaussians, panel, tensor_to_pil
+from pipelines.shared.programs import (
     EXIT_BAD_INPUT,
     atomic_directory,
     atomic_file,
@@ -55,7 +56,6 @@ from gpstoken_hf.programs import (
     positive_int,
     run_program,
 )
-from gpstoken_hf.visualization import contact_sheet, draw_boxes, draw_error_map, draw_gaussians, panel, tensor_to_pil
 
 DEFAULT_MODEL = "gpstoken-nano"
 SAMPLES = ("astronaut", "chelsea", "coffee", "rocket")

@@ -19,9 +19,8 @@ PROGRAM_FOLDERS = ("pipelines", "conversion", "training")
 ARROWS = {
     "configuration_gpstoken": set(),
     "gaussians": set(),
-    "programs": set(),
     "metrics": set(),
-    "losses": set(),
+    "numba_support": set(),
     "triton_support": set(),
     "partition_torch": {"gaussians"},
     "partition_triton": {"partition_torch", "triton_support"},
@@ -138,7 +137,7 @@ def test_readme_tree_is_true():
             named.add((folder if line.startswith(" ") else "") + entry)
     for name in named:
         assert (ROOT / name).exists(), f"the README names {name}, which is not there"
-    for folder in ("src/gpstoken_hf", *PROGRAM_FOLDERS):
+    for folder in ("src/gpstoken_hf", "pipelines/shared", *PROGRAM_FOLDERS):
         for path in (ROOT / folder).glob("*.py"):
             if path.name != "__init__.py":
                 assert f"{folder}/{path.name}" in named, f"the README does not name {folder}/{path.name}"

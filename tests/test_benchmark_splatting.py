@@ -5,9 +5,9 @@ import json
 import pytest
 import torch
 
-from gpstoken_hf.programs import run_program
 from pipelines import benchmark_splatting
 from pipelines.benchmark_splatting import Case, main, partition_like_gaussians
+from pipelines.shared.programs import run_program
 
 
 def test_quick_run_checks_times_and_draws(tmp_path):

@@ -10,7 +10,7 @@ import torch
 
 from gpstoken_hf.layout_bank import GaussianLayoutBank
 from gpstoken_hf.partition import partition_images
-from gpstoken_hf.programs import run_program
+from pipelines.shared.programs import run_program
 
 datasets = pytest.importorskip("datasets")
 build_layout_bank = pytest.importorskip("pipelines.build_layout_bank")

@@ -15,7 +15,7 @@ from conversion_helpers import GOLDEN
 from conversion import convert_gpstoken, convert_sit
 from conversion.checkpoints import PlannedTensor, open_checkpoint, write_safetensors
 from conversion.key_tables import plan_conversion, sit_rules
-from gpstoken_hf.programs import run_program
+from pipelines.shared.programs import run_program
 
 SHAPES = json.loads((GOLDEN / "official_state_dict_shapes.json").read_text())
 # Parameters of the converted models, and encoder or SiT blocks.

@@ -14,7 +14,7 @@ from conversion.verification import Comparison, check_errors
 from gpstoken_hf.configuration_gpstoken import GPSTokenConfig
 from gpstoken_hf.image_processing_gpstoken import GPSTokenImageProcessor
 from gpstoken_hf.modeling_gpstoken import GPSTokenModel
-from gpstoken_hf.programs import run_program
+from pipelines.shared.programs import run_program
 
 OFFICIAL = GOLDEN / "tokenizer_official.safetensors"
 ARRAYS = GOLDEN / "tokenizer_io.safetensors"

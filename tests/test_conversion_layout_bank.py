@@ -17,7 +17,7 @@ from safetensors.numpy import load_file
 from conversion import convert_layout_bank
 from conversion.array_pickle import PickleRefusedError, load_array_pickle
 from gpstoken_hf.layout_bank import GaussianLayoutBank
-from gpstoken_hf.programs import run_program
+from pipelines.shared.programs import run_program
 
 # What arrays pickle themselves with; NumPy 1.26 has it under this name as well.
 RECONSTRUCT = importlib.import_module("numpy._core.multiarray")._reconstruct

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from conversion import convert_gpstoken, convert_layout_bank, convert_pipeline, convert_sit
 from gpstoken_hf.partition import partition_images
 from gpstoken_hf.pipeline_gpstoken import GPSTokenPipeline
-from gpstoken_hf.programs import run_program
+from pipelines.shared.programs import run_program
 
 
 def run(program, *argv):

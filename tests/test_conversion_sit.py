@@ -10,8 +10,8 @@ from conversion_helpers import BROKEN_NAMES, GOLDEN, SHARED_GOLDEN, broken_check
 from safetensors.torch import load_file, save_file
 
 from conversion import convert_sit
-from gpstoken_hf.programs import run_program
 from gpstoken_hf.transformer_sit import SiTTransformer1DModel
+from pipelines.shared.programs import run_program
 
 OFFICIAL = GOLDEN / "sit_official.safetensors"
 ARRAYS = GOLDEN / "sit_io.safetensors"

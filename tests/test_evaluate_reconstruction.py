@@ -13,8 +13,8 @@ import torch
 from gpstoken_hf.configuration_gpstoken import GPSTokenConfig
 from gpstoken_hf.metrics import psnr, ssim
 from gpstoken_hf.modeling_gpstoken import GPSTokenModel
-from gpstoken_hf.programs import run_program
 from pipelines import evaluate_reconstruction as evaluate
+from pipelines.shared.programs import run_program
 
 OUTPUTS = {"per_image.jsonl", "results.json", "table.md", "curve.png", "examples.png"}
 

@@ -15,8 +15,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from tiny_pipeline import TOKENS, make_pipeline
 
-from gpstoken_hf.programs import run_program
 from pipelines.generate import SCHEDULERS, Job, main
+from pipelines.shared.programs import run_program
 
 ROOT = Path(__file__).resolve().parents[1]
 

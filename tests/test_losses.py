@@ -4,7 +4,7 @@ import math
 import pytest
 import torch
 
-from gpstoken_hf.losses import PerceptualLoss, linear_path, reconstruction_loss, velocity_matching_loss
+from training.losses import PerceptualLoss, linear_path, reconstruction_loss, velocity_matching_loss
 
 
 def draw(*shape, seed=0):

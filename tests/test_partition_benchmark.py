@@ -8,8 +8,8 @@ import PIL.Image
 import pytest
 import torch
 
-from gpstoken_hf.programs import run_program
 from pipelines import benchmark_partition
+from pipelines.shared.programs import run_program
 
 
 def test_quick_run_writes_tables_numbers_and_plot(tmp_path):

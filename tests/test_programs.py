@@ -7,7 +7,7 @@ import stat
 
 import pytest
 
-from gpstoken_hf.programs import (
+from pipelines.shared.programs import (
     ProgramError,
     atomic_directory,
     atomic_file,

@@ -12,8 +12,8 @@ from safetensors.torch import load_file, save_file
 
 from gpstoken_hf.configuration_gpstoken import GPSTokenConfig
 from gpstoken_hf.modeling_gpstoken import GPSTokenModel
-from gpstoken_hf.programs import run_program
 from pipelines import reconstruct
+from pipelines.shared.programs import run_program
 
 OUTPUTS = {
     "error.png",

@@ -14,7 +14,7 @@ import yaml
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from gpstoken_hf.programs import ProgramError
+from pipelines.shared.programs import ProgramError
 from training import train_sit, train_tokenizer
 from training.data import (
     BatchPlan,

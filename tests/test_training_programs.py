@@ -18,7 +18,7 @@ from accelerate.state import AcceleratorState, GradientState
 from PIL import Image
 
 from gpstoken_hf import GPSTokenImageProcessor, GPSTokenModel, SiTTransformer1DModel
-from gpstoken_hf.programs import run_program
+from pipelines.shared.programs import run_program
 from training import cache_tokens, make_digits, train_sit, train_tokenizer
 from training.loop import checkpoints_of
 from training.records import read_metrics

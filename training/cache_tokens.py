@@ -25,8 +25,8 @@ from tqdm.auto import tqdm
 
 from gpstoken_hf.gaussians import NUM_GAUSSIAN_PARAMS, gaussians_to_logits
 from gpstoken_hf.modeling_gpstoken import GPSTokenModel
-from gpstoken_hf.programs import ProgramError, atomic_directory, atomic_file, run_program
-from gpstoken_hf.programs import positive_int as positive
+from pipelines.shared.programs import ProgramError, atomic_directory, atomic_file, run_program
+from pipelines.shared.programs import positive_int as positive
 from training.data import (
     BatchRequest,
     ImageBatches,

@@ -26,7 +26,7 @@ import torch
 from PIL import Image, ImageOps
 from torch.utils.data import DataLoader, Dataset
 
-from gpstoken_hf.programs import ProgramError
+from pipelines.shared.programs import ProgramError
 
 # What a random stream is for, beside the seed in the generator's key.
 ORDER, AUGMENTATION, RESOLUTION, TOKEN_COUNT = range(4)

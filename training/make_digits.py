@@ -30,15 +30,15 @@ from gpstoken_hf.image_processing_gpstoken import GPSTokenImageProcessor
 from gpstoken_hf.metrics import psnr
 from gpstoken_hf.modeling_gpstoken import GPSTokenModel
 from gpstoken_hf.pipeline_gpstoken import GPSTokenPipeline
-from gpstoken_hf.programs import (
+from gpstoken_hf.transformer_sit import SiTTransformer1DModel
+from pipelines.shared.programs import (
     atomic_directory,
     atomic_file,
     non_negative_float,
     non_negative_int,
     run_program,
 )
-from gpstoken_hf.programs import positive_int as positive
-from gpstoken_hf.transformer_sit import SiTTransformer1DModel
+from pipelines.shared.programs import positive_int as positive
 from training import cache_tokens, train_sit, train_tokenizer
 from training.loop import checkpoints_of
 from training.options import unit_interval

@@ -11,8 +11,8 @@ from typing import Any
 
 import yaml
 
-from gpstoken_hf.programs import ProgramError, atomic_file, non_negative_float, non_negative_int, positive_float
-from gpstoken_hf.programs import positive_int as positive
+from pipelines.shared.programs import ProgramError, atomic_file, non_negative_float, non_negative_int, positive_float
+from pipelines.shared.programs import positive_int as positive
 
 LR_SCHEDULERS = ("constant", "constant_with_warmup", "cosine", "linear")
 DTYPES = ("fp32", "fp16", "bf16")

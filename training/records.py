@@ -13,7 +13,7 @@ from typing import Protocol
 
 import torch
 
-from gpstoken_hf.programs import atomic_file
+from pipelines.shared.programs import atomic_file
 
 
 class Extent(Protocol):

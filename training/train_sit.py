@@ -24,9 +24,6 @@ from accelerate import Accelerator
 from torch.utils.data import Dataset
 
 from gpstoken_hf.gaussians import NUM_GAUSSIAN_PARAMS
-from gpstoken_hf.losses import linear_path, velocity_matching_loss
-from gpstoken_hf.programs import ProgramError, non_negative_float, run_program
-from gpstoken_hf.programs import positive_int as positive
 from gpstoken_hf.transformer_sit import (
     GAUSSIAN_TARGETS,
     SIT_PRESETS,
@@ -34,9 +31,12 @@ from gpstoken_hf.transformer_sit import (
     SiTTransformer1DModel,
     tokens_to_latents,
 )
+from pipelines.shared.programs import ProgramError, non_negative_float, run_program
+from pipelines.shared.programs import positive_int as positive
 from training.cache_tokens import STATISTICS
 from training.data import BatchPlan, BatchRequest, batch_loader
 from training.loop import TrainingTask, run_training
+from training.losses import linear_path, velocity_matching_loss
 from training.options import (
     add_optimizer_options,
     add_run_options,

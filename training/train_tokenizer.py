@@ -22,11 +22,10 @@ from PIL import Image
 
 from gpstoken_hf.configuration_gpstoken import GPSTokenConfig
 from gpstoken_hf.image_processing_gpstoken import GPSTokenImageProcessor
-from gpstoken_hf.losses import PerceptualLoss, reconstruction_loss
 from gpstoken_hf.metrics import psnr
 from gpstoken_hf.modeling_gpstoken import GPSTokenModel
-from gpstoken_hf.programs import ProgramError, atomic_file, non_negative_float, run_program
-from gpstoken_hf.programs import positive_int as positive
+from pipelines.shared.programs import ProgramError, atomic_file, non_negative_float, run_program
+from pipelines.shared.programs import positive_int as positive
 from training.data import (
     BatchPlan,
     ImageBatches,
@@ -38,6 +37,7 @@ from training.data import (
     partitioned_batch,
 )
 from training.loop import TrainingTask, run_training
+from training.losses import PerceptualLoss, reconstruction_loss
 from training.options import (
     add_dataset_options,
     add_optimizer_options,
