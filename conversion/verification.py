@@ -137,7 +137,7 @@ def verify_gpstoken(model: GPSTokenModel, arrays: dict[str, torch.Tensor]) -> li
 
     encoded = model.encode(images, num_tokens=regions.shape[1])
     if "init_gaussians" in arrays:
-        error = max_error(reorder(encoded.init_gaussians), arrays["init_gaussians"])
+        error = max_error(reorder(encoded.layout.gaussians), arrays["init_gaussians"])
         results.append(Comparison("init_gaussians", error, INIT_GAUSSIANS_TOLERANCE))
     if "tokens" in arrays:
         results.append(Comparison("tokens", max_error(reorder(encoded.tokens), arrays["tokens"]), TOKENS_TOLERANCE))

@@ -175,8 +175,10 @@ def draw_layouts(bank: GaussianLayoutBank) -> PIL.Image.Image:
     """A sheet of layouts of classes spread over all, on grey."""
     places = np.unique(np.linspace(0, len(bank) - 1, SHEET_LAYOUTS).round().astype(int))
     ground = PIL.Image.new("RGB", (SHEET_SIDE, SHEET_SIDE), (40, 40, 44))
-    pictures = [draw_gaussians(ground, bank.layout(int(place)), zoom=1) for place in places]
-    titles = [f"class {bank.class_labels[place].item()}, {len(bank.layout(int(place)))} tokens" for place in places]
+    pictures = [draw_gaussians(ground, bank.gaussians_of(int(place)), zoom=1) for place in places]
+    titles = [
+        f"class {bank.class_labels[place].item()}, {len(bank.gaussians_of(int(place)))} tokens" for place in places
+    ]
     return contact_sheet(pictures, titles)
 
 

@@ -48,6 +48,7 @@ from tqdm import tqdm
 
 import gpstoken_hf
 from gpstoken_hf.image_processing_gpstoken import open_image
+from gpstoken_hf.layout import GaussianLayout
 from gpstoken_hf.pipeline_gpstoken import GPSTokenPipeline
 from gpstoken_hf.scheduling_flow_match_sde import FlowMatchSDEScheduler
 from gpstoken_hf.visualization import contact_sheet, draw_gaussians
@@ -236,8 +237,8 @@ def class_ids(pipeline: GPSTokenPipeline, classes: Sequence[str] | None) -> list
     return list(dict.fromkeys(ids))
 
 
-def read_layout(source: str) -> str | torch.Tensor | PIL.Image.Image:
-    """The argument --layout -> what the pipeline takes: a word, `(1, L, 5)` Gaussians, or an image."""
+def read_layout(source: str) -> str | GaussianLayout | PIL.Image.Image:
+    """The argument --layout -> what the pipeline takes: a word, a layout or an image."""
     if source in ("generated", "bank"):
         return source
     if not source.endswith(".safetensors"):
@@ -248,7 +249,7 @@ def read_layout(source: str) -> str | torch.Tensor | PIL.Image.Image:
         raise ValueError(f"expected a safetensors file, cannot read {source}: {error}") from error
     if "layout" not in tensors:
         raise ValueError(f"expected a tensor 'layout' in {source}, got {sorted(tensors)}")
-    return tensors["layout"][None]
+    return GaussianLayout(tensors["layout"][None])
 
 
 def _layout_setting(source: str | None) -> str | None:
@@ -299,7 +300,7 @@ def open_output(output: Path, settings: dict[str, Any], may_clear: bool) -> None
 def make_images(
     pipeline: GPSTokenPipeline,
     jobs: Sequence[Job],
-    layout: str | torch.Tensor | PIL.Image.Image | None,
+    layout: str | GaussianLayout | PIL.Image.Image | None,
     args: argparse.Namespace,
     bar: tqdm,
 ) -> None:
@@ -321,10 +322,11 @@ def make_images(
         callback_on_step_end=show_step,
     )
     for i, job in enumerate(jobs):
-        real = slice(None) if output.attention_mask is None else output.attention_mask[i].bool().cpu()
-        tensors = {"tokens": output.tokens[i].cpu()[real].contiguous()}
+        tokens = output.tokens[i].cpu()
+        tensors = {"tokens": tokens}
         if output.layout is not None:
-            tensors["layout"] = output.layout[i].cpu()[real].contiguous()
+            is_real = output.layout.attention_mask[i].bool().cpu()
+            tensors = {"tokens": tokens[is_real], "layout": output.layout[i].gaussians[0].cpu().contiguous()}
         metadata = {"class": str(job.label), "index": str(job.index), "seed": str(args.seed)}
         with atomic_file(job.layout_path(args.output)) as staging:
             save_file(tensors, staging, metadata)

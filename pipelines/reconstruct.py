@@ -418,7 +418,7 @@ def _write_pictures(
     original, decoded = tensor_to_pil(image), tensor_to_pil(reconstruction)
     zoom = max(1, round(DRAWN_SIDE / max(original.size)))
     mask = encoded.attention_mask[0].cpu()
-    initial = draw_gaussians(original, encoded.init_gaussians[0].cpu(), mask, zoom=zoom)
+    initial = draw_gaussians(original, encoded.layout.gaussians[0].cpu(), mask, zoom=zoom)
     refined = draw_gaussians(original, encoded.tokens[0, :, :5].cpu(), mask, zoom=zoom)
     error = draw_error_map(image, reconstruction, zoom=zoom)
     decoded.save(folder / "reconstruction.png")
@@ -455,8 +455,8 @@ def save_tokens(path: Path, encoded: Any, size: tuple[int, int], tile_size: int 
     """Writes what `load_tokens` reads: tokens, where they came from, and the size to decode to."""
     tensors = {
         "tokens": encoded.tokens.float(),
-        "init_gaussians": encoded.init_gaussians.float(),
-        "boxes": encoded.boxes,
+        "init_gaussians": encoded.layout.gaussians.float(),
+        "boxes": encoded.layout.boxes,
         "attention_mask": encoded.attention_mask,
     }
     metadata = {

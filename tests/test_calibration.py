@@ -11,9 +11,8 @@ from hypothesis import strategies as st
 from test_partition import random_image
 
 from gpstoken_hf import calibrate_layout, partition_images
-from gpstoken_hf.calibration import layout_centres
-from gpstoken_hf.gaussians import boxes_to_gaussians, morton_order
-from gpstoken_hf.partition import max_regions
+from gpstoken_hf.gaussians import boxes_to_gaussians
+from gpstoken_hf.regions import max_regions, morton_order, region_centres
 
 EVEN = [(256, 256, 8), (256, 256, 4), (64, 64, 8), (128, 64, 4), (192, 320, 8)]
 UNEVEN = [(37, 301, 8), (37, 301, 3), (101, 99, 5), (17, 17, 2), (1, 300, 8), (75, 75, 8)]
@@ -36,7 +35,7 @@ def with_noise(gaussians, height, width, step_x, step_y, seed):
 
 def smallest_gap(num_pixels, min_region_size):
     """Pixels between the nearest two centres of an axis; any number will do if there is only one."""
-    centres = layout_centres(num_pixels, min_region_size)
+    centres = region_centres(num_pixels, min_region_size)
     return np.diff(centres).min() / 2 if len(centres) > 1 else 1.0
 
 
@@ -54,7 +53,7 @@ def test_layouts_of_partitions_come_back_unchanged(height, width, min_region_siz
 def test_where_sides_halve_evenly_half_a_grid_step_of_noise_changes_nothing(height, width, min_region_size):
     steps = []
     for extent in (width, height):
-        gaps = np.diff(layout_centres(extent, min_region_size)) / 2
+        gaps = np.diff(region_centres(extent, min_region_size)) / 2
         assert (gaps == gaps[0]).all()
         side = extent
         while side - 1 > min_region_size:
@@ -109,7 +108,7 @@ def test_any_means_give_a_legal_layout(height, width, min_region_size, share, sp
         for x0, y0, x1, y1 in boxes.tolist():
             covered[y0 : y1 + 1, x0 : x1 + 1] += 1
         assert (covered == 1).all()
-        assert torch.equal(morton_order(boxes[:, 0], boxes[:, 1]), torch.arange(num_tokens))
+        assert torch.equal(morton_order(boxes), torch.arange(num_tokens))
     # Legal means that a partition could have made it: calibration leaves it alone.
     if min_region_size > 1:
         again = calibrate_layout(output.gaussians, (height, width), min_region_size)
@@ -172,7 +171,10 @@ BAD_ARGUMENTS = {
     "integers": ({"gaussians": torch.zeros(1, 4, 5, dtype=torch.int64)}, "floating point, got torch.int64"),
     "no tokens": ({"gaussians": torch.zeros(1, 0, 5)}, "at least 1 token .* got 0"),
     "nan": ({"gaussians": torch.full((1, 4, 5), torch.nan)}, "NaN, got 20 NaN"),
-    "too many": ({"gaussians": torch.zeros(1, 17, 5), "image_size": (32, 32)}, "at most 16 regions, got 17 Gauss"),
+    "too many": (
+        {"gaussians": torch.zeros(1, 17, 5), "image_size": (32, 32)},
+        "number of Gaussians must be at most 16, .* got 17",
+    ),
     "image size": ({"image_size": (0, 32)}, "at least 1 x 1 pixels, got"),
     "region size": ({"min_region_size": 0}, "at least 1 pixel, got 0"),
     "sigma scale": ({"sigma_scale": 2.0}, r"in \(0, 1\], got 2.0"),

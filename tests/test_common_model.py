@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from transformers_suite import NOT_APPLICABLE, ListedSkips, load_suite
 
 from gpstoken_hf.configuration_gpstoken import GPSTokenConfig
+from gpstoken_hf.layout import GaussianLayout
 from gpstoken_hf.modeling_gpstoken import GPSTokenModel
 from gpstoken_hf.partition import partition_images
 
@@ -69,14 +70,15 @@ class GPSTokenModelTest(ListedSkips, common.ModelTesterMixin, unittest.TestCase)
 
     def _prepare_for_class(self, inputs_dict, model_class, return_labels=False):
         inputs = super()._prepare_for_class(inputs_dict, model_class, return_labels=return_labels)
-        if inputs.get("attention_mask") is not None:
-            # a mask of tokens belongs to a layout given by hand
-            partition = partition_images(
+        mask = inputs.pop("attention_mask", None)
+        if mask is not None:
+            # The mask of tokens is part of a layout here.
+            layout = partition_images(
                 inputs["pixel_values"].float(),
                 self.model_tester.seq_length,
                 min_region_size=self.model_tester.get_config().min_region_size,
             )
-            inputs["boxes"] = partition.boxes
+            inputs["layout"] = GaussianLayout(layout.gaussians, layout.boxes, mask)
         return inputs
 
     def test_training(self):

@@ -13,6 +13,7 @@ from conversion import convert_gpstoken
 from conversion.verification import Comparison, check_errors
 from gpstoken_hf.configuration_gpstoken import GPSTokenConfig
 from gpstoken_hf.image_processing_gpstoken import GPSTokenImageProcessor
+from gpstoken_hf.layout import GaussianLayout
 from gpstoken_hf.modeling_gpstoken import GPSTokenModel
 from pipelines.shared.programs import run_program
 
@@ -117,8 +118,9 @@ def test_tokens_and_images_against_the_recording(converted):
     model = GPSTokenModel.from_pretrained(converted, dtype=torch.float32).eval()
     boxes = ((recorded["regions"] + 1) / 2 * 63).round().long()
     with torch.no_grad():
-        encoded = model.encode(recorded["pixel_values"], boxes=boxes)
-        torch.testing.assert_close(encoded.init_gaussians, recorded["init_gaussians"], rtol=0, atol=1e-6)
+        layout = GaussianLayout.from_boxes(boxes, (64, 64))
+        encoded = model.encode(recorded["pixel_values"], layout=layout)
+        torch.testing.assert_close(encoded.layout.gaussians, recorded["init_gaussians"], rtol=0, atol=1e-6)
         torch.testing.assert_close(encoded.tokens, recorded["tokens"], rtol=0, atol=1e-5)
         maps = model.render(encoded.tokens, (16, 16))
         torch.testing.assert_close(maps, recorded["rendered"], rtol=0, atol=1e-5)

@@ -97,7 +97,7 @@ def test_samples_from_the_bank(assembled):
     assert out.images.shape == (2, 3, 64, 64)
     assert torch.isfinite(out.images).all()
     for row, label in enumerate((4, 9)):
-        assert torch.equal(out.layout[row], pipeline.layout_bank.layouts_by_class()[label][0])
+        assert torch.equal(out.layout.gaussians[row], pipeline.layout_bank.layouts_by_class()[label][0])
     # The channel statistics came along.
     assert pipeline.transformer.config["latents_mean"] == convert_sit.M128_TEXTURE_MEAN
 

@@ -1,5 +1,5 @@
 # Copyright 2026 The gpstoken-hf authors. Licensed under the Apache License, Version 2.0.
-"""The formulas of a token's Gaussian: inverses in float64, coordinates, Morton order, frames."""
+"""The formulas of a token's Gaussian: inverses in float64, coordinates, the region that it stands for."""
 
 import math
 
@@ -7,20 +7,18 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
+import gpstoken_hf
 from gpstoken_hf.gaussians import (
     GAUSSIAN_FIELDS,
     boxes_to_gaussians,
     check_gaussians,
     clamp_gaussians,
-    gaussians_from_frame,
     gaussians_to_boxes,
-    gaussians_to_frame,
     gaussians_to_logits,
-    gaussians_to_padded_frame,
     join_tokens,
     logits_to_gaussians,
-    morton_order,
     pixel_coordinates,
     refine_gaussians,
     split_tokens,
@@ -49,8 +47,17 @@ def test_pixel_coordinates_are_rounded_once(num_pixels):
 
 def test_pixel_coordinates_of_one_pixel_and_of_none():
     assert pixel_coordinates(1).tolist() == [0.0]
-    with pytest.raises(ValueError, match="at least one pixel, got num_pixels=0"):
+    with pytest.raises(ValueError, match="num_pixels must be at least 1, got 0"):
         pixel_coordinates(0)
+
+
+@pytest.mark.parametrize("num_pixels", [1, 2, 3, 37, 64])
+def test_coordinates_without_aligned_corners_are_those_of_an_enlargement(num_pixels):
+    coordinates = pixel_coordinates(num_pixels, dtype=torch.float64, align_corners=False)
+    assert coordinates.tolist() == [(2 * i + 1) / num_pixels - 1 for i in range(num_pixels)]
+    enlarged = pixel_coordinates(3 * num_pixels, dtype=torch.float64, align_corners=False)
+    torch.testing.assert_close(enlarged[1::3], coordinates, rtol=0, atol=1e-15)
+    torch.testing.assert_close(enlarged.view(-1, 3).mean(1), coordinates, rtol=0, atol=1e-15)
 
 
 def test_tokens_split_and_join():
@@ -119,65 +126,52 @@ def test_boxes_round_trip_at_every_size(data):
     x0, y0 = data.draw(st.integers(0, width - 1)), data.draw(st.integers(0, height - 1))
     x1, y1 = data.draw(st.integers(x0, width - 1)), data.draw(st.integers(y0, height - 1))
     boxes = torch.tensor([[x0, y0, x1, y1]])
-    gaussians = boxes_to_gaussians(boxes, (height, width))
-    check_gaussians(gaussians)
-    assert gaussians_to_boxes(gaussians, (height, width)).tolist() == boxes.tolist()
+    for align_corners in (True, False):
+        gaussians = boxes_to_gaussians(boxes, (height, width), align_corners=align_corners)
+        check_gaussians(gaussians)
+        assert gaussians_to_boxes(gaussians, (height, width), align_corners=align_corners).tolist() == boxes.tolist()
 
 
-@given(st.lists(st.tuples(st.integers(0, 2**31 - 1), st.integers(0, 2**31 - 1)), min_size=1, max_size=20))
-def test_morton_order_is_that_of_the_interleaved_bits(points):
-    def interleaved(point):
-        x, y = point
-        return sum(((x >> bit) & 1) << (2 * bit) | ((y >> bit) & 1) << (2 * bit + 1) for bit in range(31))
-
-    x, y = torch.tensor(points).unbind(-1)
-    expected = sorted(range(len(points)), key=lambda index: interleaved(points[index]))  # stable
-    assert morton_order(x, y).tolist() == expected
+def test_an_enlargement_has_the_same_gaussians_without_aligned_corners():
+    boxes = torch.tensor([[0, 0, 15, 31], [16, 0, 31, 31], [3, 5, 3, 9]])
+    enlarged = torch.cat([boxes[:, :2] * 4, boxes[:, 2:] * 4 + 3], dim=1)
+    expected = boxes_to_gaussians(boxes, (32, 32), align_corners=False)
+    assert torch.equal(boxes_to_gaussians(enlarged, (128, 128), align_corners=False), expected)
 
 
-def test_morton_order_of_a_square_is_the_z_curve():
-    y, x = torch.meshgrid(torch.arange(4), torch.arange(4), indexing="ij")
-    order = morton_order(x.flatten(), y.flatten())
-    assert order[:8].tolist() == [0, 1, 4, 5, 2, 3, 6, 7]
+class NoFloat64(TorchDispatchMode):
+    """Raises when a float64 tensor appears on the meta device, which stands for one that has no float64."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        if isinstance(result, torch.Tensor) and result.is_meta and result.dtype == torch.float64:
+            raise AssertionError(f"{function} made a float64 tensor")
+        return result
 
 
-def test_frames_are_inverses():
-    gaussians = random_gaussians(3, 20)
-    for tile, size in (((0, 0, 64, 64), (128, 128)), ((37, 100, 12, 201), (49, 301)), ((0, 0, 5, 7), (5, 7))):
-        there = gaussians_to_frame(gaussians, tile, size)
-        assert (gaussians_from_frame(there, tile, size) - gaussians).abs().max() < 1e-12
+def test_no_float64_reaches_a_device_without_it(monkeypatch):
+    monkeypatch.setattr(gpstoken_hf.gaussians, "DEVICES_WITHOUT_FLOAT64", {"meta"})
+    # Meta tensors hold no values, so what is moved to the CPU is made there.
+    monkeypatch.setattr(torch.Tensor, "to", to_from_meta)
+    with NoFloat64():
+        boxes = torch.empty(2, 3, 4, dtype=torch.int64, device="meta")
+        gaussians = boxes_to_gaussians(boxes, (32, 32))
+        assert gaussians.is_meta
+        assert gaussians_to_boxes(gaussians, (32, 32)).is_meta
+        assert pixel_coordinates(8, device="meta").is_meta
+        with pytest.raises(AssertionError, match="made a float64 tensor"):
+            torch.zeros(2, device="meta").double()
 
 
-def test_frame_of_equal_tiles_is_the_papers_merge():
-    gaussians = random_gaussians(20)
-    n = 3
-    for row in range(n):
-        for column in range(n):
-            frame = gaussians_to_frame(gaussians, (row * 64, column * 64, 64, 64), (n * 64, n * 64))
-            assert torch.allclose(frame[:, :2], gaussians[:, :2] / n, atol=1e-14)
-            assert torch.equal(frame[:, 2], gaussians[:, 2])
-            assert torch.allclose(frame[:, 3], -1 + (2 * column + gaussians[:, 3] + 1) / n, atol=1e-14)
-            assert torch.allclose(frame[:, 4], -1 + (2 * row + gaussians[:, 4] + 1) / n, atol=1e-14)
+to_anywhere = torch.Tensor.to
 
 
-def test_frame_of_the_whole_image_changes_nothing():
-    gaussians = random_gaussians(20)
-    assert torch.allclose(gaussians_to_frame(gaussians, (0, 0, 37, 301), (37, 301)), gaussians, atol=1e-14)
-
-
-def test_padded_frame_keeps_every_pixel_in_its_place():
-    size, padded, map_size = (37, 301), (40, 304), (10, 76)
-    index_x, index_y = torch.tensor([0.0, 150.0, 300.0]), torch.tensor([0.0, 18.0, 36.0])
-    gaussians = torch.stack(
-        [torch.full((3,), 0.1), torch.full((3,), 0.1), torch.zeros(3), index_x / 150 - 1, index_y / 18 - 1], -1
-    )
-    moved = gaussians_to_padded_frame(gaussians, size, padded, map_size)
-    assert torch.allclose((moved[:, 3] + 1) / 2 * 303, index_x, atol=1e-4)
-    assert torch.allclose((moved[:, 4] + 1) / 2 * 39, index_y, atol=1e-4)
-    # sigma in pixels, of n - 1 pixels between the corners, stays too.
-    assert torch.allclose(moved[:, 0] * 303, gaussians[:, 0] * 300)
-    assert torch.allclose(moved[:, 1] * 39, gaussians[:, 1] * 36)
-    assert gaussians_to_padded_frame(gaussians, size, size, map_size) is gaussians
+def to_from_meta(tensor, *args, **kwargs):
+    """`Tensor.to` that takes meta tensors to the CPU, as zeros."""
+    target = torch.device(args[0]) if isinstance(args[0], str | torch.device) else tensor.device
+    if tensor.is_meta and target.type == "cpu":
+        tensor = torch.zeros(tensor.shape, dtype=tensor.dtype)
+    return to_anywhere(tensor, *args, **kwargs)
 
 
 @pytest.mark.parametrize(

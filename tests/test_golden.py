@@ -13,8 +13,10 @@ from conversion_helpers import GOLDEN, SHARED_GOLDEN
 from safetensors.torch import load_file
 
 from conversion import convert_gpstoken
-from gpstoken_hf.gaussians import boxes_to_gaussians, gaussians_to_boxes, gaussians_to_frame, join_tokens, split_tokens
+from gpstoken_hf import GaussianLayout
+from gpstoken_hf.gaussians import boxes_to_gaussians, gaussians_to_boxes, join_tokens, split_tokens
 from gpstoken_hf.modeling_gpstoken import GPSTokenModel
+from gpstoken_hf.tiling import gaussians_to_frame
 
 INIT_GAUSSIANS = 1e-6  # measured 0
 TOKENS = 1e-5  # measured 1.4e-6
@@ -65,9 +67,9 @@ def side_by_side(images):
 def test_regions_and_initial_gaussians(recorded):
     encoded = recorded.model.encode(recorded.pixel_values)
     for image, boxes in enumerate(recorded.boxes):
-        ours = {tuple(box) for box in encoded.boxes[image].tolist()}
+        ours = {tuple(box) for box in encoded.layout.boxes[image].tolist()}
         assert ours == {tuple(box) for box in boxes.tolist()}
-        assert set_error(encoded.init_gaussians[image], recorded.init_gaussians[image]) <= INIT_GAUSSIANS
+        assert set_error(encoded.layout.gaussians[image], recorded.init_gaussians[image]) <= INIT_GAUSSIANS
     assert error(boxes_to_gaussians(recorded.boxes, (64, 64)), recorded.init_gaussians) <= INIT_GAUSSIANS
     assert torch.equal(gaussians_to_boxes(recorded.init_gaussians, (64, 64)), recorded.boxes)
 
@@ -82,9 +84,8 @@ def test_conditioner(recorded):
 
 @torch.no_grad()
 def test_tokens(recorded):
-    given = recorded.model.encode(
-        recorded.pixel_values, boxes=recorded.boxes, init_gaussians=recorded.init_gaussians
-    ).tokens
+    layout = GaussianLayout(recorded.init_gaussians, recorded.boxes)
+    given = recorded.model.encode(recorded.pixel_values, layout=layout).tokens
     assert error(given, recorded.tokens) <= TOKENS
     ours = recorded.model.encode(recorded.pixel_values).tokens
     for tokens, expected in zip(ours, recorded.tokens):

@@ -5,12 +5,12 @@ import json
 
 import pytest
 import torch
-from fake_cuda import watched_fake_cuda
 from model_helpers import make_images, make_model, max_error
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoImageProcessor, AutoModel
 
 import gpstoken_hf
+from gpstoken_hf import GaussianLayout
 from gpstoken_hf.configuration_gpstoken import GPSTokenConfig
 from gpstoken_hf.gaussians import boxes_to_gaussians, check_gaussians
 from gpstoken_hf.modeling_gpstoken import GPSTokenModel
@@ -42,16 +42,17 @@ def images():
 @pytest.mark.parametrize("multipliers", [(1, 1), (1, 1, 2)])
 def test_any_size(size, num_tokens, multipliers):
     model = make_model(decoder_channel_multipliers=multipliers)
-    output = model(make_images(2, *size), num_tokens=num_tokens)
+    images = make_images(2, *size)
+    output, layout = model(images, num_tokens=num_tokens), model.encode(images, num_tokens=num_tokens).layout
     assert output.sample.shape == (2, 3, *size)
     assert output.tokens.shape == (2, num_tokens, 9)
-    assert output.boxes.shape == (2, num_tokens, 4)
+    assert layout.boxes.shape == (2, num_tokens, 4)
     assert output.attention_mask.tolist() == [[1] * num_tokens] * 2
     assert torch.isfinite(output.sample).all()
     check_gaussians(output.tokens[..., :5])
     # The regions cover the image, each pixel once.
     covered = torch.zeros(size)
-    for x0, y0, x1, y1 in output.boxes[0].tolist():
+    for x0, y0, x1, y1 in layout.boxes[0].tolist():
         covered[y0 : y1 + 1, x0 : x1 + 1] += 1
     assert (covered == 1).all()
 
@@ -88,12 +89,12 @@ def test_padding_of_the_map_does_not_move_the_image():
 @torch.no_grad()
 def test_a_padded_batch_gives_each_image_what_it_gives_alone(model):
     images, counts = make_images(3, 40, 56), [3, 24, 11]
-    batch = model(images, num_tokens=counts)
+    batch, layout = model(images, num_tokens=counts), model.encode(images, num_tokens=counts).layout
     assert batch.attention_mask.sum(1).tolist() == counts
     assert batch.tokens.shape[1] == 24
     for index, count in enumerate(counts):
         alone = model(images[index : index + 1], num_tokens=count)
-        assert torch.equal(batch.boxes[index, :count], alone.boxes[0])
+        assert torch.equal(layout[index].boxes, model.encode(images[index : index + 1], num_tokens=count).layout.boxes)
         assert max_error(batch.tokens[index, :count], alone.tokens[0]) <= TOKENS
         assert max_error(batch.sample[index], alone.sample[0]) <= PIXELS
 
@@ -120,8 +121,14 @@ def test_padded_layout_rows_change_nothing_in_encode(model, images, garbage):
     gaussians = torch.where(mask.bool().unsqueeze(-1), partition.gaussians, garbage)
     boxes = torch.where(mask.bool().unsqueeze(-1), partition.boxes, -9)
     expected = model.encode(images, num_tokens=[8, 3])
-    for layout in ({"boxes": boxes}, {"init_gaussians": gaussians}, {"boxes": boxes, "init_gaussians": gaussians}):
-        encoded = model.encode(images, attention_mask=mask, **layout)
+    given = [
+        GaussianLayout.from_boxes(boxes, (32, 32), mask),
+        GaussianLayout.from_gaussians(gaussians, (32, 32), mask),
+        GaussianLayout(gaussians, boxes, mask),
+        GaussianLayout(gaussians, None, mask),
+    ]
+    for layout in given:
+        encoded = model.encode(images, layout=layout)
         assert max_error(encoded.tokens[0], expected.tokens[0]) <= TOKENS
         assert max_error(encoded.tokens[1, :3], expected.tokens[1, :3]) <= TOKENS
         check_gaussians(encoded.tokens[..., :5])
@@ -134,7 +141,8 @@ def test_padded_layout_rows_change_nothing_in_encode(model, images, garbage):
 def test_permuted_layouts_give_permuted_tokens_and_the_same_image(model, images):
     encoded = model.encode(images)
     order = torch.randperm(8, generator=torch.Generator().manual_seed(3))
-    permuted = model.encode(images, boxes=encoded.boxes[:, order], init_gaussians=encoded.init_gaussians[:, order])
+    layout = GaussianLayout(encoded.layout.gaussians[:, order], encoded.layout.boxes[:, order])
+    permuted = model.encode(images, layout=layout)
     assert max_error(permuted.tokens, encoded.tokens[:, order]) <= TOKENS
     assert max_error(model.decode(permuted.tokens).sample, model.decode(encoded.tokens).sample) <= PIXELS
 
@@ -148,7 +156,7 @@ def test_importance_draws_tokens(model):
     drawn = model.encode(images, num_tokens=24, importance=importance)
 
     def inside(encoded):
-        x0, y0, x1, y1 = encoded.boxes[0].unbind(-1)
+        x0, y0, x1, y1 = encoded.layout.boxes[0].unbind(-1)
         return ((x0 + x1 < 48) & (y0 + y1 > 80)).sum().item()
 
     assert inside(drawn) > 2 * inside(plain)
@@ -163,35 +171,37 @@ def test_importance_draws_tokens(model):
 def test_a_layout_by_hand_is_the_partition_s_own(model, images):
     expected = model.encode(images)
     for layout in (
-        {"boxes": expected.boxes},
-        {"init_gaussians": expected.init_gaussians},
-        {"boxes": expected.boxes, "init_gaussians": expected.init_gaussians},
+        expected.layout,
+        GaussianLayout.from_boxes(expected.layout.boxes, (32, 32)),
+        GaussianLayout.from_gaussians(expected.layout.gaussians, (32, 32)),
+        GaussianLayout(expected.layout.gaussians),
     ):
-        encoded = model.encode(images, **layout)
-        assert torch.equal(encoded.boxes, expected.boxes)
-        assert max_error(encoded.init_gaussians, expected.init_gaussians) < 1e-7
+        encoded = model.encode(images, layout=layout)
+        assert torch.equal(encoded.layout.boxes, expected.layout.boxes)
+        assert max_error(encoded.layout.gaussians, expected.layout.gaussians) < 1e-7
         assert max_error(encoded.tokens, expected.tokens) <= TOKENS
 
 
 @torch.no_grad()
 def test_a_layout_of_another_image_and_of_overlapping_regions(model, images):
-    boxes = torch.tensor([[[0, 0, 31, 31], [4, 4, 9, 30], [5, 5, 5, 5]]]).expand(2, -1, -1)
-    encoded = model.encode(images, boxes=boxes)
-    assert torch.equal(encoded.init_gaussians, boxes_to_gaussians(boxes, (32, 32)))
+    boxes = torch.tensor([[[0, 0, 31, 31], [4, 4, 9, 30], [5, 5, 5, 5]]])
+    layout = GaussianLayout.from_boxes(boxes, (32, 32))  # of one image, for all
+    encoded = model.encode(images, layout=layout)
+    assert torch.equal(encoded.layout.gaussians, boxes_to_gaussians(boxes, (32, 32)).expand(2, -1, -1))
     assert encoded.attention_mask.tolist() == [[1, 1, 1]] * 2
     assert torch.isfinite(model.decode(encoded.tokens).sample).all()
     # Gaussians that no region has are refined from where they are.
-    tilted = encoded.init_gaussians.clone()
+    tilted = encoded.layout.gaussians.clone()
     tilted[..., 2] = 0.7
-    assert (model.encode(images, init_gaussians=tilted).tokens[..., 2] > 0.3).all()
-    assert model(images, boxes=boxes).sample.shape == images.shape
+    assert (model.encode(images, layout=GaussianLayout(tilted)).tokens[..., 2] > 0.3).all()
+    assert model(images, layout=layout).sample.shape == images.shape
 
 
 def test_gradients_reach_pixels_and_layout(model, images):
     pixels = images.clone().requires_grad_()
     gaussians = boxes_to_gaussians(torch.tensor([[[0, 0, 15, 31], [16, 0, 31, 31]]]), (32, 32)).repeat(2, 1, 1)
     gaussians.requires_grad_()
-    model(pixels, init_gaussians=gaussians).sample.square().mean().backward()
+    model(pixels, layout=GaussianLayout(gaussians)).sample.square().mean().backward()
     for grad in (pixels.grad, gaussians.grad):
         assert torch.isfinite(grad).all()
         assert grad.abs().sum() > 0
@@ -213,9 +223,9 @@ def test_half_precision(model, images, dtype, largest, mean):
     half = make_model().to(dtype)
     seen = []
     hook = half.decoder.register_forward_pre_hook(lambda module, args: seen.append(args[0].dtype))
-    output = half(images.to(dtype), init_gaussians=expected.init_gaussians, boxes=expected.boxes)
+    output = half(images.to(dtype), layout=model.encode(images).layout)
     hook.remove()
-    assert output.tokens.dtype == output.init_gaussians.dtype == torch.float32
+    assert output.tokens.dtype == torch.float32
     assert seen == [torch.float32]
     assert half.render(output.tokens.to(dtype), (16, 16)).dtype == torch.float32
     assert output.sample.dtype == dtype
@@ -234,7 +244,6 @@ def test_autocast_keeps_gaussians_in_float32(model, images):
     with torch.autocast("cpu", torch.bfloat16):
         output = model(images)
     assert output.tokens.dtype == torch.float32
-    assert output.init_gaussians.dtype == torch.float32
     assert torch.isfinite(output.sample).all()
     expected = model(images)
     assert max_error(output.tokens[..., :5], expected.tokens[..., :5]) < 0.02
@@ -276,8 +285,7 @@ def test_gradient_checkpointing_gives_the_same_gradients(images):
 
 def check_compiled(model, images, backend, fullgraph):
     with torch.no_grad():
-        layout = partition_images(images, 8, min_region_size=4)
-        given = {"boxes": layout.boxes, "init_gaussians": layout.gaussians}
+        given = {"layout": partition_images(images, 8, min_region_size=4)}
         encoded = model.encode(images, **given).tokens
         decoded = model.decode(encoded, 32).sample
         encode = torch.compile(model.encode, backend=backend, fullgraph=fullgraph)
@@ -296,7 +304,8 @@ def test_compiled_encode_looks_at_the_pixels_too(model, images):
     torch._dynamo.reset()
     encode = torch.compile(model.encode, backend="eager")
     with torch.no_grad():
-        assert torch.equal(encode(images, num_tokens=6).boxes, model.encode(images, num_tokens=6).boxes)
+        compiled, eager = encode(images, num_tokens=6).layout, model.encode(images, num_tokens=6).layout
+        assert torch.equal(compiled.boxes, eager.boxes)
         with pytest.raises(ValueError, match=r"must be in \[-1, 1\], got values from .* to 3"):
             encode(images.clone().index_fill_(3, torch.tensor(5), 3.0), num_tokens=6)
 
@@ -418,27 +427,7 @@ def test_missing_files(checkpoint):
         GPSTokenModel.from_pretrained(folder)
 
 
-# -- a GPU is not kept waiting
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("importance_device", [None, "cpu", "cuda"])
-@pytest.mark.parametrize("arguments", [{"num_tokens": 12}, {"num_tokens": [12, 5]}, {"tile_size": 16}])
-def test_encode_waits_for_the_check_of_the_values_alone(monkeypatch, arguments, importance_device):
-    pytest.importorskip("triton")
-    with watched_fake_cuda(monkeypatch) as watch:
-        with watch.look_away(), torch.device("cuda"):
-            model = make_model()
-        images = torch.empty(2, 3, 32, 24, device="cuda")
-        importance = None if importance_device is None else torch.empty(2, 32, 24, device=importance_device)
-        encoded = model.encode(images, importance=importance, **arguments)
-        assert {tensor.device.type for tensor in encoded.values()} == {"cuda"}
-        # Asked for before anything else is computed, and waited for when all work is queued.
-        log = watch.log
-        assert log.index("copy cuda to cpu") < log.index("gpstoken::region_entropies") < log.index("addmm")
-        waited = log.index("event waited for")
-        assert log.count("copy cuda to cpu") == log.count("event waited for") == 1 + (importance_device == "cuda")
-        assert set(log[waited:]) <= {"event waited for", "select.int"}
+# -- what is validated
 
 
 @torch.no_grad()
@@ -447,16 +436,30 @@ def test_pixels_may_leave_their_range_by_the_rounding_of_a_resize(model, images)
     pixels[0, 0, 0, 0], pixels[1, 2, 3, 4] = 1 + 2**-17, -1 - 2**-17
     expected = model.encode(pixels.clamp(-1, 1), num_tokens=6)
     encoded = model.encode(pixels, num_tokens=6)
-    assert torch.equal(encoded.boxes, expected.boxes)
+    assert torch.equal(encoded.layout.boxes, expected.layout.boxes)
     assert max_error(encoded.tokens, expected.tokens) < 1e-4
     pixels[0, 0, 0, 0] = 1 + 2**-16
     with pytest.raises(ValueError, match=r"pixel_values must be in \[-1, 1\]"):
         model.encode(pixels, num_tokens=6)
 
 
+@torch.no_grad()
+def test_validation_can_be_switched_off(images):
+    model = make_model()
+    model.validate_inputs = False
+    assert model.encode(images * 3, num_tokens=6).tokens.shape == (2, 6, 9)
+    tokens = tokens_with(1, 1.5)
+    assert model.decode(tokens).sample.shape == (1, 3, 32, 32)
+    model.validate_inputs = True
+    with pytest.raises(ValueError, match="pixel_values must be in"):
+        model.encode(images * 3, num_tokens=6)
+    with pytest.raises(ValueError, match="0 < sigma < 1"):
+        model.decode(tokens)
+
+
 # -- bad input
 
-BOXES = [[[0, 0, 31, 31]]] * 2
+LAYOUT = GaussianLayout.from_boxes(torch.tensor([[[0, 0, 31, 31]]] * 2), (32, 32))
 
 
 def bad_pixel(value):
@@ -468,13 +471,13 @@ def bad_pixel(value):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"pixel_values": torch.zeros(2, 1, 32, 32)}, r"\(B, 3, H, W\) .* 3 colour channels, got \(2, 1, 32, 32\)"),
-        ({"pixel_values": torch.zeros(2, 4, 32, 32)}, r"3 colour channels, got \(2, 4, 32, 32\)"),
+        ({"pixel_values": torch.zeros(2, 1, 32, 32)}, r"\(B, 3, H, W\), got \(2, 1, 32, 32\)"),
+        ({"pixel_values": torch.zeros(2, 4, 32, 32)}, r"\(B, 3, H, W\), got \(2, 4, 32, 32\)"),
         ({"pixel_values": torch.zeros(3, 32, 32)}, r"got \(3, 32, 32\)"),
-        ({"pixel_values": torch.zeros(0, 3, 32, 32)}, r"got \(0, 3, 32, 32\)"),
+        ({"pixel_values": torch.zeros(0, 3, 32, 32)}, r"at least one image, got shape \(0, 3, 32, 32\)"),
         (
             {"pixel_values": torch.zeros(1, 3, 32, 32, dtype=torch.uint8)},
-            r"floating point in \[-1, 1\], got torch.uint8",
+            r"floating point in \[-1, 1\] .*, got torch.uint8",
         ),
         (bad_pixel(float("nan")), "pixel_values must be finite, got 1 NaN or infinite"),
         (bad_pixel(float("-inf")), "pixel_values must be finite, got 1 NaN or infinite"),
@@ -485,33 +488,30 @@ def bad_pixel(value):
         ({"num_tokens": -2}, "num_tokens must be at least 1, got -2"),
         ({"num_tokens": [4]}, "one number per image, 2, got 1"),
         ({"num_tokens": []}, "one number per image, 2, got 0"),
-        ({"num_tokens": 2.5}, "an integer or a list of one integer per image, got 2.5"),
-        ({"num_tokens": [2.0, 3.0]}, "an integer or a list of one integer per image"),
-        ({"num_tokens": 65}, "at most 64 regions, got num_tokens=65"),
-        ({"num_tokens": [1, 4096]}, "at most 64 regions, got num_tokens=4096"),
+        ({"num_tokens": 2.5}, "an integer or one integer per image, got 2.5"),
+        ({"num_tokens": [2.0, 3.0]}, "an integer or one integer per image"),
+        ({"num_tokens": 65}, "at most 64, the number of regions .* got 65"),
+        ({"num_tokens": [1, 4096]}, "at most 64, the number of regions .* got 4096"),
         ({"importance": torch.zeros(2, 32, 31)}, r"\(B, H, W\) = \(2, 32, 32\), got \(2, 32, 31\)"),
         ({"importance": torch.zeros(1, 32, 32)}, r"\(B, H, W\) = \(2, 32, 32\), got \(1, 32, 32\)"),
         ({"importance": torch.full((2, 32, 32), -1.0)}, "importance must be at least 0, got values from -1"),
         ({"importance": torch.full((2, 32, 32), float("nan"))}, "importance must be finite"),
         ({"tile_size": 0}, "tile_size must be a positive multiple of 2 pixels, got 0"),
         ({"tile_size": 15}, "tile_size must be a positive multiple of 2 pixels, got 15"),
-        ({"tile_size": 16, "num_tokens": 3}, "each of the 4 tiles at least one token, got 3"),
-        ({"boxes": torch.tensor(BOXES), "num_tokens": 4}, "expected num_tokens, importance and tile_size to be None"),
-        ({"boxes": torch.tensor(BOXES), "tile_size": 16}, "expected num_tokens, importance and tile_size to be None"),
-        ({"attention_mask": torch.ones(2, 8)}, "attention_mask belongs to a layout .*, got neither"),
-        ({"boxes": torch.tensor(BOXES[:1])}, r"boxes must be \(B, L, 4\) with B = 2, got \(1, 1, 4\)"),
-        ({"boxes": torch.zeros(2, 0, 4, dtype=torch.int64)}, r"boxes must be .*, got \(2, 0, 4\)"),
-        ({"boxes": torch.tensor([[[0, 0, 32, 31]]] * 2)}, r"inside the 32 x 32 image, got \[0, 0, 32, 31\]"),
-        ({"boxes": torch.tensor([[[9, 0, 8, 31]]] * 2)}, r"inside the 32 x 32 image, got \[9, 0, 8, 31\]"),
-        ({"boxes": torch.tensor(BOXES).float()}, "boxes must be integers.*, got torch.float32"),
-        ({"init_gaussians": torch.zeros(2, 3, 4)}, r"init_gaussians must be \(B, L, 5\) with B = 2, got \(2, 3, 4\)"),
-        ({"init_gaussians": torch.zeros(2, 3, 5)}, "init_gaussians must have 0 < sigma < 1, got sigma from 0 to 0"),
+        ({"tile_size": 16, "num_tokens": 3}, "at least 1 for each of the 4 tiles, got 3"),
+        ({"layout": LAYOUT, "num_tokens": 4}, "num_tokens, importance and tile_size must be None with a layout"),
+        ({"layout": LAYOUT, "tile_size": 16}, "num_tokens, importance and tile_size must be None with a layout"),
+        ({"layout": LAYOUT.boxes}, "layout must be a GaussianLayout, got Tensor"),
+        ({"layout": GaussianLayout(LAYOUT.gaussians[:1].expand(3, -1, -1))}, "layout must be of 1 or 2 images, got 3"),
         (
-            {"boxes": torch.tensor(BOXES), "init_gaussians": torch.full((2, 2, 5), 0.5)},
-            r"init_gaussians must be \(B, L, 5\) .*, got \(2, 2, 5\)|boxes must be .*, got",
+            {"layout": GaussianLayout(LAYOUT.gaussians, torch.tensor([[[0, 0, 32, 31]]] * 2))},
+            r"inside the 32 x 32 image, got \[0, 0, 32, 31\]",
         ),
-        ({"boxes": torch.tensor(BOXES), "attention_mask": torch.ones(2, 2)}, r"\(B, L\) = \(2, 1\), got \(2, 2\)"),
-        ({"boxes": torch.tensor(BOXES), "attention_mask": torch.tensor([[1], [0]])}, "at least one token"),
+        ({"layout": GaussianLayout(torch.zeros(2, 3, 5))}, "gaussians must have 0 < sigma < 1, got sigma from 0 to 0"),
+        (
+            {"layout": GaussianLayout(LAYOUT.gaussians, None, torch.tensor([[1], [0]]))},
+            "attention_mask must leave every image at least one token",
+        ),
     ],
 )
 @pytest.mark.parametrize("slicing", [False, True])
@@ -522,6 +522,13 @@ def test_encode_refuses(model, images, arguments, message, slicing):
             model(**{"pixel_values": images, **arguments})
     finally:
         model.use_slicing = False
+
+
+@pytest.mark.parametrize("misspelt", ["num_token", "num_tokenz", "boxes", "init_gaussians", "attention_mask"])
+def test_a_misspelt_argument_is_an_error(model, images, misspelt):
+    for call in (model, model.encode):
+        with pytest.raises(TypeError, match=f"unexpected keyword argument '{misspelt}'"):
+            call(images, **{misspelt: 5})
 
 
 def tokens_with(field, value):

@@ -10,16 +10,9 @@ from safetensors.numpy import load_file
 from test_partition import PORTABLE, as_set, complexity, golden_arguments, golden_cases, random_image
 
 from gpstoken_hf import partition_images
-from gpstoken_hf.gaussians import morton_order
-from gpstoken_hf.partition import max_regions
-from gpstoken_hf.partition_torch import (
-    RangeCheck,
-    grey_images,
-    importance_sums,
-    region_entropies,
-    region_tensors,
-    region_tree,
-)
+from gpstoken_hf.complexity_torch import grey_images, importance_sums, region_entropies, region_tensors
+from gpstoken_hf.partition import check_range
+from gpstoken_hf.regions import max_regions, morton_order, region_tree
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 
@@ -75,7 +68,7 @@ def test_tensors_of_a_tree(height, width, min_region_size):
     assert torch.equal(rows.sort().values, torch.arange(tree.num_splittable))
     assert ((x0 == x1) | (y0 == y1))[regions.line_rows].all()
     assert ((x0 < x1) & (y0 < y1))[regions.area_rows].all()
-    assert torch.equal(regions.morton_code.argsort(stable=True), morton_order(x0, y0))
+    assert torch.equal(regions.morton_code.argsort(stable=True), morton_order(regions.boxes))
     # Kept: the second time it is the same.
     assert region_tensors(height, width, min_region_size, torch.device("cpu")) is regions
 
@@ -161,24 +154,20 @@ def test_importance_sums():
         ([float("-inf"), float("inf")], "finite, got 2 NaN or infinite"),
     ],
 )
-def test_range_check_in_two_parts(device, values, message):
+def test_range_check(device, values, message):
     skip_without(device)
     tensor = torch.tensor(values, device=device)
     if message is None:
-        RangeCheck("weights", tensor, -1.0, 1.0).finish()
-    elif device == "cuda":
-        check = RangeCheck("weights", tensor, -1.0, 1.0)
+        check_range("weights", tensor, -1.0, 1.0)
+    else:
         with pytest.raises(ValueError, match=message):
-            check.finish()
-    else:  # there is nothing to wait for
-        with pytest.raises(ValueError, match=message):
-            RangeCheck("weights", tensor, -1.0, 1.0)
+            check_range("weights", tensor, -1.0, 1.0)
 
 
 def test_range_check_has_a_tolerance():
-    RangeCheck("weights", torch.tensor([-1.25, 1.25]), -1.0, 1.0, tolerance=0.25)
+    check_range("weights", torch.tensor([-1.25, 1.25]), -1.0, 1.0, tolerance=0.25)
     with pytest.raises(ValueError, match=r"weights must be in \[-1, 1\], got values from -1.25 to 1.5"):
-        RangeCheck("weights", torch.tensor([-1.25, 1.5]), -1.0, 1.0, tolerance=0.25)
+        check_range("weights", torch.tensor([-1.25, 1.5]), -1.0, 1.0, tolerance=0.25)
 
 
 @pytest.mark.gpu

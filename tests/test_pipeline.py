@@ -23,6 +23,7 @@ from diffusers import (
 from tiny_pipeline import CHANNELS, SIDE, TOKENS, make_components, make_pipeline, seeded
 
 from gpstoken_hf.calibration import calibrate_layout
+from gpstoken_hf.layout import GaussianLayout
 from gpstoken_hf.partition import partition_images
 from gpstoken_hf.pipeline_gpstoken import GPSTokenPipeline
 from gpstoken_hf.scheduling_flow_match_sde import FlowMatchSDEScheduler
@@ -160,8 +161,8 @@ def test_output_types(mode):
     assert torch.equal(pipeline.vae.decode(pt.tokens).sample.clamp(-1, 1) / 2 + 0.5, pt.images)
     assert (pt.layout is None) == (mode == "one_stage")
     if mode != "one_stage":
-        assert pt.layout.shape == (2, TOKENS, 5)
-        assert pt.layout.dtype == torch.float32
+        assert pt.layout.gaussians.shape == (2, TOKENS, 5)
+        assert pt.layout.gaussians.dtype == torch.float32
     images, layout, tokens = pipeline([1, 2], 3, generator=seeded(0, 1), output_type="pt", return_dict=False)
     assert torch.equal(images, pt.images)
     assert torch.equal(tokens, pt.tokens)
@@ -170,17 +171,19 @@ def test_output_types(mode):
 
 def test_generated_layouts_are_legal():
     layout = make_pipeline()(list(range(10)), generator=torch.Generator().manual_seed(0), output_type="layout").layout
-    calibrated = calibrate_layout(layout, (SIDE, SIDE), min_region_size=4)
-    assert torch.equal(calibrated.gaussians, layout)
-    assert len(torch.unique(layout, dim=0)) > 1
+    calibrated = calibrate_layout(layout.gaussians, (SIDE, SIDE), min_region_size=4)
+    assert torch.equal(calibrated.gaussians, layout.gaussians)
+    assert torch.equal(calibrated.boxes, layout.boxes)
+    assert len(torch.unique(layout.gaussians, dim=0)) > 1
 
 
 def test_layouts_from_the_bank_are_of_the_class():
     pipeline = make_pipeline("bank")
     stored = pipeline.layout_bank.layouts_by_class()
     layout = pipeline([4, 7], generator=seeded(0, 1), output_type="layout").layout
-    for one, label in zip(layout, (4, 7)):
+    for one, label in zip(layout.gaussians, (4, 7)):
         assert any(torch.equal(one, other) for other in stored[label])
+    assert pipeline.layout_bank.class_labels[layout.indices].tolist() == [4, 7]
 
 
 def test_layout_source_by_name():
@@ -188,9 +191,9 @@ def test_layout_source_by_name():
     generated = pipeline([4], generator=seeded(0), output_type="layout").layout
     named = pipeline([4], generator=seeded(0), layout="generated", output_type="layout").layout
     banked = pipeline([4], generator=seeded(0), layout="bank", output_type="layout").layout
-    assert torch.equal(generated, named)
-    assert any(torch.equal(banked[0], other) for other in stored)
-    assert not any(torch.equal(generated[0], other) for other in stored)
+    assert torch.equal(generated.gaussians, named.gaussians)
+    assert any(torch.equal(banked.gaussians[0], other) for other in stored)
+    assert not any(torch.equal(generated.gaussians[0], other) for other in stored)
 
 
 @pytest.mark.parametrize("mode", ["generated", "bank"])
@@ -201,48 +204,49 @@ def test_a_layout_can_be_taken_out_and_put_back_in(mode):
     pipeline.scheduler = FlowMatchEulerDiscreteScheduler()
     whole = pipeline([1, 2], generator=seeded(0, 1), **arguments)
     layout = pipeline([1, 2], generator=seeded(0, 1), output_type="layout").layout
-    assert torch.equal(layout, whole.layout)
+    assert torch.equal(layout.gaussians, whole.layout.gaussians)
     assert torch.equal(pixels(pipeline([1, 2], layout=layout, **arguments)), pixels(whole))
 
-    edited = layout.clone()
+    edited = layout.gaussians.clone()
     edited[:, 0, 3:] *= -0.5
-    moved = pipeline([1, 2], layout=edited, **arguments)
-    assert torch.equal(moved.layout, edited)
+    moved = pipeline([1, 2], layout=GaussianLayout(edited), **arguments)
+    assert torch.equal(moved.layout.gaussians, edited)
     assert (pixels(moved) - pixels(whole)).abs().max() > 1e-3
 
 
 def test_a_layout_given_by_hand_needs_no_source_of_layouts():
     pipeline = make_pipeline("bank", layout_bank=None)
-    layout = tiny_pipeline.make_bank().layout(0)
-    output = pipeline([1, 2], 3, layout=layout[None], generator=seeded(0, 1), output_type="pt")
-    assert torch.equal(output.layout, layout.expand(2, -1, -1))
-    # What comes back can be edited: neither the rows nor the tensor that was given share its memory.
-    output.layout[0, 0, 3] = 0.25
-    assert output.layout[1, 0, 3] != 0.25
-    assert layout[0, 3] != 0.25
+    gaussians = tiny_pipeline.make_bank().gaussians_of(0)
+    layout = GaussianLayout(gaussians[None])
+    output = pipeline([1, 2], 3, layout=layout, generator=seeded(0, 1), output_type="pt")
+    assert torch.equal(output.layout.gaussians, gaussians.expand(2, -1, -1))
+    # The output may be edited: it shares memory neither between its rows nor with the layout that was given.
+    output.layout.gaussians[0, 0, 3] = 0.25
+    assert output.layout.gaussians[1, 0, 3] != 0.25
+    assert gaussians[0, 3] != 0.25
 
 
 def test_any_number_of_tokens_and_different_numbers_in_one_batch():
     pipeline = make_pipeline("bank", scheduler=FlowMatchEulerDiscreteScheduler())
     image = torch.rand(1, 3, SIDE, SIDE, generator=torch.Generator().manual_seed(3)) * 2 - 1
-    short, long = (partition_images(image, length, min_region_size=4).gaussians[0] for length in (3, 12))
+    short, long = (partition_images(image, length, min_region_size=4) for length in (3, 12))
     noise = torch.randn(2, 12, CHANNELS, generator=torch.Generator().manual_seed(0))
-    output = pipeline([1, 2], 4, layout=[short, long], latents=noise, output_type="pt")
-    assert output.layout.shape == (2, 12, 5)
-    assert output.attention_mask.sum(1).tolist() == [3, 12]
+    output = pipeline([1, 2], 4, layout=GaussianLayout.stack([short, long]), latents=noise, output_type="pt")
+    assert output.layout.gaussians.shape == (2, 12, 5)
+    assert output.layout.num_tokens.tolist() == [3, 12]
     for i, layout in enumerate((short, long)):
-        alone = pipeline([1 + i], 4, layout=layout[None], latents=noise[i : i + 1, : len(layout)], output_type="pt")
-        assert alone.attention_mask is None
+        given = noise[i : i + 1, : layout.gaussians.shape[1]]
+        alone = pipeline([1 + i], 4, layout=layout, latents=given, output_type="pt")
+        assert not alone.layout.is_padded
         torch.testing.assert_close(pixels(alone)[0], pixels(output)[i], rtol=0, atol=1e-5)
-    listed = [one[mask.bool()] for one, mask in zip(output.layout, output.attention_mask)]
-    again = pipeline([1, 2], 4, layout=listed, latents=noise, output_type="pt")
+    again = pipeline([1, 2], 4, layout=output.layout, latents=noise, output_type="pt")
     assert torch.equal(pixels(again), pixels(output))
 
 
 def test_a_bank_of_layouts_of_different_lengths():
     pipeline = make_pipeline("bank", layout_bank=tiny_pipeline.make_bank(lengths=(4, 6, 10)))
     output = pipeline(list(range(10)), 2, generator=torch.Generator().manual_seed(0), output_type="pt")
-    assert set(output.attention_mask.sum(1).tolist()) == {4, 6, 10}
+    assert set(output.layout.num_tokens.tolist()) == {4, 6, 10}
     assert torch.isfinite(pixels(output)).all()
 
 
@@ -253,9 +257,9 @@ def test_the_layout_of_an_image_is_borrowed():
     image = PIL.Image.fromarray(array)
     cropped = image.resize((43, 32), PIL.Image.BICUBIC)
     borrowed = pipeline([1, 2], 2, layout=image, generator=seeded(0, 1), output_type="pt").layout
-    assert borrowed.shape == (2, TOKENS, 5)
-    assert torch.equal(borrowed[0], borrowed[1])
-    assert torch.equal(calibrate_layout(borrowed, (SIDE, SIDE), 4).gaussians, borrowed)
+    assert borrowed.gaussians.shape == (2, TOKENS, 5)
+    assert torch.equal(borrowed.gaussians[0], borrowed.gaussians[1])
+    assert torch.equal(calibrate_layout(borrowed.gaussians, (SIDE, SIDE), 4).boxes, borrowed.boxes)
 
     # An image of the right size keeps its pixels: its layout is the partition's own.
     exact = cropped.crop((5, 0, 37, 32))
@@ -264,10 +268,10 @@ def test_the_layout_of_an_image_is_borrowed():
     kinds = [exact, [exact], np.asarray(exact), pixel_values / 2 + 0.5]
     for kind in kinds:
         layout = pipeline([1], layout=kind, output_type="layout").layout
-        torch.testing.assert_close(layout, expected, rtol=0, atol=0)
+        torch.testing.assert_close(layout.gaussians, expected, rtol=0, atol=0)
     two = pipeline([1, 2], layout=[exact, image], output_type="layout").layout
-    assert torch.equal(two[0], expected[0])
-    assert torch.equal(two[1], borrowed[0])
+    assert torch.equal(two.gaussians[0], expected[0])
+    assert torch.equal(two.gaussians[1], borrowed.gaussians[0])
     with pytest.raises(ValueError, match="1 or 3 images, one per class label, got 2"):
         pipeline([1, 2, 3], layout=[exact, image], output_type="layout")
 
@@ -291,7 +295,7 @@ def test_noise_can_be_given():
 
 def test_statistics_are_the_transformers_and_else_the_tokenizers():
     mean, std = [float(i) for i in range(CHANNELS)], [float(i + 1) for i in range(CHANNELS)]
-    latents, layout = torch.randn(1, TOKENS, CHANNELS), tiny_pipeline.make_bank().layout(0)[None]
+    latents, layout = torch.randn(1, TOKENS, CHANNELS), tiny_pipeline.make_bank().gaussians_of(0)[None]
 
     def texture(pipeline):
         return pipeline._to_tokens(pipeline.transformer, latents, layout)[..., 5:]
@@ -368,7 +372,7 @@ def test_a_callback_changes_tensors_guidance_and_stops():
     assert [size for size, _ in calls[8:]] == [1, 2, 2]
     assert pipeline.guidance_scale == 4.0
 
-    other = tiny_pipeline.make_bank().layout(3)[None]
+    other = tiny_pipeline.make_bank().gaussians_of(3)[None]
     edited = pipeline(
         [1],
         3,
@@ -376,7 +380,7 @@ def test_a_callback_changes_tensors_guidance_and_stops():
         callback_on_step_end=lambda *_: {"layout": other},
         callback_on_step_end_tensor_inputs=["layout"],
     )
-    assert torch.equal(edited.layout, other)
+    assert torch.equal(edited.layout.gaussians, other)
 
 
 def test_progress_bars_of_both_stages(capsys):
@@ -463,7 +467,7 @@ def test_slicing_and_half_precision():
     pipeline.scheduler = FlowMatchEulerDiscreteScheduler()
 
     def run():
-        layout = tiny_pipeline.make_bank().layout(0)[None]
+        layout = GaussianLayout(tiny_pipeline.make_bank().gaussians_of(0)[None])
         return pipeline([1, 2, 3], 4, latents=latents, layout=layout, output_type="pt")
 
     expected = run()
@@ -471,7 +475,7 @@ def test_slicing_and_half_precision():
     torch.testing.assert_close(pixels(run()), pixels(expected), rtol=0, atol=1e-5)
     pipeline.to(torch.bfloat16)
     half = run()
-    assert pixels(half).dtype == half.tokens.dtype == half.layout.dtype == torch.float32
+    assert pixels(half).dtype == half.tokens.dtype == half.layout.gaussians.dtype == torch.float32
     # Worst seen: 0.019 of pixels in [0, 1].
     torch.testing.assert_close(pixels(half), pixels(expected), rtol=0, atol=0.06)
     generated = pipeline([1], 2, generator=seeded(0), output_type="pt")
@@ -507,7 +511,7 @@ def test_save_and_load(mode, tmp_path):
     if mode == "both":
         loaded = GPSTokenPipeline.from_pretrained(tmp_path, layout_transformer=None, layout_scheduler=None)
         assert loaded.layout_transformer is None
-        assert loaded([1], 2, generator=seeded(0), output_type="layout").layout.shape == (1, TOKENS, 5)
+        assert loaded([1], 2, generator=seeded(0), output_type="layout").layout.gaussians.shape == (1, TOKENS, 5)
         loaded = GPSTokenPipeline.from_pretrained(tmp_path, vae=pipeline.vae)
         assert loaded.vae is pipeline.vae
 
@@ -550,7 +554,7 @@ def test_without_an_image_processor():
     assert torch.equal(pixels(pipeline([1], 2, generator=seeded(0), output_type="pt")), expected)
 
 
-LEGAL = tiny_pipeline.make_bank().layout(0)
+LEGAL = GaussianLayout(tiny_pipeline.make_bank().gaussians_of(0)[None])
 
 
 @pytest.mark.parametrize(
@@ -575,13 +579,11 @@ LEGAL = tiny_pipeline.make_bank().layout(0)
         ("bank", {"layout": "random"}, r"\['generated', 'bank'\].*'random'"),
         ("bank", {"layout": "generated"}, "layout_transformer, which is missing"),
         ("generated", {"layout": "bank"}, "layout_bank, which is missing"),
-        ("bank", {"layout": LEGAL[None, :, :4]}, r"\(1, L, 5\) Gaussians, got \(1, 8, 4\)"),
-        ("bank", {"layout": LEGAL}, r"\(1, L, 5\) Gaussians, got \(8, 5\)"),
-        ("bank", {"layout": LEGAL.expand(3, -1, -1)}, "1 or 1, one per class label, got 3"),
-        ("bank", {"layout": [LEGAL, LEGAL]}, r"1 tensors \(L, 5\), one per class label, got 2"),
-        ("bank", {"layout": [LEGAL[:, :4]]}, r"must be \(L, 5\), got \(8, 4\)"),
-        ("bank", {"layout": LEGAL[None] * 5}, "0 < sigma < 1"),
-        ("bank", {"layout": LEGAL[None] * float("nan")}, "finite"),
+        ("bank", {"layout": LEGAL.gaussians}, r"a GaussianLayout, an image .* got tensors that are not"),
+        ("bank", {"layout": [LEGAL.gaussians[0]]}, r"a GaussianLayout, an image .* got tensors that are not"),
+        ("bank", {"layout": LEGAL.expand(3)}, "of 1 or 1 images, one per class label, got 3"),
+        ("bank", {"layout": GaussianLayout(LEGAL.gaussians * 5)}, "0 < sigma < 1"),
+        ("bank", {"layout": GaussianLayout(LEGAL.gaussians * float("nan"))}, "finite"),
         ("bank", {"latents": torch.zeros(1, 3, 9)}, r"latents must be \(1, 8, 9\), got \(1, 3, 9\)"),
         (
             "generated",
@@ -589,7 +591,7 @@ LEGAL = tiny_pipeline.make_bank().layout(0)
             r"layout_latents must be \(1, 8, 5\), got \(1, 3, 5\)",
         ),
         ("bank", {"layout_latents": torch.zeros(1, 8, 5)}, "given or from the bank"),
-        ("one_stage", {"layout": LEGAL[None]}, "layout and texture at once"),
+        ("one_stage", {"layout": LEGAL}, "layout and texture at once"),
         ("one_stage", {"output_type": "layout"}, "layout and texture at once"),
     ],
 )

@@ -17,7 +17,7 @@ import yaml
 from accelerate.state import AcceleratorState, GradientState
 from PIL import Image
 
-from gpstoken_hf import GPSTokenImageProcessor, GPSTokenModel, SiTTransformer1DModel
+from gpstoken_hf import GaussianLayout, GPSTokenImageProcessor, GPSTokenModel, SiTTransformer1DModel
 from pipelines.shared.programs import run_program
 from training import cache_tokens, make_digits, train_sit, train_tokenizer
 from training.loop import checkpoints_of
@@ -316,7 +316,7 @@ def test_token_cache_holds_what_the_model_says(images, tokenizer, tokens):
     )
     batch = partitioned_batch(torch.from_numpy(image_to_array(cropped))[None], model.config.num_tokens, settings)
     with torch.no_grad():
-        expected = model.encode(batch["pixel_values"], boxes=batch["boxes"], init_gaussians=batch["init_gaussians"])
+        expected = model.encode(batch["pixel_values"], layout=GaussianLayout(batch["init_gaussians"], batch["boxes"]))
     # Worst error seen 2e-7: the cache encodes three images at a time.
     np.testing.assert_allclose(rows[7]["tokens"], expected.tokens[0].numpy(), atol=1e-5)
     np.testing.assert_array_equal(rows[7]["init_gaussians"], batch["init_gaussians"][0].numpy())

@@ -24,6 +24,7 @@ from accelerate import Accelerator
 from tqdm.auto import tqdm
 
 from gpstoken_hf.gaussians import NUM_GAUSSIAN_PARAMS, gaussians_to_logits
+from gpstoken_hf.layout import GaussianLayout
 from gpstoken_hf.modeling_gpstoken import GPSTokenModel
 from pipelines.shared.programs import ProgramError, atomic_directory, atomic_file, run_program
 from pipelines.shared.programs import positive_int as positive
@@ -130,9 +131,8 @@ def encode_shard(
     for batch in loader:
         inputs = {name: value.to(accelerator.device) for name, value in batch.items() if name != "labels"}
         with torch.no_grad(), accelerator.autocast():
-            encoded = model.encode(
-                inputs["pixel_values"], boxes=inputs["boxes"], init_gaussians=inputs["init_gaussians"]
-            )
+            layout = GaussianLayout(inputs["init_gaussians"], inputs["boxes"])
+            encoded = model.encode(inputs["pixel_values"], layout=layout)
         tokens, layouts = encoded.tokens.float().cpu(), batch["init_gaussians"]
         if not torch.isfinite(tokens).all():
             raise ProgramError("the tokenizer gave NaN or infinite tokens; try --mixed_precision no")

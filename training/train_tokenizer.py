@@ -22,6 +22,7 @@ from PIL import Image
 
 from gpstoken_hf.configuration_gpstoken import GPSTokenConfig
 from gpstoken_hf.image_processing_gpstoken import GPSTokenImageProcessor
+from gpstoken_hf.layout import GaussianLayout
 from gpstoken_hf.metrics import psnr
 from gpstoken_hf.modeling_gpstoken import GPSTokenModel
 from pipelines.shared.programs import ProgramError, atomic_file, non_negative_float, run_program
@@ -119,9 +120,7 @@ class TokenizerLosses(torch.nn.Module):
             images = images.contiguous(memory_format=torch.channels_last)
         encoded = self.model.encode(
             images,
-            boxes=batch["boxes"],
-            init_gaussians=batch["init_gaussians"],
-            attention_mask=batch["attention_mask"],
+            layout=GaussianLayout(batch["init_gaussians"], batch["boxes"], batch["attention_mask"]),
         )
         return self.model.decode(
             encoded.tokens, image_size=tuple(images.shape[-2:]), attention_mask=batch["attention_mask"]

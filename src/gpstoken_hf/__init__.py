@@ -1,7 +1,7 @@
 # Copyright 2026 The gpstoken-hf authors. Licensed under the Apache License, Version 2.0.
 """GPSToken for Hugging Face: images as 2D-Gaussian tokens, for reconstruction and two-stage generation.
 
-Reading the modules in the order of the imports below is reading the paper: image -> partition -> encode -> splat ->
+Reading the modules in the order of the imports below is reading the paper: image -> layout -> encode -> splat ->
 decode -> image, then label -> layout -> calibration -> texture -> decode.
 """
 
@@ -12,13 +12,14 @@ from transformers import AutoConfig, AutoImageProcessor, AutoModel
 
 from .configuration_gpstoken import GPSTokenConfig
 from .image_processing_gpstoken import GPSTokenImageProcessor
-from .partition import PartitionOutput, partition_images
+from .layout import GaussianLayout
+from .partition import partition_images
 from .splatting import splat_gaussians
 from .modeling_gpstoken import GPSTokenModel
 from .autoencoder_gpstoken import AutoencoderGPSToken
 from .transformer_sit import SiTTransformer1DModel
 from .scheduling_flow_match_sde import FlowMatchSDEScheduler
-from .calibration import CalibrationOutput, calibrate_layout
+from .calibration import calibrate_layout
 from .layout_bank import GaussianLayoutBank
 from .pipeline_gpstoken import GPSTokenPipeline
 from .hub import register_with_diffusers
@@ -27,14 +28,13 @@ __version__ = "0.1.0"
 
 __all__ = [
     "AutoencoderGPSToken",
-    "CalibrationOutput",
     "FlowMatchSDEScheduler",
     "GPSTokenConfig",
     "GPSTokenImageProcessor",
     "GPSTokenModel",
     "GPSTokenPipeline",
+    "GaussianLayout",
     "GaussianLayoutBank",
-    "PartitionOutput",
     "SiTTransformer1DModel",
     "bundled",
     "calibrate_layout",

@@ -25,14 +25,14 @@ from diffusers.utils.accelerate_utils import apply_forward_hook
 from .configuration_gpstoken import GPSTokenConfig
 from .gaussians import (
     clamp_gaussians,
-    gaussians_from_frame,
-    gaussians_to_frame,
     gaussians_to_logits,
     join_tokens,
     logits_to_gaussians,
     split_tokens,
 )
-from .modeling_gpstoken import GPSTokenModel, check_loading_info, readable_weights
+from .loading import check_loading_info, readable_weights
+from .modeling_gpstoken import GPSTokenModel
+from .tiling import gaussians_from_frame, gaussians_to_frame, tiles_of_image
 
 # Of GPSTokenConfig's fields these have other names here: diffusers' pipelines multiply latents with whatever is called
 # `latents_std` in the config of a vae, and the latents here are standardised already.
@@ -336,7 +336,7 @@ class AutoencoderGPSToken(ModelMixin, AutoencoderMixin, ConfigMixin):
 
     def _tiles(self, image_size: tuple[int, int]) -> tuple[list[tuple[int, int, int, int]], tuple[int, int]]:
         """The tiles of an image, `(y0, x0, h, w)` each, row by row, and how many rows and columns they form."""
-        grid, boxes = self.model.tiles_of_image(image_size, self.config.image_size)
+        grid, boxes = tiles_of_image(image_size, self.config.image_size, self.model.config.map_scale)
         return boxes, grid.shape
 
     @apply_forward_hook

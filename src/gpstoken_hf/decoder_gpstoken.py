@@ -9,54 +9,15 @@ A map that several tiles share is decoded in one piece, but its statistics stay 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from .tiling import TileGrid
+
 NORM_EPS = 1e-6
-
-
-@dataclass(frozen=True)
-class TileGrid:
-    """Where a map is cut into tiles: `row_edges` from 0 to H and `column_edges` from 0 to W, in pixels of that map."""
-
-    row_edges: tuple[int, ...]
-    column_edges: tuple[int, ...]
-
-    def scaled(self, factor: int) -> TileGrid:
-        """The same tiles on a map `factor` times as large."""
-        return TileGrid(tuple(factor * e for e in self.row_edges), tuple(factor * e for e in self.column_edges))
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """Rows and columns of tiles."""
-        return len(self.row_edges) - 1, len(self.column_edges) - 1
-
-    @property
-    def size(self) -> tuple[int, int]:
-        """Height and width of the whole map."""
-        return self.row_edges[-1], self.column_edges[-1]
-
-    def boxes(self) -> list[tuple[int, int, int, int]]:
-        """`(y0, x0, h, w)` of every tile, row by row."""
-        return [
-            (y0, x0, y1 - y0, x1 - x0)
-            for y0, y1 in zip(self.row_edges, self.row_edges[1:])
-            for x0, x1 in zip(self.column_edges, self.column_edges[1:])
-        ]
-
-    @classmethod
-    def of_near_equal_tiles(cls, size: tuple[int, int], tile_size: int) -> TileGrid:
-        """The fewest tiles that cover `size = (H, W)`, none larger than `tile_size`, sides within 1 of another."""
-
-        def edges(extent: int) -> tuple[int, ...]:
-            count = -(-extent // tile_size)
-            return tuple(index * extent // count for index in range(count + 1))
-
-        return cls(edges(size[0]), edges(size[1]))
 
 
 class GroupNorm(nn.GroupNorm):
@@ -234,49 +195,4 @@ class GPSTokenDecoder(nn.Module):
         return self.conv_out(F.silu(self.norm_out(hidden_states)))
 
 
-def decode_in_windows(decoder: nn.Module, maps: torch.Tensor, window: int, overlap: float, scale: int) -> torch.Tensor:
-    """Decode a large map in overlapping windows and blend them: memory is that of one window and of the image.
-
-    Args:
-        decoder: map `(B, C, h, w)` -> image `(B, 3, h scale, w scale)`.
-        maps: `(B, C, h, w)`.
-        window: side of a window in pixels of the map.
-        overlap: share of a window that it has in common with its neighbour, in [0, 1).
-        scale: image pixels per map pixel.
-    """
-    height, width = maps.shape[-2:]
-    image = weights = None
-    for y0, y1 in _windows(height, window, overlap):
-        for x0, x1 in _windows(width, window, overlap):
-            part = decoder(maps[:, :, y0:y1, x0:x1])
-            ramp_y = _ramp((y1 - y0) * scale, part)
-            ramp_x = _ramp((x1 - x0) * scale, part)
-            ramp = ramp_y[:, None] * ramp_x
-            if image is None or weights is None:
-                image = part.new_zeros(*part.shape[:2], height * scale, width * scale)
-                weights = ramp.new_zeros(height * scale, width * scale)
-            place = (..., slice(y0 * scale, y1 * scale), slice(x0 * scale, x1 * scale))
-            image[place] += part * ramp
-            weights[place] += ramp
-    assert image is not None
-    assert weights is not None
-    return image / weights
-
-
-def _windows(extent: int, window: int, overlap: float) -> list[tuple[int, int]]:
-    """Intervals of `window` pixels that cover an axis, the last one flush with its end."""
-    if extent <= window:
-        return [(0, extent)]
-    stride = max(1, round(window * (1 - overlap)))
-    count = -(-(extent - window) // stride) + 1
-    starts = [min(index * stride, extent - window) for index in range(count)]
-    return [(start, start + window) for start in starts]
-
-
-def _ramp(length: int, like: torch.Tensor) -> torch.Tensor:
-    """Blending weights along one axis: highest in the middle, above 0 at the ends."""
-    position = torch.arange(length, device=like.device, dtype=torch.float32)
-    return (torch.minimum(position + 1, length - position) / length).to(like.dtype)
-
-
-__all__ = ["GPSTokenDecoder", "TileGrid", "decode_in_windows"]
+__all__ = ["GPSTokenDecoder"]

@@ -1,9 +1,9 @@
 # Copyright 2026 The gpstoken-hf authors. Licensed under the Apache License, Version 2.0.
-"""GaussianLayoutBank: stored layouts per class, the stand-in for a layout generator (paper Sec. 3.3).
+"""GaussianLayoutBank: stored layouts per class, which stand in for a layout generator (paper Sec. 3.3).
 
-Letters: B batch, L tokens, N layouts, T tokens of all layouts together.
+Shapes: B batch, L tokens, N layouts, T tokens of all layouts together.
 
-The bank is a diffusers ModelMixin, so that it saves, loads, pushes and travels inside a pipeline as safetensors. Its
+The bank is a diffusers ModelMixin, so it saves, loads, pushes and travels inside a pipeline as safetensors. Its
 layouts may differ in length: they lie one after another in one array, and `offsets` says where each begins.
 """
 
@@ -14,29 +14,22 @@ from typing import Any
 import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.modeling_utils import ModelMixin
-from diffusers.utils import BaseOutput
 from diffusers.utils.accelerate_utils import apply_forward_hook
 
 from .gaussians import NUM_GAUSSIAN_PARAMS, check_gaussians
-
-# A legal Gaussian for the rows that only fill up a batch: nothing downstream may turn them into NaN.
-PADDING_GAUSSIAN = (0.5, 0.5, 0.0, 0.0, 0.0)
+from .layout import GaussianLayout
 
 
-@dataclass
-class LayoutBankOutput(BaseOutput):
-    """Layouts drawn from a bank.
+@dataclass(eq=False)
+class BankLayout(GaussianLayout):
+    """Layouts drawn from a bank: a [`GaussianLayout`] without boxes.
 
-    Attributes:
-        gaussians: `(B, L, 5)` float32, L the longest of the drawn layouts.
-        attention_mask: `(B, L)` int64, 1 for a token of the layout, 0 for padding.
-        indices: `(B,)` int64, which layouts of the bank they are. Hand them to `exclude` of a later call to draw
-            without replacement over several calls.
+    Args:
+        indices (`torch.Tensor` of shape `(B,)`): int64, which layouts of the bank they are. Pass them as `exclude` to
+            a later call to draw without replacement over several calls.
     """
 
-    gaussians: torch.Tensor
-    attention_mask: torch.Tensor
-    indices: torch.Tensor
+    indices: torch.Tensor = None
 
 
 class GaussianLayoutBank(ModelMixin, ConfigMixin):
@@ -132,17 +125,17 @@ class GaussianLayoutBank(ModelMixin, ConfigMixin):
         """Number of tokens of a layout -> number of layouts that have as many."""
         return _counts(self.offsets.diff())
 
-    def layout(self, index: int) -> torch.Tensor:
+    def gaussians_of(self, index: int) -> torch.Tensor:
         """The Gaussians `(L, 5)` of one layout, by its index from 0 to N - 1."""
         if not 0 <= index < len(self):
-            raise ValueError(f"the bank has layouts 0 to {len(self) - 1}, got index {index}")
+            raise ValueError(f"index must be between 0 and {len(self) - 1}, got {index}")
         return self.gaussians[self.offsets[index] : self.offsets[index + 1]]
 
     def layouts_by_class(self) -> dict[int, list[torch.Tensor]]:
-        """Class id -> its layouts, each `(L, 5)`: what `from_layouts` takes."""
+        """Class id -> the Gaussians `(L, 5)` of its layouts: the argument of `from_layouts`."""
         layouts: dict[int, list[torch.Tensor]] = {label: [] for label in self.class_ids}
         for index, label in enumerate(self.class_labels.tolist()):
-            layouts[label].append(self.layout(index))
+            layouts[label].append(self.gaussians_of(index))
         return layouts
 
     @apply_forward_hook
@@ -154,7 +147,7 @@ class GaussianLayoutBank(ModelMixin, ConfigMixin):
         generator: torch.Generator | list[torch.Generator] | None = None,
         replacement: bool = True,
         exclude: torch.Tensor | Sequence[int] | None = None,
-    ) -> LayoutBankOutput:
+    ) -> BankLayout:
         """Draw one layout for each class label, every layout of the class being equally likely.
 
         Args:
@@ -169,6 +162,8 @@ class GaussianLayoutBank(ModelMixin, ConfigMixin):
             ValueError: a class without (enough) layouts, or a number of token counts or generators other than B.
         """
         labels = torch.as_tensor(class_labels).reshape(-1).tolist()
+        if not labels:
+            raise ValueError("class_labels must name at least one class, got none")
         tokens = _one_per_sample(num_tokens, len(labels), "num_tokens")
         generators = _one_per_sample(generator, len(labels), "generator")
         pools: dict[tuple[int, int | None], list[int]] = {}
@@ -189,9 +184,15 @@ class GaussianLayoutBank(ModelMixin, ConfigMixin):
             index = pool[int(torch.randint(len(pool), (1,), generator=source, device=device))]
             drawn.add(index)
             indices.append(index)
-        return self._pad(torch.tensor(indices, dtype=torch.int64))
+        drawn_layout = GaussianLayout.stack([GaussianLayout(self.gaussians_of(index)[None]) for index in indices])
+        return BankLayout(
+            drawn_layout.gaussians,
+            None,
+            drawn_layout.attention_mask if drawn_layout.is_padded else None,
+            torch.tensor(indices, dtype=torch.int64, device=self.gaussians.device),
+        )
 
-    def forward(self, class_labels: torch.Tensor, **kwargs: Any) -> LayoutBankOutput:
+    def forward(self, class_labels: torch.Tensor, **kwargs: Any) -> BankLayout:
         """The same as `sample`."""
         return self.sample(class_labels, **kwargs)
 
@@ -217,18 +218,6 @@ class GaussianLayoutBank(ModelMixin, ConfigMixin):
             if not allowed.any():
                 raise ValueError(f"all layouts of class {label} are excluded: expected at least one that is not")
         return allowed.nonzero().flatten().tolist()
-
-    def _pad(self, indices: torch.Tensor) -> LayoutBankOutput:
-        device = self.gaussians.device
-        layouts = [self.layout(index) for index in indices.tolist()]
-        longest = max((len(layout) for layout in layouts), default=0)
-        padding = torch.tensor(PADDING_GAUSSIAN, device=device)
-        gaussians = padding.expand(len(layouts), longest, NUM_GAUSSIAN_PARAMS).clone()
-        attention_mask = torch.zeros(len(layouts), longest, dtype=torch.int64, device=device)
-        for row, layout in enumerate(layouts):
-            gaussians[row, : len(layout)] = layout
-            attention_mask[row, : len(layout)] = 1
-        return LayoutBankOutput(gaussians=gaussians, attention_mask=attention_mask, indices=indices.to(device))
 
 
 def _counts(values: torch.Tensor) -> dict[int, int]:

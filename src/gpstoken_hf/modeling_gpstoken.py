@@ -1,23 +1,19 @@
 # Copyright 2026 The gpstoken-hf authors. Licensed under the Apache License, Version 2.0.
-"""GPSTokenModel: image -> regions -> tokens -> splatted map -> image.
+"""GPSTokenModel: image -> layout -> tokens -> splatted map -> image.
 
-Letters: B batch, L tokens, C texture channels, D hidden size, R RoI size, H x W pixels, h x w map pixels, N tiles.
+Shapes: B batch, L tokens, C texture channels, D hidden size, H x W pixels of an image, h x w pixels of a map.
 """
 
 # Annotations stay objects here (no `from __future__ import annotations`): transformers reads what `**kwargs` may hold
 # from the signature of `forward`.
 import math
 import os
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
-from numbers import Integral
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from diffusers.utils.accelerate_utils import apply_forward_hook
-from safetensors import SafetensorError
 from torch import nn
 from transformers import PreTrainedModel
 from transformers import initialization as init
@@ -26,21 +22,29 @@ from transformers.utils import ModelOutput, TransformersKwargs
 from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_gpstoken import GPSTokenConfig
-from .decoder_gpstoken import GPSTokenDecoder, TileGrid, decode_in_windows
+from .decoder_gpstoken import GPSTokenDecoder
 from .encoder_gpstoken import GPSTokenAttention, GPSTokenEncoder, GPSTokenEncoderLayer
-from .gaussians import (
-    NUM_GAUSSIAN_PARAMS,
-    boxes_to_gaussians,
-    check_gaussians,
+from .gaussians import NUM_GAUSSIAN_PARAMS, check_gaussians, join_tokens, split_tokens
+from .layout import PADDING_GAUSSIAN, GaussianLayout
+from .loading import check_loading_info, readable_weights
+from .partition import (
+    PIXEL_TOLERANCE,
+    check_images,
+    check_importance,
+    check_range,
+    partition_images,
+    token_counts,
+)
+from .splatting import splat_gaussians
+from .tiling import (
+    decode_in_windows,
     gaussians_from_frame,
-    gaussians_to_boxes,
     gaussians_to_frame,
     gaussians_to_padded_frame,
-    join_tokens,
-    split_tokens,
+    map_size_of,
+    share_tokens,
+    tiles_of_image,
 )
-from .partition import partition_images, start_value_checks
-from .splatting import splat_gaussians
 
 
 @dataclass
@@ -49,14 +53,12 @@ class GPSTokenEncoderOutput(ModelOutput):
 
     Args:
         tokens (`torch.FloatTensor` of shape `(B, L, 5 + C)`): refined Gaussians and texture, float32.
-        init_gaussians (`torch.FloatTensor` of shape `(B, L, 5)`): the Gaussians of the regions, before refinement.
-        boxes (`torch.LongTensor` of shape `(B, L, 4)`): the regions, inclusive pixels `[x0, y0, x1, y1]`.
+        layout ([`GaussianLayout`]): the Gaussians and regions before refinement.
         attention_mask (`torch.LongTensor` of shape `(B, L)`): 1 for a token, 0 for padding.
     """
 
     tokens: torch.FloatTensor | None = None
-    init_gaussians: torch.FloatTensor | None = None
-    boxes: torch.LongTensor | None = None
+    layout: GaussianLayout | None = None
     attention_mask: torch.LongTensor | None = None
 
 
@@ -73,24 +75,25 @@ class GPSTokenDecoderOutput(ModelOutput):
 
 @dataclass
 class GPSTokenOutput(ModelOutput):
-    """A reconstructed batch and its tokens; see `GPSTokenEncoderOutput` and `GPSTokenDecoderOutput` for shapes.
+    """A reconstructed batch and its tokens.
 
     Args:
+        sample (`torch.FloatTensor` of shape `(B, 3, H, W)`): images, about [-1, 1], not clamped.
+        tokens (`torch.FloatTensor` of shape `(B, L, 5 + C)`): refined Gaussians and texture, float32.
+        attention_mask (`torch.LongTensor` of shape `(B, L)`): 1 for a token, 0 for padding.
         hidden_states (`tuple(torch.FloatTensor)` of shape `(B, L, D)`, *optional*): the output of every encoder block.
         attentions (`tuple(torch.FloatTensor)` of shape `(B, heads, L, L)`, *optional*): the encoder's attention.
     """
 
     sample: torch.FloatTensor | None = None
     tokens: torch.FloatTensor | None = None
-    init_gaussians: torch.FloatTensor | None = None
-    boxes: torch.LongTensor | None = None
     attention_mask: torch.LongTensor | None = None
     hidden_states: tuple[torch.FloatTensor, ...] | None = None
     attentions: tuple[torch.FloatTensor, ...] | None = None
 
 
 class GPSTokenPreTrainedModel(PreTrainedModel):
-    """What transformers needs to know of the model: names, capabilities and initial weights."""
+    """Names, capabilities and initial weights, as transformers expects them."""
 
     config: GPSTokenConfig
     config_class = GPSTokenConfig
@@ -107,12 +110,13 @@ class GPSTokenPreTrainedModel(PreTrainedModel):
     def from_pretrained(
         cls, pretrained_model_name_or_path: str | os.PathLike[str] | None, *model_args: Any, **kwargs: Any
     ) -> Any:
-        """Load weights and config; as in transformers, but a checkpoint that does not fit is an error.
+        """Load config and weights as transformers does, but strictly.
+
+        Pass `output_loading_info=True`, `ignore_mismatched_sizes=True` or a `state_dict` to load whatever fits
+        instead.
 
         Raises:
-            ValueError: weights are missing, left over or of another shape, or the file is damaged. Pass
-                `output_loading_info=True`, `ignore_mismatched_sizes=True` or a `state_dict` of your own to load what
-                fits and judge for yourself.
+            ValueError: if weights are missing, unexpected or of another shape, or the file is damaged.
         """
         lenient = (
             kwargs.get("output_loading_info")
@@ -122,7 +126,7 @@ class GPSTokenPreTrainedModel(PreTrainedModel):
         with readable_weights(pretrained_model_name_or_path):
             if lenient:
                 return super().from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)
-            # Weights of another shape are named below; transformers' own error names none.
+            # Report weights of another shape below, by name.
             kwargs.update(output_loading_info=True, ignore_mismatched_sizes=True)
             model, info = super().from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)
         check_loading_info(cls.__name__, pretrained_model_name_or_path, info)
@@ -130,7 +134,7 @@ class GPSTokenPreTrainedModel(PreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        """The initialisation of torch's own layers; the Gaussian head starts at zero, so that refinement does."""
+        """Initialise as torch's own layers do, and the Gaussian head to zero, so that refinement starts at zero."""
         super()._init_weights(module)
         if isinstance(module, nn.Linear | nn.Conv2d):
             init.kaiming_uniform_(module.weight, a=math.sqrt(5))
@@ -143,10 +147,32 @@ class GPSTokenPreTrainedModel(PreTrainedModel):
 
 
 class GPSTokenModel(GPSTokenPreTrainedModel):
-    """The GPSToken tokenizer (arXiv 2509.01109): images to 2D-Gaussian tokens and back.
+    r"""The GPSToken tokenizer (arXiv 2509.01109): images to 2D-Gaussian tokens and back.
 
-    `encode` partitions an image into regions of like complexity and turns each into a token, `render` splats tokens
-    into a feature map, `decode` renders and turns the map into an image, `forward` does all of it.
+    `encode` partitions an image into regions of similar complexity and turns each into a token. `render` splats tokens
+    into a feature map. `decode` renders and turns the map into an image. `forward` does all of it.
+
+    Args:
+        config ([`GPSTokenConfig`]): sizes and settings.
+
+    Attributes:
+        validate_inputs (`bool`, defaults to `True`): check the values that `encode` and `decode` are given. Each check
+            synchronises once on an accelerator. Set to False if the inputs are already validated.
+
+    Examples:
+        ```python
+        >>> import torch
+        >>> from gpstoken_hf import GPSTokenModel, bundled
+
+        >>> model = GPSTokenModel.from_pretrained(bundled("gpstoken-nano")).eval()
+        >>> images = torch.rand(2, 3, 64, 96) * 2 - 1
+        >>> with torch.no_grad():
+        ...     encoded = model.encode(images, num_tokens=[24, 48])
+        ...     decoded = model.decode(encoded.tokens, (64, 96), encoded.attention_mask)
+        >>> encoded.tokens.shape, decoded.sample.shape
+        (torch.Size([2, 48, 21]), torch.Size([2, 3, 64, 96]))
+
+        ```
     """
 
     def __init__(self, config: GPSTokenConfig):
@@ -159,6 +185,7 @@ class GPSTokenModel(GPSTokenPreTrainedModel):
             config.decoder_layers_per_block,
             config.norm_num_groups,
         )
+        self.validate_inputs = True
         self.use_slicing = False
         self.use_tiling = False
         self.tiling_size = config.image_size
@@ -172,18 +199,22 @@ class GPSTokenModel(GPSTokenPreTrainedModel):
         self.use_slicing = True
 
     def disable_slicing(self) -> None:
-        """Back to whole batches."""
+        """Encode and decode whole batches again."""
         self.use_slicing = False
 
     def enable_tiling(self, tile_size: int | None = None, overlap: float = 0.25) -> None:
-        """Bound the memory of large images.
+        """Bound the memory that large images take.
 
-        Images larger than a tile are encoded tile by tile (as with `encode(tile_size=...)`), and maps larger than a
-        tile are decoded in overlapping windows that are blended into one another.
+        Images larger than a tile are encoded tile by tile, as with `encode(tile_size=...)`. Maps larger than a tile
+        are decoded in overlapping windows, which are blended.
 
         Args:
-            tile_size: side in image pixels, a multiple of `config.map_scale`; `config.image_size` by default.
-            overlap: share of a window that it has in common with the next, 0 <= overlap < 1.
+            tile_size (`int`, *optional*, defaults to `config.image_size`): side in image pixels, a multiple of
+                `config.map_scale`.
+            overlap (`float`, *optional*, defaults to 0.25): share of a window that the next one covers too, in [0, 1).
+
+        Raises:
+            ValueError: if an argument is out of its range.
         """
         tile_size = self.config.image_size if tile_size is None else tile_size
         self._check_tile_size(tile_size)
@@ -192,7 +223,7 @@ class GPSTokenModel(GPSTokenPreTrainedModel):
         self.use_tiling, self.tiling_size, self.tiling_overlap = True, tile_size, overlap
 
     def disable_tiling(self) -> None:
-        """Back to whole images."""
+        """Encode and decode whole images again."""
         self.use_tiling = False
 
     # -- image -> tokens
@@ -203,155 +234,156 @@ class GPSTokenModel(GPSTokenPreTrainedModel):
         pixel_values: torch.Tensor,
         num_tokens: int | Sequence[int] | None = None,
         importance: torch.Tensor | None = None,
-        init_gaussians: torch.Tensor | None = None,
-        boxes: torch.Tensor | None = None,
+        layout: GaussianLayout | None = None,
         tile_size: int | None = None,
-        attention_mask: torch.Tensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> GPSTokenEncoderOutput:
-        """Image -> tokens.
+        r"""Image -> tokens.
 
         Args:
-            pixel_values: `(B, 3, H, W)` in [-1, 1], any H x W.
-            num_tokens: tokens of the whole image, one number or one per image; fewer are padded and masked. Default:
-                `config.num_tokens`, in tiles as many for every tile.
-            importance: `(B, H, W)` >= 0, added to the regions' complexity per pixel: more weight, more tokens there.
-            init_gaussians: `(B, L, 5)` a layout made by hand or taken from elsewhere, in place of the partition.
-            boxes: `(B, L, 4)` its regions, inclusive pixels; each is derived from the other when only one is given.
-            tile_size: encode tiles of near-equal size no larger than this on their own and merge their tokens into
-                the image's frame. `num_tokens` is shared out equally over the tiles; tokens come tile by tile.
-            attention_mask: `(B, L)` of a layout given by hand, 1 for a token, 0 for padding.
+            pixel_values (`torch.Tensor` of shape `(B, 3, H, W)`): RGB in [-1, 1], any H x W.
+            num_tokens (`int` or sequence of B `int`, *optional*): tokens of the whole image, for all images or for
+                each; shorter rows are padded and masked. Defaults to `config.num_tokens`, in tiles to as many for
+                every tile.
+            importance (`torch.Tensor` of shape `(B, H, W)`, *optional*): weights >= 0, added per pixel to the
+                complexity of the regions. More weight draws more tokens.
+            layout ([`GaussianLayout`], *optional*): a layout of B images (or of one, for all) that takes the place of
+                the partition. Its boxes are derived where they are `None`.
+            tile_size (`int`, *optional*): encode near-equal tiles of at most this side on their own, and move their
+                tokens to the image's frame. `num_tokens` is shared out equally over the tiles, and tokens come tile by
+                tile.
+
+        Returns:
+            [`GPSTokenEncoderOutput`]: `.tokens`, `.layout` and `.attention_mask`.
 
         Raises:
-            ValueError: what was expected and what came, for any input that does not fit; before any work is done, but
-                for values out of range on CUDA, which are found while the GPU works.
+            ValueError: if `pixel_values` has another shape or dtype or leaves [-1, 1]; if `num_tokens`, `importance`,
+                `layout` or `tile_size` does not fit the images; if `layout` is combined with one of the others.
+            TypeError: if an argument has an unknown name.
         """
-        check_pixel_values(pixel_values)
+        _check_kwargs("encode", kwargs)
+        check_images("pixel_values", pixel_values)
         batch_size, _, height, width = pixel_values.shape
-        num_tokens = check_num_tokens(num_tokens, batch_size)
-        if importance is not None and importance.shape != (batch_size, height, width):
+        if batch_size == 0:
+            raise ValueError(f"pixel_values must hold at least one image, got shape {tuple(pixel_values.shape)}")
+        counts = None if num_tokens is None else token_counts(num_tokens, batch_size)
+        check_importance(importance, pixel_values)
+        if layout is not None and not (num_tokens is None and importance is None and tile_size is None):
             raise ValueError(
-                f"importance must be (B, H, W) = {(batch_size, height, width)}, got {tuple(importance.shape)}"
+                "num_tokens, importance and tile_size must be None with a layout, which leaves nothing to partition"
             )
-        has_layout = init_gaussians is not None or boxes is not None
-        if has_layout and (num_tokens is not None or importance is not None or tile_size is not None):
-            raise ValueError(
-                "a layout given by init_gaussians or boxes leaves nothing to partition: "
-                "expected num_tokens, importance and tile_size to be None"
-            )
-        if attention_mask is not None and not has_layout:
-            raise ValueError("attention_mask belongs to a layout given by init_gaussians or boxes, got neither")
+        if tile_size is not None:
+            self._check_tile_size(tile_size)
+        if self._is_validating():
+            check_range("pixel_values", pixel_values.detach(), -1.0, 1.0, PIXEL_TOLERANCE)
+            if importance is not None:
+                check_range("importance", importance.detach(), 0.0, math.inf)
 
-        # Off CUDA these raise at once. There they are waited for when all work is queued, so that the GPU has some.
-        checks = []
-        if not torch.compiler.is_compiling():  # reading values would break the graph
-            checks = start_value_checks(pixel_values, importance, name="pixel_values")
-        if has_layout:
-            boxes, init_gaussians = self._complete_layout(pixel_values, boxes, init_gaussians, attention_mask)
-            output = self._encode_layout(pixel_values, boxes, init_gaussians, attention_mask, **kwargs)
-        else:
-            if tile_size is None and self.use_tiling and max(height, width) > self.tiling_size:
-                tile_size = self.tiling_size
-            if tile_size is None:
-                count = self.config.num_tokens if num_tokens is None else num_tokens
-                output = self._encode_whole(pixel_values, count, importance, **kwargs)
-            else:
-                self._check_tile_size(tile_size)
-                output = self._encode_tiles(pixel_values, num_tokens, importance, tile_size, **kwargs)
-        for check in checks:
-            check.finish()
-        return output
+        if layout is not None:
+            layout = self._complete_layout(layout, pixel_values)
+            return self._encode_layout(pixel_values, layout, **kwargs)
+        if tile_size is None and self.use_tiling and max(height, width) > self.tiling_size:
+            tile_size = self.tiling_size
+        if tile_size is not None:
+            return self._encode_tiles(pixel_values, counts, importance, tile_size, **kwargs)
+        counts = [self.config.num_tokens] * batch_size if counts is None else counts
+        return self._encode_layout(pixel_values, self._partition(pixel_values, counts, importance), **kwargs)
 
-    def _encode_whole(
-        self,
-        pixel_values: torch.Tensor,
-        num_tokens: int | Sequence[int],
-        importance: torch.Tensor | None,
-        **kwargs: Unpack[TransformersKwargs],
-    ) -> GPSTokenEncoderOutput:
-        partition = partition_images(
+    def _partition(
+        self, pixel_values: torch.Tensor, counts: list[int], importance: torch.Tensor | None
+    ) -> GaussianLayout:
+        return partition_images(
             pixel_values.float(),
-            num_tokens,
+            counts,
             complexity_exponent=self.config.complexity_exponent,
             min_region_size=self.config.min_region_size,
             sigma_scale=self.config.sigma_scale,
             importance=importance,
-            # A traced `encode` has not looked at the values.
-            check_values=torch.compiler.is_compiling(),
+            # A traced `encode` could not check the values.
+            validate=self.validate_inputs and torch.compiler.is_compiling(),
         )
-        # One count for the whole batch leaves nothing to mask, and attention without a mask is faster.
-        mask = None if isinstance(num_tokens, int) or len(set(num_tokens)) == 1 else partition.attention_mask
-        return self._encode_layout(pixel_values, partition.boxes, partition.gaussians, mask, **kwargs)
 
     def _encode_layout(
-        self,
-        pixel_values: torch.Tensor,
-        boxes: torch.Tensor,
-        init_gaussians: torch.Tensor,
-        attention_mask: torch.Tensor | None,
-        **kwargs: Unpack[TransformersKwargs],
+        self, pixel_values: torch.Tensor, layout: GaussianLayout, **kwargs: Unpack[TransformersKwargs]
     ) -> GPSTokenEncoderOutput:
-        roi_boxes = boxes
-        if attention_mask is not None:
-            # RoIAlign's cost grows with a region, and padding carries the largest of all.
-            roi_boxes = boxes * attention_mask.unsqueeze(-1)
+        assert layout.boxes is not None
+        # Attention is faster without a mask.
+        mask = layout.attention_mask if layout.is_padded else None
         if self.use_slicing and len(pixel_values) > 1:
-            masks = [None] * len(boxes) if attention_mask is None else attention_mask.split(1)
-            slices = zip(pixel_values.split(1), roi_boxes.split(1), init_gaussians.split(1), masks)
+            masks = [None] * len(layout) if mask is None else mask.split(1)
+            slices = zip(pixel_values.split(1), layout.boxes.split(1), layout.gaussians.split(1), masks)
             tokens = torch.cat([self.encoder(*one_image, **kwargs) for one_image in slices])
         else:
-            tokens = self.encoder(pixel_values, roi_boxes, init_gaussians, attention_mask, **kwargs)
-        if attention_mask is None:
-            attention_mask = torch.ones(boxes.shape[:2], device=boxes.device, dtype=torch.int64)
-        return GPSTokenEncoderOutput(
-            tokens=tokens, init_gaussians=init_gaussians, boxes=boxes, attention_mask=attention_mask
-        )
+            tokens = self.encoder(pixel_values, layout.boxes, layout.gaussians, mask, **kwargs)
+        return GPSTokenEncoderOutput(tokens=tokens, layout=layout, attention_mask=layout.attention_mask)
 
     def _encode_tiles(
         self,
         pixel_values: torch.Tensor,
-        num_tokens: int | Sequence[int] | None,
+        counts: list[int] | None,
         importance: torch.Tensor | None,
         tile_size: int,
         **kwargs: Unpack[TransformersKwargs],
     ) -> GPSTokenEncoderOutput:
         batch_size, _, height, width = pixel_values.shape
-        tile_boxes = self.tiles_of_image((height, width), tile_size)[1]
-        counts = share_tokens(num_tokens, len(tile_boxes), batch_size, self.config.num_tokens)
-        longest = max(map(max, counts))
-        parts = []
-        for (y0, x0, h, w), tile_counts in zip(tile_boxes, counts):
-            part = self._encode_whole(
-                pixel_values[:, :, y0 : y0 + h, x0 : x0 + w],
-                tile_counts,
-                None if importance is None else importance[:, y0 : y0 + h, x0 : x0 + w],
-                **kwargs,
-            )
-            tokens, init_gaussians, boxes, attention_mask = part.to_tuple()
-            gaussians, texture = split_tokens(tokens)
+        tiles = tiles_of_image((height, width), tile_size, self.config.map_scale)[1]
+        if counts is None:
+            tile_counts = [[self.config.num_tokens] * batch_size for _ in tiles]
+        else:
+            tile_counts = share_tokens(counts, len(tiles))
+        tokens, layouts = [], []
+        for (y0, x0, h, w), count in zip(tiles, tile_counts):
+            pixels = pixel_values[:, :, y0 : y0 + h, x0 : x0 + w]
+            weights = None if importance is None else importance[:, y0 : y0 + h, x0 : x0 + w]
+            layout = self._partition(pixels, count, weights)
+            tile_tokens = self._encode_layout(pixels, layout, **kwargs).tokens
             frame = ((y0, x0, h, w), (height, width))
-            missing = longest - tokens.shape[1]
-            # Numbers, not a tensor of them, which would have to be sent to the device.
-            boxes = torch.stack([boxes[..., 0::2] + x0, boxes[..., 1::2] + y0], dim=-1).flatten(-2)
-            parts.append(
-                (
-                    pad_tokens(join_tokens(gaussians_to_frame(gaussians, *frame), texture), missing),
-                    pad_tokens(gaussians_to_frame(init_gaussians, *frame), missing),
-                    pad_tokens(boxes, missing),
-                    F.pad(attention_mask, (0, missing)),
+            gaussians, texture = split_tokens(tile_tokens)
+            tokens.append(join_tokens(gaussians_to_frame(gaussians, *frame), texture))
+            layouts.append(
+                replace(
+                    layout,
+                    gaussians=gaussians_to_frame(layout.gaussians, *frame),
+                    boxes=shift_boxes(layout.boxes, x0, y0),
+                    attention_mask=layout.attention_mask if layout.is_padded else None,
                 )
             )
-        tokens, init_gaussians, boxes, attention_mask = (torch.cat(field, dim=1) for field in zip(*parts))
+        layout = GaussianLayout.join(layouts)
         return GPSTokenEncoderOutput(
-            tokens=tokens, init_gaussians=init_gaussians, boxes=boxes, attention_mask=attention_mask
+            tokens=torch.cat([pad_tokens(part, max(map(max, tile_counts))) for part in tokens], dim=1),
+            layout=layout,
+            attention_mask=layout.attention_mask,
         )
+
+    def _complete_layout(self, layout: GaussianLayout, pixel_values: torch.Tensor) -> GaussianLayout:
+        """A given layout, checked, with boxes, on the device and for the batch size of `pixel_values`."""
+        if not isinstance(layout, GaussianLayout):
+            raise ValueError(f"layout must be a GaussianLayout, got {type(layout).__name__}")
+        batch_size, _, height, width = pixel_values.shape
+        if len(layout) != batch_size:
+            layout = layout.expand(batch_size)
+        if self._is_validating():
+            layout.check((height, width))
+        return layout.with_boxes((height, width), self.config.sigma_scale).to(pixel_values.device)
 
     # -- tokens -> map -> image
 
     def render(
         self, tokens: torch.Tensor, size: tuple[int, int], attention_mask: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """Splat tokens `(B, L, 5 + C)` into a feature map `(B, C, h, w)`, `size = (h, w)` (Eq. 1-3), in float32."""
+        """Splat tokens into a feature map (Eq. 1-3), in float32.
+
+        Args:
+            tokens (`torch.Tensor` of shape `(B, L, 5 + C)`): Gaussians and texture.
+            size (`tuple[int, int]`): `(h, w)` of the map in pixels.
+            attention_mask (`torch.Tensor` of shape `(B, L)`, *optional*): 1 for a token, 0 for padding.
+
+        Returns:
+            `torch.Tensor` of shape `(B, C, h, w)`.
+
+        Raises:
+            ValueError: if a shape does not fit or a token is not finite and legal.
+        """
         self._check_tokens(tokens, attention_mask)
         gaussians, texture = split_tokens(tokens)
         return self._splat(gaussians, texture, size, attention_mask)
@@ -367,22 +399,27 @@ class GPSTokenModel(GPSTokenPreTrainedModel):
     ) -> GPSTokenDecoderOutput | tuple[torch.Tensor]:
         """Tokens -> image.
 
+        The map has `image_size / config.map_scale` pixels, rounded up; what that adds to the image at the right and
+        bottom is cropped.
+
         Args:
-            tokens: `(B, L, 5 + C)`.
-            image_size: `(H, W)` or one side; `config.image_size` by default. The map is `image_size / map_scale`,
-                rounded up; what that adds at the right and lower border is cropped off again.
-            attention_mask: `(B, L)`, 1 for a token, 0 for padding, which changes nothing in the image.
-            tile_size: the one that `encode` was given, for the way `config.tile_decode` decodes tiles.
+            tokens (`torch.Tensor` of shape `(B, L, 5 + C)`): Gaussians and texture.
+            image_size (`int` or `tuple[int, int]`, *optional*, defaults to `config.image_size`): `(H, W)` or one side.
+            attention_mask (`torch.Tensor` of shape `(B, L)`, *optional*): 1 for a token, 0 for padding. Padding does
+                not change the image.
+            tile_size (`int`, *optional*): the `tile_size` that `encode` was given; tiles are then decoded as
+                `config.tile_decode` says.
+            return_dict (`bool`, *optional*, defaults to `True`): return an output object instead of a tuple.
+
+        Returns:
+            [`GPSTokenDecoderOutput`] or `tuple`: `.sample` `(B, 3, H, W)`, about [-1, 1], not clamped.
 
         Raises:
-            ValueError: what was expected and what came.
+            ValueError: if a shape does not fit, a token is not finite and legal, or `tile_size` is not a positive
+                multiple of `config.map_scale`.
         """
         self._check_tokens(tokens, attention_mask)
-        if image_size is None:
-            image_size = self.config.image_size
-        height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
-        if height < 1 or width < 1:
-            raise ValueError(f"image_size must be at least 1 x 1 pixels, got {height} x {width}")
+        height, width = self._image_size(image_size)
         if tile_size is not None:
             self._check_tile_size(tile_size)
 
@@ -402,19 +439,18 @@ class GPSTokenModel(GPSTokenPreTrainedModel):
         attention_mask: torch.Tensor | None,
         tile_size: int | None,
     ) -> torch.Tensor:
-        tiles = None if tile_size is None else self.tiles_of_image(image_size, tile_size)[0]
-        stitched = self.config.tile_decode == "stitched"
-        if stitched and tile_size is not None and tiles is not None and tiles.shape != (1, 1):
-            return self._decode_stitched(tokens, image_size, attention_mask, tile_size)
         height, width = image_size
         scale = self.config.map_scale
-        map_size = (-(-height // scale), -(-width // scale))
-        padded_size = (map_size[0] * scale, map_size[1] * scale)
+        tiles = None
+        if tile_size is not None:
+            tiles, tile_boxes = tiles_of_image(image_size, tile_size, scale)
+            if self.config.tile_decode == "stitched" and len(tile_boxes) > 1:
+                return self._decode_stitched(tokens, image_size, attention_mask, tile_boxes)
         gaussians, texture = split_tokens(tokens)
-        gaussians = gaussians_to_padded_frame(gaussians, image_size, padded_size, map_size)
-        maps = self._splat(gaussians, texture, map_size, attention_mask)
+        gaussians = gaussians_to_padded_frame(gaussians, image_size, scale)
+        maps = self._splat(gaussians, texture, map_size_of(image_size, scale), attention_mask)
         window = self.tiling_size // scale
-        if tiles is None and self.use_tiling and max(map_size) > window:
+        if tiles is None and self.use_tiling and max(maps.shape[-2:]) > window:
             image = decode_in_windows(self.decoder, maps, window, self.tiling_overlap, scale)
         else:
             image = self.decoder(maps, tiles)
@@ -425,22 +461,22 @@ class GPSTokenModel(GPSTokenPreTrainedModel):
         tokens: torch.Tensor,
         image_size: tuple[int, int],
         attention_mask: torch.Tensor | None,
-        tile_size: int,
+        tile_boxes: list[tuple[int, int, int, int]],
     ) -> torch.Tensor:
-        tile_boxes = self.tiles_of_image(image_size, tile_size)[1]
+        """Decode every tile on its own. `tokens` hold as many rows for every tile, in the order of `encode`."""
         per_tile, rest = divmod(tokens.shape[1], len(tile_boxes))
         if rest:
             raise ValueError(
-                f"a stitched decode takes as many tokens for each of the {len(tile_boxes)} tiles, tile by tile as "
-                f"encode returns them, got {tokens.shape[1]} tokens"
+                f"tokens must hold as many rows for each of the {len(tile_boxes)} tiles, in the order of encode, "
+                f"got {tokens.shape[1]} rows"
             )
         image = tokens.new_empty(tokens.shape[0], 3, *image_size, dtype=self.dtype)
-        for index, tile_box in enumerate(tile_boxes):
-            y0, x0, h, w = tile_box
-            part = slice(index * per_tile, (index + 1) * per_tile)
-            gaussians, texture = split_tokens(tokens[:, part])
-            tile_tokens = join_tokens(gaussians_from_frame(gaussians, tile_box, image_size), texture)
-            mask = None if attention_mask is None else attention_mask[:, part]
+        for index, tile in enumerate(tile_boxes):
+            y0, x0, h, w = tile
+            rows = slice(index * per_tile, (index + 1) * per_tile)
+            gaussians, texture = split_tokens(tokens[:, rows])
+            tile_tokens = join_tokens(gaussians_from_frame(gaussians, tile, image_size), texture)
+            mask = None if attention_mask is None else attention_mask[:, rows]
             image[:, :, y0 : y0 + h, x0 : x0 + w] = self._decode(tile_tokens, (h, w), mask, None)
         return image
 
@@ -461,40 +497,30 @@ class GPSTokenModel(GPSTokenPreTrainedModel):
         pixel_values: torch.Tensor,
         num_tokens: int | Sequence[int] | None = None,
         importance: torch.Tensor | None = None,
-        init_gaussians: torch.Tensor | None = None,
-        boxes: torch.Tensor | None = None,
+        layout: GaussianLayout | None = None,
         tile_size: int | None = None,
-        attention_mask: torch.Tensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> GPSTokenOutput:
-        """Reconstruct images: `encode`, then `decode` at the same size. Arguments as for `encode`."""
-        encoded = self.encode(
-            pixel_values, num_tokens, importance, init_gaussians, boxes, tile_size, attention_mask, **kwargs
-        )
+        """Reconstruct images: `encode`, then `decode` at the same size. Takes the arguments of `encode`."""
+        encoded = self.encode(pixel_values, num_tokens, importance, layout, tile_size, **kwargs)
         height, width = pixel_values.shape[-2:]
-        decoded = self.decode(encoded.tokens, (height, width), encoded.attention_mask, tile_size)
-        return GPSTokenOutput(
-            sample=decoded.sample,
-            tokens=encoded.tokens,
-            init_gaussians=encoded.init_gaussians,
-            boxes=encoded.boxes,
-            attention_mask=encoded.attention_mask,
-        )
+        mask = encoded.attention_mask if encoded.layout.is_padded else None
+        decoded = self.decode(encoded.tokens, (height, width), mask, tile_size)
+        return GPSTokenOutput(sample=decoded.sample, tokens=encoded.tokens, attention_mask=encoded.attention_mask)
 
-    # -- tiles and checks
+    # -- checks
 
-    def tiles_of_image(
-        self, image_size: tuple[int, int], tile_size: int
-    ) -> tuple[TileGrid, list[tuple[int, int, int, int]]]:
-        """The tiles on the map, and the same tiles in pixels of the image, `(y0, x0, h, w)` each."""
-        scale = self.config.map_scale
-        map_size = (-(-image_size[0] // scale), -(-image_size[1] // scale))
-        tiles = TileGrid.of_near_equal_tiles(map_size, tile_size // scale)
-        boxes = [
-            (y0, x0, min(h, image_size[0] - y0), min(w, image_size[1] - x0))
-            for y0, x0, h, w in tiles.scaled(scale).boxes()
-        ]
-        return tiles, boxes
+    def _is_validating(self) -> bool:
+        # Reading values would break the graph of torch.compile.
+        return self.validate_inputs and not torch.compiler.is_compiling()
+
+    def _image_size(self, image_size: int | tuple[int, int] | None) -> tuple[int, int]:
+        if image_size is None:
+            image_size = self.config.image_size
+        height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
+        if height < 1 or width < 1:
+            raise ValueError(f"image_size must be at least 1 x 1 pixels, got {height} x {width}")
+        return height, width
 
     def _check_tile_size(self, tile_size: int) -> None:
         scale = self.config.map_scale
@@ -511,7 +537,7 @@ class GPSTokenModel(GPSTokenPreTrainedModel):
             raise ValueError(
                 f"attention_mask must be (B, L) = {tuple(tokens.shape[:2])}, got {tuple(attention_mask.shape)}"
             )
-        if torch.compiler.is_compiling():
+        if not self._is_validating():
             return
         real = tokens.detach()
         if attention_mask is not None:
@@ -520,141 +546,25 @@ class GPSTokenModel(GPSTokenPreTrainedModel):
         if not torch.isfinite(real).all():
             raise ValueError("the texture of tokens must be finite, got NaN or infinite values")
 
-    def _complete_layout(
-        self,
-        pixel_values: torch.Tensor,
-        boxes: torch.Tensor | None,
-        init_gaussians: torch.Tensor | None,
-        attention_mask: torch.Tensor | None,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """A layout given by hand -> its boxes and Gaussians, each derived from the other where one is missing."""
-        batch_size, _, height, width = pixel_values.shape
-        given = boxes if boxes is not None else init_gaussians
-        assert given is not None
-        expected = (batch_size, given.shape[1] if given.ndim > 1 else 0)
-        for name, value, fields in (("boxes", boxes, 4), ("init_gaussians", init_gaussians, NUM_GAUSSIAN_PARAMS)):
-            if value is not None and (value.shape != (*expected, fields) or expected[1] == 0):
-                raise ValueError(f"{name} must be (B, L, {fields}) with B = {batch_size}, got {tuple(value.shape)}")
-        if attention_mask is not None and attention_mask.shape != expected:
-            raise ValueError(f"attention_mask must be (B, L) = {expected}, got {tuple(attention_mask.shape)}")
-        if boxes is not None and boxes.is_floating_point():
-            raise ValueError(f"boxes must be integers, inclusive pixels [x0, y0, x1, y1], got {boxes.dtype}")
-        if attention_mask is not None and not torch.compiler.is_compiling() and not attention_mask.any(1).all():
-            raise ValueError("attention_mask must leave every image at least one token, got an image with none")
-        if init_gaussians is not None and not torch.compiler.is_compiling():
-            real = init_gaussians if attention_mask is None else init_gaussians[attention_mask.bool()]
-            check_gaussians(real, "init_gaussians")
-        if boxes is None:
-            assert init_gaussians is not None
-            boxes = gaussians_to_boxes(init_gaussians, (height, width), self.config.sigma_scale)
-        elif not torch.compiler.is_compiling():
-            x0, y0, x1, y1 = boxes.unbind(-1)
-            inside = (x0 >= 0) & (y0 >= 0) & (x0 <= x1) & (y0 <= y1) & (x1 < width) & (y1 < height)
-            if attention_mask is not None:
-                inside |= attention_mask == 0
-            if not inside.all():
-                first = boxes[~inside][0].tolist()
-                raise ValueError(
-                    f"boxes must be inclusive pixels [x0, y0, x1, y1] inside the {height} x {width} image, got {first}"
-                )
-        if init_gaussians is None:
-            init_gaussians = boxes_to_gaussians(boxes, (height, width), self.config.sigma_scale)
-        if attention_mask is not None:
-            # Padding may hold anything, but attention would carry a NaN from there to every token (0 · NaN).
-            padded = (attention_mask == 0).unsqueeze(-1).to(boxes.device)
-            whole = boxes.new_tensor([0, 0, width - 1, height - 1])
-            gaussian = boxes_to_gaussians(whole, (height, width), self.config.sigma_scale).to(init_gaussians)
-            boxes, init_gaussians = torch.where(padded, whole, boxes), torch.where(padded, gaussian, init_gaussians)
-        return boxes.to(pixel_values.device), init_gaussians.to(pixel_values.device)
+
+def pad_tokens(tokens: torch.Tensor, length: int) -> torch.Tensor:
+    """`(B, L, 5 + C)` -> `(B, length, 5 + C)`, padded with the padding Gaussian and texture 0."""
+    padding = tokens.new_zeros(tokens.shape[0], length - tokens.shape[1], tokens.shape[2])
+    for channel, value in enumerate(PADDING_GAUSSIAN):
+        padding[..., channel] = value
+    return torch.cat([tokens, padding], dim=1)
 
 
-@contextmanager
-def readable_weights(source: Any) -> Iterator[None]:
-    """Turn the error of a damaged safetensors file into a ValueError that names the checkpoint."""
-    try:
-        yield
-    except (SafetensorError, OSError) as error:
-        # diffusers hides it behind an OSError, and that behind the error of reading the file as text.
-        cause: BaseException | None = error
-        while cause is not None and not isinstance(cause, SafetensorError):
-            cause = cause.__context__
-        if cause is None:
-            raise
-        raise ValueError(
-            f"the weights of {source} must be whole safetensors files, got a damaged one: {cause}"
-        ) from error
+def shift_boxes(boxes: torch.Tensor, x: int, y: int) -> torch.Tensor:
+    """Boxes `(..., 4)` moved by x and y pixels."""
+    return torch.stack([boxes[..., 0::2] + x, boxes[..., 1::2] + y], dim=-1).flatten(-2)
 
 
-def check_loading_info(class_name: str, source: Any, info: dict[str, Any]) -> None:
-    """Raise ValueError unless a checkpoint held exactly the weights of its model.
-
-    Args:
-        info: the loading info of transformers or diffusers, with `missing_keys`, `unexpected_keys` and
-            `mismatched_keys`, the last of `(key, shape in the checkpoint, shape in the model)`.
-    """
-    mismatched = [
-        f"{key} {tuple(found)} instead of {tuple(expected)}" for key, found, expected in info["mismatched_keys"]
-    ]
-    problems = []
-    for kind, keys in (
-        ("missing", info["missing_keys"]),
-        ("unexpected", info["unexpected_keys"]),
-        ("of another shape", mismatched),
-    ):
-        if keys:
-            shown = sorted(keys)
-            more = f", and {len(shown) - 5} more" if len(shown) > 5 else ""
-            problems.append(f"{len(shown)} {kind} ({', '.join(shown[:5])}{more})")
-    if problems:
-        raise ValueError(f"expected exactly the weights of {class_name} in {source}, got: {'; '.join(problems)}")
-
-
-def check_pixel_values(pixel_values: torch.Tensor) -> None:
-    """What can be said of images without reading them: their shape and dtype."""
-    if pixel_values.ndim != 4 or pixel_values.shape[1] != 3 or 0 in pixel_values.shape:
-        raise ValueError(f"pixel_values must be (B, 3, H, W) with 3 colour channels, got {tuple(pixel_values.shape)}")
-    if not pixel_values.is_floating_point():
-        raise ValueError(f"pixel_values must be floating point in [-1, 1], got {pixel_values.dtype}")
-
-
-def check_num_tokens(num_tokens: int | Sequence[int] | None, batch_size: int) -> int | list[int] | None:
-    """The number of tokens as plain integers; ValueError unless it is one of at least 1, or one for each image."""
-    if num_tokens is None:
-        return None
-    if isinstance(num_tokens, Integral):
-        counts = [int(num_tokens)]
-    elif isinstance(num_tokens, Sequence) and all(isinstance(count, Integral) for count in num_tokens):
-        counts = [int(count) for count in num_tokens]
-        if len(counts) != batch_size:
-            raise ValueError(f"num_tokens must hold one number per image, {batch_size}, got {len(counts)}")
-    else:
-        raise ValueError(f"num_tokens must be an integer or a list of one integer per image, got {num_tokens!r}")
-    if min(counts) < 1:
-        raise ValueError(f"num_tokens must be at least 1, got {min(counts)}")
-    return counts[0] if isinstance(num_tokens, Integral) else counts
-
-
-def share_tokens(
-    num_tokens: int | Sequence[int] | None, num_tiles: int, batch_size: int, default_per_tile: int
-) -> list[list[int]]:
-    """Tokens of whole images -> tokens of each tile, one list of B numbers per tile, differing by at most 1.
-
-    Raises:
-        ValueError: an image has fewer tokens than tiles.
-    """
-    if num_tokens is None:
-        return [[default_per_tile] * batch_size for _ in range(num_tiles)]
-    totals = [num_tokens] * batch_size if isinstance(num_tokens, int) else list(num_tokens)
-    if min(totals) < num_tiles:
-        raise ValueError(f"num_tokens must give each of the {num_tiles} tiles at least one token, got {min(totals)}")
-    return [[total // num_tiles + (tile < total % num_tiles) for total in totals] for tile in range(num_tiles)]
-
-
-def pad_tokens(values: torch.Tensor, count: int) -> torch.Tensor:
-    """`(B, L, F)` -> `(B, L + count, F)`, padded with copies of the last token, so that padding is a legal token."""
-    if count == 0:
-        return values
-    return torch.cat([values, values[:, -1:].expand(-1, count, -1)], dim=1)
+def _check_kwargs(name: str, kwargs: dict[str, Any]) -> None:
+    """Raise a TypeError for an argument that neither the method nor transformers' attention knows."""
+    unknown = sorted(set(kwargs) - set(TransformersKwargs.__annotations__))
+    if unknown:
+        raise TypeError(f"{name}() got an unexpected keyword argument {unknown[0]!r}")
 
 
 __all__ = ["GPSTokenModel", "GPSTokenPreTrainedModel"]

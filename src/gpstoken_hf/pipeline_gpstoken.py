@@ -24,10 +24,11 @@ from diffusers.utils import BaseOutput
 from diffusers.utils.torch_utils import randn_tensor
 
 from .calibration import calibrate_layout
-from .gaussians import NUM_GAUSSIAN_PARAMS, check_gaussians
+from .gaussians import NUM_GAUSSIAN_PARAMS
 from .hub import HubDownloadMixin
 from .image_processing_gpstoken import GPSTokenImageProcessor
-from .layout_bank import PADDING_GAUSSIAN, GaussianLayoutBank
+from .layout import GaussianLayout
+from .layout_bank import GaussianLayoutBank
 from .modeling_gpstoken import GPSTokenModel
 from .partition import partition_images
 from .transformer_sit import SiTTransformer1DModel, latents_to_tokens, timestep_to_time
@@ -49,16 +50,14 @@ class GPSTokenPipelineOutput(BaseOutput):
     Args:
         images: B PIL images; `(B, H, W, 3)` NumPy or `(B, 3, H, W)` torch in [0, 1]; for `output_type="latent"` the
             standardised latents `(B, L, 5 + C)`; `None` for `output_type="layout"`.
-        layout: `(B, L, 5)` float32, the initial Gaussians that the texture was made for, ready to be edited and given
-            back as `layout=`; `None` in one-stage mode.
+        layout: the [`GaussianLayout`] that the texture was made for. Edit it and pass it back as `layout=`. `None` in
+            one-stage mode.
         tokens: `(B, L, 5 + C)` float32, what was decoded; `None` for `output_type="layout"`.
-        attention_mask: `(B, L)`, 1 for a token, 0 for padding; `None` when all layouts have L tokens.
     """
 
     images: list[PIL.Image.Image] | np.ndarray | torch.Tensor | None = None
-    layout: torch.Tensor | None = None
+    layout: GaussianLayout | None = None
     tokens: torch.Tensor | None = None
-    attention_mask: torch.Tensor | None = None
 
 
 def guide(output_null: torch.Tensor, output_class: torch.Tensor, w: float) -> torch.Tensor:
@@ -231,7 +230,7 @@ class GPSTokenPipeline(HubDownloadMixin, DiffusionPipeline):
         num_layout_steps: int = 5,
         guidance_scale: float = 1.5,
         guidance_interval: tuple[float, float] = (0.2, 1.0),
-        layout: torch.Tensor | Sequence[torch.Tensor] | Images | str | None = None,
+        layout: GaussianLayout | Images | str | None = None,
         generator: Generators = None,
         latents: torch.Tensor | None = None,
         layout_latents: torch.Tensor | None = None,
@@ -251,9 +250,9 @@ class GPSTokenPipeline(HubDownloadMixin, DiffusionPipeline):
             guidance_interval: `(low, high)` of the paper's time t, 0 noise to 1 data, in which guidance acts; outside
                 of it there is one forward pass a step.
             layout: where to put the tokens. `None`: generated if there is a layout transformer, else from the bank;
-                "generated" and "bank" name one of them. `(B, L, 5)` or `(1, L, 5)` Gaussians, or a list of B
-                `(L_i, 5)`: taken as they are. An image or a list of B (PIL, NumPy, or a `(B, 3, H, W)` tensor in
-                [0, 1]): its own layout, after a resize and centre crop to the size of the generated image.
+                "generated" and "bank" name one of them. A [`GaussianLayout`] of B images, or of one for all, is used
+                as it is. An image or a list of B (PIL, NumPy, or a `(B, 3, H, W)` tensor in [0, 1]) lends its own
+                layout, after a resize and centre crop to the size of the generated image.
             generator: of all noise. With a list of B generators an image does not depend on the others of its batch
                 (if their layouts have the same number of tokens).
             latents: `(B, L, 5 + C)` in place of the noise that the texture stage starts from.
@@ -286,13 +285,14 @@ class GPSTokenPipeline(HubDownloadMixin, DiffusionPipeline):
         label_ids = torch.tensor(labels, device=device)
 
         # 1. The layout: generated and calibrated, from the bank, or given.
-        gaussians, mask = None, None
+        made: GaussianLayout | None = None
         if not self.is_one_stage:
-            gaussians, mask = self._make_layout(labels, label_ids, layout, num_layout_steps, layout_latents, generator)
+            made = self._make_layout(labels, label_ids, layout, num_layout_steps, layout_latents, generator)
             if output_type == "layout":
                 self.maybe_free_model_hooks()
-                output = GPSTokenPipelineOutput(layout=gaussians, attention_mask=mask)
-                return output if return_dict else (None, gaussians, None)
+                return GPSTokenPipelineOutput(layout=made) if return_dict else (None, made, None)
+        gaussians = None if made is None else made.gaussians
+        mask = made.attention_mask if made is not None and made.is_padded else None
 
         # 2. The texture and the refinement of the layout (or everything, in one stage).
         num_tokens = self.transformer.config.sample_size if gaussians is None else gaussians.shape[1]
@@ -321,9 +321,11 @@ class GPSTokenPipeline(HubDownloadMixin, DiffusionPipeline):
             sample = self.vae.decode(tokens, attention_mask=mask).sample
             images = self._processor().post_process(sample, output_type=output_type)
         self.maybe_free_model_hooks()
+        if made is not None and gaussians is not made.gaussians:  # a callback edited them
+            made = GaussianLayout(gaussians, None, mask)
         if not return_dict:
-            return (images, gaussians, tokens)
-        return GPSTokenPipelineOutput(images=images, layout=gaussians, tokens=tokens, attention_mask=mask)
+            return (images, made, tokens)
+        return GPSTokenPipelineOutput(images=images, layout=made, tokens=tokens)
 
     def _sample(
         self,
@@ -386,47 +388,44 @@ class GPSTokenPipeline(HubDownloadMixin, DiffusionPipeline):
         num_steps: int,
         layout_latents: torch.Tensor | None,
         generator: Generators,
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """-> Gaussians `(B, L, 5)` float32 and, when their numbers differ, the mask `(B, L)`."""
+    ) -> GaussianLayout:
+        """The layout of B images on the device of `label_ids`, whichever way it is asked for."""
         device = label_ids.device
         if layout is None:
             layout = "generated" if self.layout_transformer is not None else "bank"
-        if isinstance(layout, str) and layout == "generated":
-            assert self.layout_transformer is not None
-            config = self.layout_transformer.config
-            shape = (len(labels), config.sample_size, config.in_channels)
-            latents = self._prepare_latents("layout_latents", layout_latents, shape, generator, device)
-            latents, _ = self._sample(
-                self.layout_transformer,
-                self.layout_scheduler,
-                latents,
-                label_ids,
-                None,
-                None,
-                num_steps,
-                None,
-                generator,
-                "layout",
-            )
-            vae = self.vae.config
-            calibrated = calibrate_layout(
-                self._to_tokens(self.layout_transformer, latents, None),
-                (vae.image_size, vae.image_size),
-                vae.min_region_size,
-                vae.sigma_scale,
-            )
-            return calibrated.gaussians, None
-        if isinstance(layout, str):
+        if isinstance(layout, GaussianLayout):
+            return layout.expand(len(labels)).to(device, torch.float32)
+        if not isinstance(layout, str):
+            return self._layout_of_images(layout, len(labels), device)
+        if layout == "bank":
             assert self.layout_bank is not None
-            drawn = self.layout_bank.sample(labels, generator=generator)
-            mask = None if drawn.attention_mask.all() else drawn.attention_mask.to(device)
-            return drawn.gaussians.to(device), mask
-        if _is_gaussians(layout):
-            return _stack_layouts(layout, len(labels), device)
-        return self._layout_of_images(layout, len(labels), device), None
+            return self.layout_bank.sample(labels, generator=generator).to(device)
+        assert self.layout_transformer is not None
+        config = self.layout_transformer.config
+        shape = (len(labels), config.sample_size, config.in_channels)
+        latents = self._prepare_latents("layout_latents", layout_latents, shape, generator, device)
+        latents, _ = self._sample(
+            self.layout_transformer,
+            self.layout_scheduler,
+            latents,
+            label_ids,
+            None,
+            None,
+            num_steps,
+            None,
+            generator,
+            "layout",
+        )
+        vae = self.vae.config
+        return calibrate_layout(
+            self._to_tokens(self.layout_transformer, latents, None),
+            (vae.image_size, vae.image_size),
+            vae.min_region_size,
+            vae.sigma_scale,
+        )
 
-    def _layout_of_images(self, images: Any, batch_size: int, device: torch.device) -> torch.Tensor:
-        """The layouts that the tokenizer would choose for these images: `(B, L, 5)`."""
+    def _layout_of_images(self, images: Any, batch_size: int, device: torch.device) -> GaussianLayout:
+        """The layouts that the tokenizer would choose for these images."""
         config = self.vae.config
         side = config.image_size
         pixel_values = self._processor()(
@@ -441,14 +440,14 @@ class GPSTokenPipeline(HubDownloadMixin, DiffusionPipeline):
             raise ValueError(
                 f"layout must be 1 or {batch_size} images, one per class label, got {pixel_values.shape[0]}"
             )
-        partition = partition_images(
+        layout = partition_images(
             pixel_values.to(device),
             config.num_tokens,
             complexity_exponent=config.complexity_exponent,
             min_region_size=config.min_region_size,
             sigma_scale=config.sigma_scale,
         )
-        return partition.gaussians.expand(batch_size, -1, -1).clone()
+        return layout.expand(batch_size)
 
     # ---------------------------------------------------------------------------------------------------------- parts
 
@@ -523,8 +522,13 @@ class GPSTokenPipeline(HubDownloadMixin, DiffusionPipeline):
                     "expected no layout, no layout_latents and another output_type than 'layout'"
                 )
             return
-        if isinstance(layout, str) and layout not in LAYOUT_SOURCES:
-            raise ValueError(f"layout must be one of {list(LAYOUT_SOURCES)}, Gaussians or images, got {layout!r}")
+        is_tensor = isinstance(layout, torch.Tensor) and layout.ndim != 4
+        is_list_of_tensors = isinstance(layout, list | tuple) and any(isinstance(one, torch.Tensor) for one in layout)
+        if is_tensor or is_list_of_tensors or (isinstance(layout, str) and layout not in LAYOUT_SOURCES):
+            got = repr(layout) if isinstance(layout, str) else "tensors that are not a (B, 3, H, W) batch"
+            raise ValueError(
+                f"layout must be a GaussianLayout, an image (or B of them) or one of {list(LAYOUT_SOURCES)}, got {got}"
+            )
         generated = layout is None and self.layout_transformer is not None
         if isinstance(layout, str) and layout == "generated":
             generated = True
@@ -541,8 +545,10 @@ class GPSTokenPipeline(HubDownloadMixin, DiffusionPipeline):
             raise ValueError("layout_latents are for a generated layout, but the layout is given or from the bank")
         if generated and self.layout_scheduler is None:
             raise ValueError("a generated layout needs the component layout_scheduler, which is missing")
-        if not isinstance(layout, str) and layout is not None and _is_gaussians(layout):
-            _check_layout(layout, batch_size)
+        if isinstance(layout, GaussianLayout):
+            layout.check()
+            if len(layout) not in (1, batch_size):
+                raise ValueError(f"layout must be of 1 or {batch_size} images, one per class label, got {len(layout)}")
 
 
 class _Predictor:
@@ -598,46 +604,6 @@ def _set_timesteps(scheduler: SchedulerMixin, num_steps: int, device: torch.devi
     if hasattr(scheduler, "set_begin_index"):
         scheduler.set_begin_index(0)
     return scheduler.timesteps
-
-
-def _is_gaussians(layout: Any) -> bool:
-    """A `(B, L, 5)` tensor or a list of tensors; everything else is taken for images."""
-    if isinstance(layout, torch.Tensor):
-        return layout.ndim != 4
-    return isinstance(layout, list | tuple) and len(layout) > 0 and all(isinstance(x, torch.Tensor) for x in layout)
-
-
-def _check_layout(layout: torch.Tensor | Sequence[torch.Tensor], batch_size: int) -> None:
-    if isinstance(layout, torch.Tensor):
-        if layout.ndim != 3 or layout.shape[-1] != NUM_GAUSSIAN_PARAMS or layout.shape[1] < 1:
-            raise ValueError(f"layout must be ({batch_size}, L, 5) Gaussians, got {tuple(layout.shape)}")
-        if layout.shape[0] not in (1, batch_size):
-            raise ValueError(f"layout must be 1 or {batch_size}, one per class label, got {layout.shape[0]}")
-        check_gaussians(layout, "layout")
-        return
-    if len(layout) != batch_size:
-        raise ValueError(f"layout must be {batch_size} tensors (L, 5), one per class label, got {len(layout)}")
-    for one in layout:
-        if one.ndim != 2 or one.shape[-1] != NUM_GAUSSIAN_PARAMS or one.shape[0] < 1:
-            raise ValueError(f"each layout of a list must be (L, 5), got {tuple(one.shape)}")
-        check_gaussians(one, "layout")
-
-
-def _stack_layouts(
-    layout: torch.Tensor | Sequence[torch.Tensor], batch_size: int, device: torch.device
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """One `(B, L, 5)` float32 tensor, padded where lengths differ, and the mask if there is padding."""
-    if isinstance(layout, torch.Tensor):
-        # A copy: the output's layout is there to be edited, without editing what was given or its other rows.
-        return layout.to(device=device, dtype=torch.float32).expand(batch_size, -1, -1).clone(), None
-    lengths = [len(one) for one in layout]
-    longest = max(lengths)
-    padding = torch.tensor(PADDING_GAUSSIAN)
-    stacked = torch.stack(
-        [torch.cat([one.float().cpu(), padding.expand(longest - len(one), -1)]) for one in layout]
-    ).to(device)
-    mask = (torch.arange(longest) < torch.tensor(lengths)[:, None]).long().to(device)
-    return stacked, None if min(lengths) == longest else mask
 
 
 def _check_components(

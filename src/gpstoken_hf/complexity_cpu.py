@@ -1,42 +1,28 @@
 # Copyright 2026 The gpstoken-hf authors. Licensed under the Apache License, Version 2.0.
-"""The partition on the CPU: one compiled loop in the place of NumPy's and OpenCV's calls (paper Alg. 1, Eq. 4).
+"""Complexity on the CPU, and Alg. 1 around it, as compiled loops (paper Eq. 4).
 
-Letters: B batch, L tokens, H x W pixels of an image, h x w pixels of a region.
+Shapes: B batch, L tokens, H x W pixels of an image, w x h pixels of a region.
 
-Every rounding of the resize, of the histogram and of the sum is reproduced (docs/partition.md). The heap, the order of
-the regions and `compiled` serve calibration.py as well.
+A region is scored when it is first met. Every rounding of the resize, of the histogram and of the sum reproduces NumPy
+and OpenCV (docs/partition.md).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
 
-import numba
 import numpy as np
 import torch
 
-from .partition_torch import BIN_WIDTH, PIXEL_TOLERANCE, RESIZED, USED_BINS, check_range, entropy_table
+from .complexity_torch import BIN_WIDTH, RESIZED, USED_BINS, entropy_table, grey_images
+from .numba_support import compiled
+from .regions import halve, heap_pop, heap_push, is_splittable
 
 PADDED = RESIZED + 2
-# No bin that a magnitude can have: with grey in [0, 1] it is at most sqrt(20), bin 208.
+# No magnitude falls into this bin: with grey in [0, 1] the largest is sqrt(20), bin 208.
 UNDECIDED = USED_BINS - 1
 _ENTROPY_TABLE = entropy_table()
-
-
-def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    """`numba.njit` without the GIL, compiled at the first call and kept on disk where there is a place to keep it.
-
-    Numba looks for that place when the function is defined and raises if there is none (an installation that cannot
-    be written, no home directory); the function is then compiled once per process instead. Neither `fastmath` nor
-    contraction to fused multiply-adds: the roundings are part of the result.
-    """
-    try:
-        return numba.njit(nogil=True, cache=True)(function)
-    except RuntimeError:
-        return numba.njit(nogil=True)(function)
 
 
 def partition_compiled(
@@ -46,19 +32,28 @@ def partition_compiled(
     min_region_size: int,
     importance: torch.Tensor | None,
 ) -> torch.Tensor:
-    """Boxes `(B, L, 4)` int64 on the CPU, padded with the whole image's box."""
-    _, _, height, width = images.shape
-    pixels = images.to("cpu", torch.float32).contiguous().numpy()
-    if importance is None:
-        weights = None
-        no_weights = np.zeros((0, 0), dtype=np.float32)
-    else:
-        weights = importance.detach().to("cpu", torch.float32).contiguous().numpy()
-    boxes = np.empty((len(counts), max(counts, default=0), 4), dtype=np.int64)
-    boxes[:] = (0, 0, width - 1, height - 1)
+    """Alg. 1 on every image of a batch, on `torch.get_num_threads()` threads.
 
-    def work(index: int) -> bool:
-        return _partition_image(
+    Args:
+        images (`torch.Tensor` of shape `(B, 3, H, W)`): RGB in [-1, 1]. Pixels out of range are harmless, but what is
+            returned for them means nothing.
+        counts (`list[int]`): B numbers of regions, each of which the image size allows.
+        complexity_exponent (`float`): lambda.
+        min_region_size (`int`): s_min in pixels.
+        importance (`torch.Tensor` of shape `(B, H, W)`, *optional*): summed over a region and added to its complexity.
+
+    Returns:
+        `torch.Tensor` of shape `(B, max(counts), 4)`: int64 boxes on the CPU, unsorted, 0 beyond an image's count.
+    """
+    grey = grey_images(images.cpu())
+    # Wild pixels must not reach beyond the histogram.
+    pixels = torch.where((grey - 0.5).abs() < 0.51, grey, 0.0).numpy()
+    weights = None if importance is None else importance.to("cpu", torch.float32).contiguous().numpy()
+    no_weights = np.zeros((0, 0), dtype=np.float32)
+    boxes = np.zeros((len(counts), max(counts, default=0), 4), dtype=np.int64)
+
+    def work(index: int) -> None:
+        _partition_image(
             pixels[index],
             boxes[index, : counts[index]],
             complexity_exponent,
@@ -69,38 +64,30 @@ def partition_compiled(
 
     num_threads = min(torch.get_num_threads(), len(counts))
     if num_threads > 1:
-        # A pool for each call: one that outlives it would be dead in a forked process.
+        # The pool lives as long as the call: threads do not survive a fork.
         with ThreadPoolExecutor(num_threads) as pool:
-            valid = list(pool.map(work, range(len(counts))))
+            list(pool.map(work, range(len(counts))))
     else:
-        valid = [work(index) for index in range(len(counts))]
-    if not all(valid):
-        check_range("images", images, -1.0, 1.0, PIXEL_TOLERANCE)
+        for index in range(len(counts)):
+            work(index)
     return torch.from_numpy(boxes)
 
 
 @compiled
-def _partition_image(pixels, regions, complexity_exponent, min_region_size, importance, entropy_table):
-    """Alg. 1 on one image, `pixels` (3, H, W) float32; fills `regions` (L, 4) in Morton order.
-
-    The caller has made sure that L regions can be reached. Returns False if a pixel is NaN or outside [-1, 1].
-    """
-    height, width = pixels.shape[1], pixels.shape[2]
-    grey = np.empty((height, width), dtype=np.float32)
-    if not _grey_image(pixels, grey):
-        return False
-    # Resize positions by extent, filled when an extent is first met.
+def _partition_image(grey, boxes, complexity_exponent, min_region_size, importance, entropy_table):
+    """Alg. 1 on one image, `grey` (H, W) float32 in [0, 1]; fills `boxes` (L, 4). L regions must be reachable."""
+    height, width = grey.shape
+    # Resize positions by extent, filled in when an extent is first met.
     positions = np.empty((max(height, width) + 1, 2, RESIZED), dtype=np.uint32)
     fractions = np.empty((max(height, width) + 1, RESIZED), dtype=np.float32)
     fractions[:, 0] = -1
-    num_tokens = regions.shape[0]
-    boxes = np.empty((num_tokens, 4), dtype=np.int64)
+    num_tokens = boxes.shape[0]
     # The heap holds the splittable regions. Age (order of insertion) settles ties, as a stable sort of the whole list
     # would. A region that is split leaves its row of `boxes` to its first child.
     score = np.empty(num_tokens, dtype=np.float64)
     age = np.empty(num_tokens, dtype=np.int64)
     heap = np.empty(num_tokens, dtype=np.int64)
-    boxes[0] = (0, 0, width - 1, height - 1)
+    boxes[0, 0], boxes[0, 1], boxes[0, 2], boxes[0, 3] = 0, 0, width - 1, height - 1
     score[0], age[0], heap[0] = 0.0, 0, 0
     heap_size, found, next_age = 1, 1, 1
 
@@ -109,18 +96,19 @@ def _partition_image(pixels, regions, complexity_exponent, min_region_size, impo
     while found < num_tokens:
         row = heap_pop(heap, heap_size, score, age)
         heap_size -= 1
-        x0, y0, x1, y1 = boxes[row]
+        x0, y0, x1, y1 = boxes[row, 0], boxes[row, 1], boxes[row, 2], boxes[row, 3]
+        # Rows 0 and 1 hold the halves along x, rows 2 and 3 those along y.
+        for axis in range(2):
+            first, second = halve(x0, y0, x1, y1, axis == 0)
+            for k in range(4):
+                children[2 * axis, k], children[2 * axis + 1, k] = first[k], second[k]
         w, h = x1 - x0 + 1, y1 - y0 + 1
-        # Rows 0 and 1: the halves in x; rows 2 and 3: in y.
-        children[0] = (x0, y0, x0 + w // 2 - 1, y1)
-        children[1] = (x0 + w // 2, y0, x1, y1)
-        children[2] = (x0, y0, x1, y0 + h // 2 - 1)
-        children[3] = (x0, y0 + h // 2, x1, y1)
         for i in range(4):
-            extent = max(children[i, 2] - children[i, 0], children[i, 3] - children[i, 1])
-            wanted = w >= h if i < 2 else h >= w
+            is_candidate = w >= h if i < 2 else h >= w
             child_score[i] = 0.0
-            if wanted and extent > min_region_size:
+            if is_candidate and is_splittable(
+                children[i, 0], children[i, 1], children[i, 2], children[i, 3], min_region_size
+            ):
                 child_score[i] = _complexity(
                     grey, children[i], complexity_exponent, importance, entropy_table, positions, fractions
                 )
@@ -132,78 +120,19 @@ def _partition_image(pixels, regions, complexity_exponent, min_region_size, impo
             if i > chosen:
                 row = found
                 found += 1
-            boxes[row] = children[i]
+            for k in range(4):
+                boxes[row, k] = children[i, k]
             score[row], age[row] = child_score[i], next_age
             next_age += 1
-            if max(children[i, 2] - children[i, 0], children[i, 3] - children[i, 1]) > min_region_size:
+            if is_splittable(boxes[row, 0], boxes[row, 1], boxes[row, 2], boxes[row, 3], min_region_size):
                 heap_push(row, heap, heap_size, score, age)
                 heap_size += 1
-    sort_by_morton_code(boxes, regions)
-    return True
-
-
-@compiled
-def choose_regions(entropies, weights, boxes, halves, counts, complexity_exponent, regions):
-    """Alg. 1 on a batch: `entropies`, `weights` (B, S) of the splittable regions of the tree.
-
-    `boxes` and `halves` (N, 4) are those of all its regions.
-    """
-    num_regions, num_splittable = boxes.shape[0], entropies.shape[1]
-    score = np.empty(num_splittable, dtype=np.float64)
-    age = np.empty(num_regions, dtype=np.int64)
-    heap = np.empty(num_regions, dtype=np.int64)
-    for image in range(entropies.shape[0]):
-        for i in range(num_splittable):
-            w, h = boxes[i, 2] - boxes[i, 0] + 1, boxes[i, 3] - boxes[i, 1] + 1
-            score[i] = entropies[image, i] ** complexity_exponent * h * w + weights[image, i]
-        heap[0], age[0] = 0, 0
-        heap_size = 1 if halves[0].max() >= 0 else 0
-        next_age = 1
-        leaves = np.empty((counts[image], 4), dtype=np.int64)
-        num_leaves = 1 - heap_size
-        if num_leaves:
-            leaves[0] = boxes[0]
-        while num_leaves + heap_size < counts[image]:
-            row = heap_pop(heap, heap_size, score, age)
-            heap_size -= 1
-            chosen = 0 if halves[row, 0] >= 0 else 2
-            if halves[row].min() >= 0:
-                in_x = min(score[halves[row, 0]], score[halves[row, 1]])
-                in_y = min(score[halves[row, 2]], score[halves[row, 3]])
-                chosen = 0 if in_x < in_y else 2
-            for i in range(chosen, chosen + 2):
-                half = halves[row, i]
-                age[half] = next_age
-                next_age += 1
-                if halves[half].max() >= 0:
-                    heap_push(half, heap, heap_size, score, age)
-                    heap_size += 1
-                else:
-                    leaves[num_leaves] = boxes[half]
-                    num_leaves += 1
-        for i in range(heap_size):
-            leaves[num_leaves + i] = boxes[heap[i]]
-        sort_by_morton_code(leaves, regions[image, : counts[image]])
-
-
-@compiled
-def _grey_image(pixels, grey):
-    """(3, H, W) in [-1, 1] -> `grey` (H, W) in [0, 1], float32 throughout. False if a pixel is out of range or NaN."""
-    one, half, limit = np.float32(1), np.float32(0.5), np.float32(1 + PIXEL_TOLERANCE)
-    red, green, blue = np.float32(0.299), np.float32(0.587), np.float32(0.114)
-    valid = True
-    for y in range(grey.shape[0]):
-        for x in range(grey.shape[1]):
-            r, g, b = pixels[0, y, x], pixels[1, y, x], pixels[2, y, x]
-            valid &= (abs(r) <= limit) & (abs(g) <= limit) & (abs(b) <= limit)
-            grey[y, x] = (red * r + green * g + blue * b + one) * half
-    return valid
 
 
 @compiled
 def _complexity(grey, box, complexity_exponent, importance, entropy_table, positions, fractions):
     """Eq. 4 of one region, plus the importance summed over it."""
-    x0, y0, x1, y1 = box
+    x0, y0, x1, y1 = box[0], box[1], box[2], box[3]
     h, w = y1 - y0 + 1, x1 - x0 + 1
     resized = np.empty((PADDED, PADDED), dtype=np.float32)
     if h == 1 or w == 1:
@@ -406,61 +335,3 @@ def _box_sum(values, x0, y0, x1, y1):
         for x in range(x0, x1 + 1):
             total += values[y, x]
     return total
-
-
-@compiled
-def _before(a, b, score, age):
-    return score[a] > score[b] or (score[a] == score[b] and age[a] < age[b])
-
-
-@compiled
-def heap_push(row, heap, size, score, age):
-    """Add a row to the `size` rows of a binary heap: highest score first, the oldest of equal ones."""
-    position = size
-    while position > 0:
-        parent = (position - 1) // 2
-        if not _before(row, heap[parent], score, age):
-            break
-        heap[position] = heap[parent]
-        position = parent
-    heap[position] = row
-
-
-@compiled
-def heap_pop(heap, size, score, age):
-    """Take the first of the `size` rows of a binary heap."""
-    first = heap[0]
-    size -= 1
-    row = heap[size]
-    position = 0
-    while 2 * position + 1 < size:
-        child = 2 * position + 1
-        if child + 1 < size and _before(heap[child + 1], heap[child], score, age):
-            child += 1
-        if not _before(heap[child], row, score, age):
-            break
-        heap[position] = heap[child]
-        position = child
-    heap[position] = row
-    return first
-
-
-@compiled
-def sort_by_morton_code(boxes, regions):
-    """`boxes` (L, 4) -> `regions` (L, 4) along the Z-curve of the top-left corners, the bits of y above those of x."""
-    code = np.empty(boxes.shape[0], dtype=np.int64)
-    for i in range(boxes.shape[0]):
-        code[i] = _spread_bits(boxes[i, 0]) | (_spread_bits(boxes[i, 1]) << 1)
-    order = np.argsort(code)
-    for i in range(boxes.shape[0]):
-        regions[i] = boxes[order[i]]
-
-
-@compiled
-def _spread_bits(value):
-    """The low 31 bits of an integer on the even bit positions."""
-    value = (value | (value << 16)) & 0x0000FFFF0000FFFF
-    value = (value | (value << 8)) & 0x00FF00FF00FF00FF
-    value = (value | (value << 4)) & 0x0F0F0F0F0F0F0F0F
-    value = (value | (value << 2)) & 0x3333333333333333
-    return (value | (value << 1)) & 0x5555555555555555

@@ -5,8 +5,8 @@ Letters: B batch, L regions of an image, S splittable regions of the tree, N all
 
 `entropy_kernel`: a fixed number of programs share out the pairs of an image and a splittable region. A program resizes
 the region to 64 x 64 into scratch memory of its own, which is small enough to stay in the cache, takes the histogram
-of the Sobel magnitudes and adds the entropy. It rounds as `partition_torch.region_entropies` and the compiled loop of
-`partition_cpu.py` do: products and sums are not fused, and every sum has the order of theirs.
+of the Sobel magnitudes and adds the entropy. It rounds as `complexity_torch.region_entropies` and the compiled loop of
+`complexity_cpu.py` do: products and sums are not fused, and every sum has the order of theirs.
 
 `choose_kernel`: one program for each image holds all of its regions so far and halves the one of the largest score
 until there are enough. Neither kernel uses floating-point atomics; both are deterministic and read nothing back. Both
@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import torch
 
-from .partition_torch import BIN_WIDTH, MAGNITUDE_LIMIT, RESIZED, USED_BINS, RegionTensors
+from .complexity_torch import BIN_WIDTH, MAGNITUDE_LIMIT, RESIZED, USED_BINS, RegionTensors
 from .triton_support import jit, next_power_of_2, on_device, tl
 
 _jit = jit("height", "width", "num_pairs", "num_splittable", "max_count")
@@ -40,7 +40,7 @@ _NO_KEY = 2**63 - 1
 
 @_jit
 def _source_positions(k, extent, CLAMPED: tl.constexpr, SIZE: tl.constexpr):  # type: ignore[no-untyped-def]
-    """`partition_torch._source_positions` of the centres `k` on an axis of `extent` pixels."""
+    """`complexity_torch._source_positions` of the centres `k` on an axis of `extent` pixels."""
     # SIZE is a power of two: all of it is exact up to the cast.
     position = ((k.to(tl.float64) + 0.5) * (extent.to(tl.float64) * (1 / SIZE)) - 0.5).to(tl.float32)
     below = tl.floor(position)
@@ -310,7 +310,7 @@ if not hasattr(torch.ops.gpstoken, "region_entropies"):
 
 
 def triton_region_entropies(grey: torch.Tensor, regions: RegionTensors) -> torch.Tensor:
-    """`partition_torch.region_entropies`, bit for bit."""
+    """`complexity_torch.region_entropies`, bit for bit."""
     return torch.ops.gpstoken.region_entropies(grey, regions.boxes[: regions.num_splittable], regions.entropy_table)
 
 
@@ -332,7 +332,7 @@ def triton_choose_boxes(
         max_count: the largest of them, at most MAX_CHOSEN.
 
     Returns:
-        `(B, max_count, 4)` int64 boxes in Morton order, the whole image's box beyond an image's count.
+        `(B, max_count, 4)` int64 boxes in Morton order; anything beyond an image's count.
     """
     scores = entropies**complexity_exponent * regions.height * regions.width
     if weights is not None:

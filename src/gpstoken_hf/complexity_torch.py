@@ -1,30 +1,24 @@
 # Copyright 2026 The gpstoken-hf authors. Licensed under the Apache License, Version 2.0.
-"""Complexity of every region that a partition could meet, for a batch in one go, in PyTorch on any device.
+"""Complexity of every region of an image in PyTorch, for a whole batch at once, on any device with float64 (Eq. 4).
 
-Letters: B batch, N regions, S splittable ones, H x W pixels of an image, P pairs of an image and a region.
+Shapes: B batch, N regions, S splittable ones, H x W pixels of an image, P pairs of an image and a region.
 
-The halvings of an image of given size form a fixed set of regions (2729 for 256 x 256 and s_min = 8), so all of their
-entropies can be computed before the first choice is made: much more work than the compiled loop of partition_cpu.py
-does, but all of it in parallel. It takes the same roundings as that loop: float32 where OpenCV has float32, a fused
-multiply-add as a product and a sum in float64, one kernel for each operation so that nothing is contracted.
-
-The tree of these regions, and the check of the values that does not hold up a GPU, serve the kernels of
-partition_triton.py as well.
+Repeated halving of an image of a given size can produce a fixed set of regions (2729 for 256 x 256 and s_min = 8), so
+all of their entropies can be computed before the first choice is made. This is much more work than the compiled loop
+of `complexity_cpu` does, but all of it is parallel. It rounds as that loop does: float32 where OpenCV has float32, a
+fused multiply-add as a product and a sum in float64, and one kernel per operation so that nothing is contracted. The
+tensors of a tree (`region_tensors`) serve the kernels of `complexity_triton` as well.
 """
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
 import torch
 
-from .gaussians import morton_code
-
-# Pixels may leave [-1, 1] by this much, more than the rounding of a resize in float32. 1 + 2^-17 is exact there.
-PIXEL_TOLERANCE = 2.0**-17
+from .regions import morton_code, region_tree
 
 RESIZED = 64
 NUM_BINS = 512
@@ -34,7 +28,7 @@ USED_BINS = NUM_BINS // 2
 BIN_WIDTH = 11 / NUM_BINS
 # With grey in [0, 1] the largest magnitude is sqrt(20), bin 208; this is bin 232.
 MAGNITUDE_LIMIT = 5.0
-# Magnitudes that are worked on at a time: bounds the memory (about 60 bytes for each).
+# Magnitudes computed at a time. Each takes about 60 bytes.
 _CHUNK_PIXELS = 2**23
 
 
@@ -45,61 +39,10 @@ def entropy_table() -> np.ndarray:
 
 
 @dataclass(frozen=True)
-class RegionTree:
-    """Every region that the halvings of an image of H x W pixels can make, the whole image first.
-
-    Attributes:
-        boxes: `(N, 4)` int64, inclusive `[x0, y0, x1, y1]`.
-        halves: `(N, 4)` int64, rows of the two halves in x and of the two in y; -1 where a region is not halved so.
-        num_splittable: the first so many regions can be halved, the others cannot.
-    """
-
-    boxes: np.ndarray
-    halves: np.ndarray
-    num_splittable: int
-
-
-@lru_cache(maxsize=8)
-def region_tree(height: int, width: int, min_region_size: int) -> RegionTree:
-    """The tree of halvings, level by level; a quadrant of a square is one region, whichever way it was reached."""
-    level = np.array([[0, 0, width - 1, height - 1]], dtype=np.int64)
-    all_boxes, all_halves, num_regions = [], [], 0
-    while len(level):
-        all_boxes.append(level)
-        num_regions += len(level)
-        x0, y0, x1, y1 = level.T
-        w, h = x1 - x0 + 1, y1 - y0 + 1
-        splittable = np.maximum(w, h) - 1 > min_region_size
-        in_x, in_y = splittable & (w >= h), splittable & (h >= w)
-        middle_x, middle_y = x0 + w // 2, y0 + h // 2
-        children = np.stack(
-            [
-                np.stack([x0, y0, middle_x - 1, y1], axis=1),
-                np.stack([middle_x, y0, x1, y1], axis=1),
-                np.stack([x0, y0, x1, middle_y - 1], axis=1),
-                np.stack([x0, middle_y, x1, y1], axis=1),
-            ],
-            axis=1,
-        )
-        wanted = np.stack([in_x, in_x, in_y, in_y], axis=1)
-        halves = np.full((len(level), 4), -1, dtype=np.int64)
-        level, position = np.unique(children[wanted], axis=0, return_inverse=True)
-        halves[wanted] = num_regions + position.reshape(-1)
-        all_halves.append(halves)
-    boxes, halves = np.concatenate(all_boxes), np.concatenate(all_halves)
-    is_leaf = (halves < 0).all(axis=1)
-    order = np.argsort(is_leaf, kind="stable")
-    new_row = np.empty(num_regions + 1, dtype=np.int64)
-    new_row[order] = np.arange(num_regions)
-    new_row[-1] = -1
-    return RegionTree(boxes[order], new_row[halves[order]], num_regions - int(is_leaf.sum()))
-
-
-@dataclass(frozen=True)
 class RegionTensors:
-    """A `RegionTree` on one device, with what the scores and the order of its regions need. S = num_splittable.
+    """A `RegionTree` on one device, with everything that scoring and ordering its regions needs. S = num_splittable.
 
-    Attributes:
+    Args:
         boxes: `(N, 4)` int64.
         halves: `(N, 4)` int32.
         num_splittable: S, the number of regions that have a score.
@@ -122,12 +65,12 @@ class RegionTensors:
 
 
 def region_tensors(height: int, width: int, min_region_size: int, device: torch.device) -> RegionTensors:
-    """The tree of an image size on a device, sent there once."""
+    """The tree of an image size on a device. It is copied there once and kept."""
     stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
     return _region_tensors(height, width, min_region_size, device, stream)
 
 
-# Each stream has tensors of its own: another stream could read them before they are there, or after they are freed.
+# One copy per stream: another stream could read the tensors before the copy ends, or after they are freed.
 @lru_cache(maxsize=4)
 def _region_tensors(height: int, width: int, min_region_size: int, device: torch.device, stream: int) -> RegionTensors:
     tree = region_tree(height, width, min_region_size)
@@ -138,7 +81,7 @@ def _region_tensors(height: int, width: int, min_region_size: int, device: torch
     def send(array: np.ndarray) -> torch.Tensor:
         return to_device(torch.from_numpy(np.ascontiguousarray(array)), device)
 
-    # Under inference mode the tensors that are kept would be unusable outside it.
+    # Tensors made under inference mode would be unusable outside of it.
     with torch.inference_mode(False):
         return RegionTensors(
             boxes=send(tree.boxes),
@@ -154,7 +97,7 @@ def _region_tensors(height: int, width: int, min_region_size: int, device: torch
 
 
 def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """`tensor` on `device`. From the CPU to CUDA nothing is waited for, which takes page-locked memory."""
+    """`tensor` on `device`. Copies to CUDA asynchronously through pinned memory."""
     if device.type == "cuda" and tensor.device.type == "cpu":
         tensor = tensor.pin_memory()
     return tensor.to(device, non_blocking=device.type == "cuda")
@@ -167,50 +110,6 @@ def count_tensor(counts: list[int], device: torch.device) -> torch.Tensor:
     return to_device(torch.tensor(counts, dtype=torch.int64), device)
 
 
-def check_range(name: str, values: torch.Tensor, low: float, high: float, tolerance: float = 0.0) -> None:
-    """Raise ValueError unless all `values` are finite and in [low, high]. Waits for the device of `values`.
-
-    Values that leave the range by no more than `tolerance` pass.
-    """
-    if values.numel() == 0:
-        return
-    if not torch.isfinite(values).all():
-        bad = int((~torch.isfinite(values)).sum())
-        raise ValueError(f"{name} must be finite, got {bad} NaN or infinite values")
-    smallest, largest = values.min().item(), values.max().item()
-    if smallest < low - tolerance or largest > high + tolerance:
-        expected = f"in [{low:g}, {high:g}]" if math.isfinite(high) else f"at least {low:g}"
-        raise ValueError(f"{name} must be {expected}, got values from {smallest:.6g} to {largest:.6g}")
-
-
-class RangeCheck:
-    """`check_range` in two parts, so that a GPU has other work while the host waits for its result.
-
-    The first part, the constructor, queues a pass over `values` and the copy of what it finds. `finish` waits for
-    that copy alone, not for what was queued after it, and raises as `check_range` does. Off CUDA there is nothing to
-    gain: the constructor raises, before any work is done.
-    """
-
-    def __init__(self, name: str, values: torch.Tensor, low: float, high: float, tolerance: float = 0.0):
-        self.arguments = (name, values, low, high, tolerance)
-        # NaN if any value is. On CUDA copied without blocking, which takes page-locked memory, by itself.
-        extremes = torch.stack(values.aminmax()) if values.numel() > 0 else values.new_tensor([low, low], device="cpu")
-        self.extremes = extremes.to("cpu", non_blocking=values.is_cuda)
-        self.copied = torch.cuda.Event() if values.is_cuda else None
-        if self.copied is not None:
-            self.copied.record(torch.cuda.current_stream(values.device))
-        else:
-            self.finish()
-
-    def finish(self) -> None:
-        if self.copied is not None:
-            self.copied.synchronize()
-        _, _, low, high, tolerance = self.arguments
-        smallest, largest = self.extremes[0].item(), self.extremes[1].item()
-        if not (low - tolerance <= smallest and largest <= high + tolerance and math.isfinite(largest)):
-            check_range(*self.arguments)
-
-
 def grey_images(images: torch.Tensor) -> torch.Tensor:
     """`(B, 3, H, W)` RGB in [-1, 1] -> `(B, H, W)` grey in [0, 1], float32 throughout."""
     red, green, blue = images.to(torch.float32).unbind(1)
@@ -221,8 +120,8 @@ def region_entropies(grey: torch.Tensor, regions: RegionTensors) -> torch.Tensor
     """Entropy in bits of the gradient magnitudes of the splittable regions, after a resize to 64 x 64 (Eq. 4).
 
     Args:
-        grey: `(B, H, W)` float32 in [0, 1]; values outside, NaN too, give a finite result without meaning.
-        regions: S splittable regions, on the same device.
+        grey: `(B, H, W)` float32 in [0, 1]. Values outside, NaN included, give a finite but meaningless result.
+        regions: the S splittable regions, on the same device.
 
     Returns:
         `(B, S)` float64.
