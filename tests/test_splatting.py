@@ -396,8 +396,9 @@ def test_copies_of_the_module_share_the_op_and_compile_nothing_at_import(tmp_pat
     for copy in ("first_copy", "second_copy"):
         (tmp_path / copy).mkdir()
         (tmp_path / copy / "__init__.py").touch()
-        for name in ("gaussians", "splatting", "splatting_cpu", "splatting_triton", "triton_support"):
-            shutil.copy(source / f"{name}.py", tmp_path / copy)
+        for pattern in ("gaussians.py", "splatting*.py", "*_support.py"):
+            for path in source.glob(pattern):
+                shutil.copy(path, tmp_path / copy)
     program = (
         "import torch, first_copy.splatting, second_copy.splatting as second\n"
         "from first_copy import splatting_cpu as loops\n"

@@ -5,7 +5,7 @@ The forward pass gives a band of pixel rows to each unit of work and adds the to
 gives it a token. So nothing is shared between threads, and the result does not depend on their number. Neither the
 list of tokens of a tile nor any (token, pixel) weight is ever stored: a band scans the boxes of its image instead.
 
-`t`, `v` and the moments are those of `splatting`. Letters: B batch, L tokens, C channels, h x w pixels of the map.
+`t`, `v` and the moments are those of `splatting`. Shapes: B batch, L tokens, C channels, h x w pixels of the map.
 """
 
 from __future__ import annotations
@@ -18,6 +18,9 @@ from typing import Any
 import numba
 import numpy as np
 import torch
+
+from .gaussians import pixel_coordinates
+from .splatting_torch import gaussian_gradients
 
 # A band's accumulator is kept within this many bytes, so that it stays in a core's cache.
 _BAND_BYTES = 1 << 18
@@ -220,13 +223,14 @@ def cpu_forward(
     gaussians: torch.Tensor,
     features: torch.Tensor,
     attention_mask: torch.Tensor | None,
-    x: torch.Tensor,
-    y: torch.Tensor,
+    height: int,
+    width: int,
     support: float,
 ) -> torch.Tensor:
-    """The map `(B, C, h, w)` of `(B, L, 5)` and `(B, L, C)`, at pixel columns `x` `(w,)` and rows `y` `(h,)`."""
+    """Render Gaussians `(B, L, 5)` and features `(B, L, C)` into a map `(B, C, h, w)`."""
     B, _, C = features.shape
-    h, w = y.shape[0], x.shape[0]
+    h, w = height, width
+    x, y = _axes(gaussians, h, w)
     arrays = _to_numpy(gaussians, features)
     boxes, num_pairs = _boxes(arrays[0], attention_mask, x, y, support)
     maps = features.new_empty(B, C, h, w)
@@ -242,12 +246,11 @@ def cpu_backward(
     gaussians: torch.Tensor,
     features: torch.Tensor,
     attention_mask: torch.Tensor | None,
-    x: torch.Tensor,
-    y: torch.Tensor,
     support: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Moments of A `(B, L, 5)` and gradient of the features `(B, L, C)`, from `grad` `(B, C, h, w)`."""
+    """Gradients of the Gaussians `(B, L, 5)` and of the features `(B, L, C)` from that of the map `(B, C, h, w)`."""
     B, L, C = features.shape
+    x, y = _axes(gaussians, *grad.shape[-2:])
     maps, *arrays = _to_numpy(grad, gaussians, features)
     boxes, num_pairs = _boxes(arrays[0], attention_mask, x, y, support)
     channels_last = grad.new_empty(B, y.shape[0], x.shape[0], C).numpy()
@@ -255,7 +258,15 @@ def cpu_backward(
     moments, grad_features = torch.empty_like(gaussians).contiguous(), torch.empty_like(features).contiguous()
     arguments = (channels_last, *arrays, boxes, x.numpy(), y.numpy(), moments.numpy(), grad_features.numpy())
     _share_out(_reduce_tokens, arguments, B * L, num_pairs * C)
-    return moments, grad_features
+    return gaussian_gradients(gaussians, moments, attention_mask), grad_features
+
+
+def _axes(like: torch.Tensor, height: int, width: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Coordinates of the pixel columns `(w,)` and rows `(h,)`."""
+    return (
+        pixel_coordinates(width, like.device, like.dtype),
+        pixel_coordinates(height, like.device, like.dtype),
+    )
 
 
 def _to_numpy(*tensors: torch.Tensor) -> list[np.ndarray]:

@@ -8,7 +8,7 @@ whole; with many, the program first compacts the tokens on its tile into a list 
 added in a fixed order. No atomics, no host synchronisation, the batch is part of the grid, and the result is
 deterministic. Kernels are compiled at the first call; with TRITON_INTERPRET=1 they run on CPU tensors, for tests.
 
-`t`, `v` and the moments are those of `splatting`. Letters: B batch, L tokens, C channels, h x w pixels of the map,
+`t`, `v` and the moments are those of `splatting`. Shapes: B batch, L tokens, C channels, h x w pixels of the map,
 P pixels of a tile.
 """
 
@@ -211,7 +211,7 @@ def _pixel_range(mu, half, num_pixels):
 
 @_jit
 def _store_gaussian_gradient(grad_ptr, sigma_x, sigma_y, rho, scale, kept, sum_t, sum_v, sum_tt, sum_tv, sum_vv):
-    """The gradient of a Gaussian from its moments, as in `splatting._gaussian_gradients`; 0 if it is not `kept`."""
+    """Gradient of a Gaussian from its moments, as in `splatting_torch.gaussian_gradients`; 0 unless `kept`."""
     tl.store(grad_ptr, tl.where(kept, (sum_tt + rho * scale * sum_tv) / sigma_x, 0.0))
     tl.store(grad_ptr + 1, tl.where(kept, (sum_vv - rho * scale * sum_tv) / sigma_y, 0.0))
     tl.store(grad_ptr + 2, tl.where(kept, scale * sum_tv - rho * scale * scale * sum_tt, 0.0))
