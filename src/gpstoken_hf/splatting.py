@@ -77,6 +77,9 @@ def splat_gaussians(
     path = _resolve_backend(backend, gaussians.device, compute_dtype)
     if path == "reference":
         return splat_reference(gaussians, features, size, support, attention_mask)
+    if any(forward_ad.unpack_dual(tensor).tangent is not None for tensor in (gaussians, features)):
+        # The op would drop the tangents without a word.
+        raise NotImplementedError('forward-mode AD of splat_gaussians is not implemented; use backend="reference"')
     mask = None if attention_mask is None else attention_mask.bool()
     maps = torch.ops.gpstoken.splat.default(
         gaussians.to(compute_dtype), features.to(compute_dtype), mask, height, width, float(support), path
@@ -260,11 +263,12 @@ def _splat_backward(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     if features.numel() == 0 or grad.numel() == 0:
         return torch.zeros_like(gaussians), torch.zeros_like(features)
+    grad = grad.contiguous()  # autograd promises nothing about its strides
     if path == "cpu":
         return cpu_backward(grad, gaussians, features, attention_mask, support)
     if path == "triton":
         return triton_backward(grad, gaussians, features, attention_mask, support)
-    return tiled_backward(grad.contiguous(), gaussians, features, attention_mask, support)
+    return tiled_backward(grad, gaussians, features, attention_mask, support)
 
 
 def _splat_backward_fake(
@@ -278,58 +282,18 @@ def _splat_backward_fake(
     return gaussians.new_empty(gaussians.shape), features.new_empty(features.shape)
 
 
-class _Splat(torch.autograd.Function):
-    """A call of the op in a graph, with the backward op as its gradient."""
-
-    @staticmethod
-    def forward(ctx, gaussians, features, attention_mask, height, width, support, path):
-        ctx.save_for_backward(gaussians, features, attention_mask)
-        ctx.support, ctx.path = support, path
-        args = gaussians, features, attention_mask, height, width, support, path
-        return _below_autograd(torch.ops.gpstoken.splat.default, args)
-
-    @staticmethod
-    def backward(ctx, grad):
-        gaussians, features, attention_mask = ctx.saved_tensors
-        # Autograd promises nothing about the strides of `grad`.
-        grads = torch.ops.gpstoken.splat_backward.default(
-            grad.contiguous(), gaussians, features, attention_mask, ctx.support, ctx.path
-        )
-        return *grads, None, None, None, None, None
+def _save_for_backward(ctx, inputs, output):
+    gaussians, features, attention_mask, _, _, ctx.support, ctx.path = inputs
+    ctx.save_for_backward(gaussians, features, attention_mask)
 
 
-class _SplatBackward(torch.autograd.Function):
-    """The backward op in a graph of its own, as `create_graph=True` asks for; its gradient is not defined."""
-
-    @staticmethod
-    def forward(ctx, *args):
-        return _below_autograd(torch.ops.gpstoken.splat_backward.default, args)
-
-    @staticmethod
-    def backward(ctx, *grads):
-        raise RuntimeError(
-            'second derivatives of gpstoken::splat: there is no autograd formula; use backend="reference" for them'
-        )
+def _splat_gradient(ctx, grad):
+    grads = torch.ops.gpstoken.splat_backward(grad, *ctx.saved_tensors, ctx.support, ctx.path)
+    return *grads, None, None, None, None, None
 
 
-def _below_autograd(op, args):
-    with torch._C._AutoDispatchBelowAutograd():
-        return op(*args)
-
-
-def _splat_autograd(*args):
-    """What the dispatcher calls first: a node of the graph where autograd is at work, else the op itself."""
-    if forward_ad._current_level >= 0 and any(forward_ad.unpack_dual(t).tangent is not None for t in args[:2]):
-        raise NotImplementedError('forward-mode AD of gpstoken::splat is not implemented; use backend="reference"')
-    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in args[:2]):
-        return _Splat.apply(*args)
-    return _below_autograd(torch.ops.gpstoken.splat.default, args)
-
-
-def _splat_backward_autograd(*args):
-    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in args[:3]):
-        return _SplatBackward.apply(*args)
-    return _below_autograd(torch.ops.gpstoken.splat_backward.default, args)
+def _second_derivative(ctx, *grads):
+    raise RuntimeError('second derivatives of gpstoken::splat are not implemented; use backend="reference" for them')
 
 
 def _splat_vmap(info, in_dims, gaussians, features, attention_mask, height, width, support, path):
@@ -358,27 +322,23 @@ def _fold_batches(
     return folded
 
 
-def _register_op(name, kernel, fake, autograd, vmap):
+def _register(name, kernel, fake, vmap, gradient, save_for_backward=None):
+    # `torch.library.custom_op` does the same, and takes 5 µs more per call.
     torch.library.define(
         name, torch.library.infer_schema(kernel, mutates_args=()), tags=(torch.Tag.pt2_compliant_tag,)
     )
     torch.library.impl(name, "default", kernel)
-    # Not `register_autograd`: the wrapper it generates costs as much as rendering a small map.
-    torch.library.impl(name, "Autograd", autograd)
     torch.library.register_fake(name, fake)
     torch.library.register_vmap(name, vmap)
+    torch.library.register_autograd(name, gradient, setup_context=save_for_backward)
     for device_type in ("cpu", "cuda"):
         torch.library.register_autocast(name, device_type, torch.float32)
 
 
-# Ops are global to the process: a second copy of this module, as remote code of a model repository brings one, uses
-# those of the first.
+# Ops are global to the process. A second copy of this module, as remote code of a model repository brings one, uses
+# the ops of the first.
 if not hasattr(torch.ops.gpstoken, "splat"):
-    _register_op("gpstoken::splat", _splat, _splat_fake, _splat_autograd, _splat_vmap)
-    _register_op(
-        "gpstoken::splat_backward",
-        _splat_backward,
-        _splat_backward_fake,
-        _splat_backward_autograd,
-        _splat_backward_vmap,
+    _register("gpstoken::splat", _splat, _splat_fake, _splat_vmap, _splat_gradient, _save_for_backward)
+    _register(
+        "gpstoken::splat_backward", _splat_backward, _splat_backward_fake, _splat_backward_vmap, _second_derivative
     )
