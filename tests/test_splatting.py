@@ -8,6 +8,7 @@ import sys
 import threading
 import warnings
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -15,7 +16,10 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 from splatting_cases import naive_splat, random_mask, random_tokens, value_and_gradients
 from torch.autograd import forward_ad
+from torch.overrides import TorchFunctionMode
 
+from gpstoken_hf import splatting_torch
+from gpstoken_hf.gaussians import pixel_coordinates
 from gpstoken_hf.splatting import splat_gaussians, splat_reference
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"
@@ -126,6 +130,47 @@ def test_float32_digits_survive_extreme_gaussians(path):
     assert_same(actual[::2], expected[::2], 1e-4)
     # t is up to 224 times as large as u, and its rounding goes into the gradient of rho: worst seen 1.3e-4.
     assert_same(actual[1:2], expected[1:2], 5e-4)
+
+
+@pytest.mark.parametrize("num_pixels", [1, 2, 9, 64, 1000, 16384])
+def test_tiles_of_a_box_hold_all_its_pixels(num_pixels):
+    """Boxes that end on pixel centres or one float32 away, near and far, in the float32 that every device has."""
+    rng = np.random.default_rng(num_pixels)
+    x = pixel_coordinates(num_pixels, dtype=torch.float32)
+    edge = x[torch.from_numpy(rng.integers(0, num_pixels, 3000))]
+    extent = torch.from_numpy(10 ** rng.uniform(-5, 4, 3000)).float()
+    mu = torch.where(torch.from_numpy(rng.random(3000) < 0.5), edge + extent, edge - extent)
+    nudge = torch.from_numpy(rng.choice([-np.inf, np.inf, 0], 3000)).float()
+    extent = torch.where(nudge == 0, extent, torch.nextafter(extent, nudge))
+    first, count = splatting_torch._tile_range(mu, extent, num_pixels)
+    inside = (x - mu.unsqueeze(1)).abs() <= extent.unsqueeze(1)  # the comparison that decides
+    some = inside.any(1)
+    assert some.float().mean() > 0.3
+    first_pixel = inside.int().argmax(1)
+    last_pixel = num_pixels - 1 - inside.flip(1).int().argmax(1)
+    side = splatting_torch.TILE_SIZE
+    assert (first[some] <= first_pixel[some] // side).all()
+    assert (first + count > last_pixel // side)[some].all()
+
+
+def test_tiles_need_no_float64():
+    """Apple's GPUs have none."""
+
+    class NoFloat64(TorchFunctionMode):
+        def __torch_function__(self, func, types, args=(), kwargs=None):
+            out = func(*args, **(kwargs or {}))
+            for value in out if isinstance(out, tuple) else (out,):
+                assert getattr(value, "dtype", None) != torch.float64, func
+            return out
+
+    gaussians, _ = random_tokens(0, 2, 40, 3)
+    mask = random_mask(0, 2, 40)
+    x = torch.linspace(-1, 1, 16).view(2, 8)
+    with NoFloat64():
+        table = splatting_torch._token_table(gaussians, 3.0)
+        for tiles, tokens in splatting_torch._tile_buckets(gaussians, mask, 16, 16, 3.0):
+            splatting_torch._tile_weights(table, x, x, tiles, tokens)
+        splatting_torch.gaussian_gradients(gaussians, gaussians, mask)
 
 
 @pytest.mark.parametrize("path", PATHS)

@@ -132,10 +132,9 @@ def _tile_buckets(
     B, L, _ = gaussians.shape
     rows, columns = _tile_grid(height, width)
     device = gaussians.device
-    sigma_x, sigma_y, _, mu_x, mu_y = gaussians.reshape(B * L, NUM_GAUSSIAN_PARAMS).double().unbind(-1)
+    sigma_x, sigma_y, _, mu_x, mu_y = gaussians.reshape(B * L, NUM_GAUSSIAN_PARAMS).unbind(-1)
 
-    # The tiles that a token's box may touch. Whether a pixel is inside is decided in _tile_weights, by the same
-    # comparison as the reference; the slack covers the rounding of its float32 operands.
+    # The tiles that a token's box may touch. _tile_weights decides which of their pixels are inside.
     first_column, num_columns = _tile_range(mu_x, support * sigma_x, width)
     first_row, num_rows = _tile_range(mu_y, support * sigma_y, height)
     num_tiles = num_columns * num_rows
@@ -164,11 +163,17 @@ def _tile_buckets(
 
 
 def _tile_range(mu: torch.Tensor, extent: torch.Tensor, num_pixels: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """First tile and number of tiles along one axis that `[mu - extent, mu + extent]` touches; both `(B L,)` int64."""
-    slack = 1e-3 + 1e-6 * num_pixels
+    """First tile and number of tiles along one axis that `[mu - extent, mu + extent]` touches; both `(B L,)` int64.
+
+    Never too few: in float32, `slack` is twice the sum of all roundings, here and in the comparison in _tile_weights.
+    """
+    slack = 1e-6 * (mu.abs() + extent + 1)
+    # Clamped so that nothing overflows. NaN, which only padded tokens may hold, becomes 0.
+    low = torch.nan_to_num((mu - extent - slack).clamp(-2, 2))
+    high = torch.nan_to_num((mu + extent + slack).clamp(-2, 2))
     to_pixels = (num_pixels - 1) / 2
-    first = torch.nan_to_num((mu - extent + 1) * to_pixels - slack).ceil().clamp(0, num_pixels).long()
-    last = torch.nan_to_num((mu + extent + 1) * to_pixels + slack).floor().clamp(-1, num_pixels - 1).long()
+    first = ((low + 1) * to_pixels).ceil().clamp(0, num_pixels).long()
+    last = ((high + 1) * to_pixels).floor().clamp(-1, num_pixels - 1).long()
     first_tile = torch.div(first, TILE_SIZE, rounding_mode="floor")
     last_tile = torch.div(last, TILE_SIZE, rounding_mode="floor")
     return first_tile, torch.where(first <= last, last_tile - first_tile + 1, 0)
