@@ -27,6 +27,7 @@ import torch
 from torch.autograd import forward_ad
 
 from .gaussians import NUM_GAUSSIAN_PARAMS, pixel_coordinates
+from .numba_support import is_available as numba_is_available
 from .splatting_cpu import cpu_backward, cpu_forward
 from .splatting_torch import EXP2_SCALE, FAR, tiled_backward, tiled_forward
 from .splatting_triton import triton_backward, triton_forward
@@ -136,7 +137,7 @@ def _dense_splat(
         sigma_x, sigma_y, rho, mu_x, mu_y = gaussians[:, start : start + chunk].unsqueeze(-1).unbind(2)  # (B, l, 1)
         dx, dy = x - mu_x, y - mu_y  # (B, l, w), (B, l, h)
         inside_x, inside_y = dx.abs() <= support * sigma_x, dy.abs() <= support * sigma_y
-        scale = (1 - rho.square()).rsqrt()
+        scale = ((1 - rho) * (1 + rho)).rsqrt()
         # The box goes into the 1-D terms, which costs nothing: outside it t or v² is so large that g is 0.
         t_x = torch.where(inside_x, dx / sigma_x * scale, FAR)
         v = torch.where(inside_y, dy / sigma_y, 0)
@@ -193,6 +194,8 @@ def _resolve_backend(backend: str, device: torch.device, dtype: torch.dtype) -> 
         raise ValueError(f"backend must be one of {BACKENDS}, got {backend!r}")
     if backend == "cpu" and device.type != "cpu":
         raise ValueError(f"backend 'cpu' needs tensors on the CPU, got {device}")
+    if backend == "cpu" and not numba_is_available():
+        raise ValueError("backend 'cpu' needs numba, which is not installed")
     if backend == "triton":
         if not triton_is_available(device):
             raise ValueError(
@@ -204,7 +207,7 @@ def _resolve_backend(backend: str, device: torch.device, dtype: torch.dtype) -> 
     if backend != "auto":
         return backend
     if device.type == "cpu":
-        return "cpu"
+        return "cpu" if numba_is_available() else "tiled"
     return "triton" if device.type == "cuda" and triton_is_available(device) and dtype == torch.float32 else "tiled"
 
 
