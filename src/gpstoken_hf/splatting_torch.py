@@ -101,7 +101,7 @@ def gaussian_gradients(
     """
     sigma_x, sigma_y, rho, _, _ = gaussians.unbind(-1)
     sum_t, sum_v, sum_tt, sum_tv, sum_vv = moments.unbind(-1)
-    scale = (1 - rho.square()).rsqrt()
+    scale = ((1 - rho) * (1 + rho)).rsqrt()
     grads = torch.stack(
         [
             (sum_tt + rho * scale * sum_tv) / sigma_x,
@@ -202,7 +202,7 @@ def _token_table(gaussians: torch.Tensor, support: float) -> torch.Tensor:
     The last row is the token that fills empty slots: its box holds nothing.
     """
     sigma_x, sigma_y, rho, mu_x, mu_y = gaussians.reshape(-1, NUM_GAUSSIAN_PARAMS).unbind(-1)
-    scale = (1 - rho.square()).rsqrt()
+    scale = ((1 - rho) * (1 + rho)).rsqrt()
     table = torch.stack(
         [mu_x, mu_y, support * sigma_x, support * sigma_y, scale, rho * scale, sigma_x, sigma_y], dim=-1
     )

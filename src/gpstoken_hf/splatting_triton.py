@@ -91,7 +91,7 @@ def _render_chunk(  # type: ignore[no-untyped-def]
     mu_y = tl.load(base + 4, mask=valid, other=0.0)[None, :]
     half_x = tl.where(valid[None, :], support * sigma_x, -1.0)
     half_y = support * sigma_y
-    scale = 1.0 / tl.sqrt(1.0 - rho * rho)
+    scale = 1.0 / tl.sqrt((1.0 - rho) * (1.0 + rho))
     weights, _, _ = _weights(
         x[:, None] - mu_x, y[:, None] - mu_y, half_x, half_y, sigma_x, sigma_y, rho, scale, EXP2_SCALE
     )
@@ -252,7 +252,7 @@ def backward_kernel(  # type: ignore[no-untyped-def]
     sigma_x, sigma_y, rho = tl.load(base), tl.load(base + 1), tl.load(base + 2)
     mu_x, mu_y = tl.load(base + 3), tl.load(base + 4)
     half_x, half_y = support * sigma_x, support * sigma_y
-    scale = 1.0 / tl.sqrt(1.0 - rho * rho)
+    scale = 1.0 / tl.sqrt((1.0 - rho) * (1.0 + rho))
     x_begin, x_end = _pixel_range(mu_x, half_x, width)
     y_begin, y_end = _pixel_range(mu_y, half_y, height)
     channel = channel_block * BLOCK_C + tl.arange(0, BLOCK_C)
@@ -353,7 +353,7 @@ def finish_kernel(  # type: ignore[no-untyped-def]
     kept = sigma_x == sigma_x
     if HAS_MASK:
         kept = tl.load(mask_ptr + token) != 0
-    scale = 1.0 / tl.sqrt(1.0 - rho * rho)
+    scale = 1.0 / tl.sqrt((1.0 - rho) * (1.0 + rho))
     _store_gaussian_gradient(
         grad_gaussians_ptr + token * 5,
         sigma_x, sigma_y, rho, scale, kept, total_t, total_v, total_tt, total_tv, total_vv,
