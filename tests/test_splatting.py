@@ -1,5 +1,6 @@
 # Copyright 2026 The gpstoken-hf authors. Licensed under the Apache License, Version 2.0.
 
+import doctest
 import math
 import os
 import pathlib
@@ -218,6 +219,12 @@ def test_every_token_gets_its_gradient(path):
     torch.testing.assert_close(grad_features[..., 0], weight)
     torch.testing.assert_close(maps.squeeze(), weight.sum())
     torch.testing.assert_close(grad_gaussians[..., 3], -weight * gaussians[..., 3] / 0.09, rtol=1e-5, atol=1e-6)
+
+
+def test_examples_of_the_docstrings_run():
+    results = doctest.testmod(sys.modules[splat_gaussians.__module__])
+    assert results.failed == 0
+    assert results.attempted >= 10
 
 
 # ---- Padding, emptiness, dtypes -------------------------------------------------------------------------------------
@@ -524,6 +531,21 @@ def test_without_numba_the_cpu_takes_the_tiles(tmp_path):
     assert run_program(program, tmp_path).stdout == "backend 'cpu' needs numba, which is not installed\n"
 
 
+def test_exports_with_a_size_that_is_not_known():
+    class Render(torch.nn.Module):
+        def forward(self, gaussians, features, pixels):
+            return splat_gaussians(gaussians, features, (pixels.shape[0] // 2, pixels.shape[1]))
+
+    def arguments(L, height):
+        return *random_tokens(L, 2, L, 3), torch.zeros(height, 7)
+
+    dynamic = {"gaussians": {1: torch.export.Dim("L")}, "features": {1: torch.export.Dim("L")}}
+    dynamic["pixels"] = {0: 2 * torch.export.Dim("half_height", min=1)}
+    for strict in (False, True):
+        exported = torch.export.export(Render(), arguments(6, 8), dynamic_shapes=dynamic, strict=strict).module()
+        assert torch.equal(exported(*arguments(11, 20)), Render()(*arguments(11, 20)))
+
+
 # ---- Errors ---------------------------------------------------------------------------------------------------------
 
 
@@ -535,8 +557,18 @@ def test_without_numba_the_cpu_takes_the_tiles(tmp_path):
         ({"features": torch.ones(2, 3, 6, dtype=torch.int64)}, "features must be floating point, got torch.int64"),
         ({"attention_mask": torch.ones(2, 4)}, r"attention_mask must have shape .*\(2, 3\), got \(2, 4\)"),
         ({"attention_mask": torch.ones(2, 3)}, "attention_mask must be bool or integer, got torch.float32"),
-        ({"size": (0, 4)}, r"both at least 1, got \(0, 4\)"),
-        ({"size": (4,)}, r"size must be \(h, w\)"),
+        ({"gaussians": np.ones((2, 3, 5))}, "gaussians must be a torch.Tensor, got ndarray"),
+        ({"features": [[[1.0]]]}, "features must be a torch.Tensor, got list"),
+        ({"attention_mask": np.ones((2, 3), bool)}, "attention_mask must be a torch.Tensor, got ndarray"),
+        ({"size": (0, 4)}, r"size must be \(h, w\), two integers of at least 1, got \(0, 4\)"),
+        ({"size": (4,)}, r"size must be \(h, w\), two integers of at least 1, got \(4,\)"),
+        ({"size": 4.5}, r"size must be \(h, w\), two integers of at least 1, got 4.5"),
+        ({"size": (4.0, 4)}, r"size must be \(h, w\), two integers of at least 1, got \(4.0, 4\)"),
+        ({"size": ("4", 4)}, r"size must be \(h, w\), two integers of at least 1, got \('4', 4\)"),
+        ({"size": "44"}, r"size must be \(h, w\), two integers of at least 1, got '44'"),
+        ({"size": None}, r"size must be \(h, w\), two integers of at least 1, got None"),
+        ({"support": "3"}, "support must be a finite number above 0, got '3'"),
+        ({"support": None}, "support must be a finite number above 0, got None"),
         ({"support": 0.0}, "support must be a finite number above 0, got 0.0"),
         ({"support": float("inf")}, "support must be a finite number above 0, got inf"),
         ({"support": float("nan")}, "support must be a finite number above 0, got nan"),
@@ -548,6 +580,17 @@ def test_bad_arguments_are_refused(change, message):
     arguments = {"gaussians": torch.full((2, 3, 5), 0.5), "features": torch.ones(2, 3, 6), "size": (4, 4)}
     with pytest.raises(ValueError, match=message):
         splat_gaussians(**(arguments | change))
+    if "backend" not in change:
+        with pytest.raises(ValueError, match=message):
+            splat_reference(**(arguments | change))
+
+
+def test_sizes_and_supports_of_other_number_types():
+    gaussians, features = random_tokens(0, 1, 4, 2)
+    expected = splat_gaussians(gaussians, features, (4, 6), 3.0)
+    for size in ([4, 6], torch.Size((4, 6)), (np.int64(4), np.int32(6))):
+        for support in (3, np.float32(3), np.int64(3)):
+            assert torch.equal(splat_gaussians(gaussians, features, size, support), expected)
 
 
 def test_a_forced_backend_that_is_not_there_raises():

@@ -6,9 +6,10 @@
 
 A plain sum: no sorting, no compositing, no normalisation. `splat_gaussians` is the op, `splat_reference` the formula.
 
-Every path evaluates the exponent in the whitened form `-(t² + v²) / 2` with `t = (u - rho v) / sqrt(1 - rho²)`. It
-equals the form above, and keeps its digits where that one cancels, as rho comes near ±1. The gradients of a token's
-Gaussian follow from five moments of `A = g · <grad R, f>` over the pixels: sums of A t, A v, A t², A t v, A v².
+Every backend evaluates the exponent in the whitened form `-(t² + v²) / 2` with `t = (u - rho v) / sqrt(1 - rho²)`. It
+equals the form above, which cancels as rho approaches ±1, and `1 - rho²` is computed as `(1 - rho) (1 + rho)` for the
+same reason. The gradient of a Gaussian follows from five moments of `A = g · <grad R, f>`: the sums of A t, A v, A t²,
+A t v and A v² over the pixels.
 
 Backends: `splatting_cpu` on the CPU (compiled loops), `splatting_triton` on CUDA (kernels, float32), and
 `splatting_torch` everywhere else (PyTorch operations by tiles).
@@ -21,8 +22,10 @@ from __future__ import annotations
 import contextlib
 import math
 import warnings
+from collections.abc import Sequence
 from functools import cache
 
+import numpy as np
 import torch
 from torch.autograd import forward_ad
 
@@ -35,9 +38,12 @@ from .triton_support import is_available as triton_is_available
 
 BACKENDS = ("auto", "reference", "cpu", "triton")
 
-# Looked up once: not every supported version of PyTorch can trace the question.
+# Computed at import: the oldest supported PyTorch cannot trace this call.
 _AUTOCAST_DEVICES = frozenset(name for name in ("cpu", "cuda", "xpu", "mps") if torch.amp.is_autocast_available(name))
-# Weights that `splat_reference` holds at once.
+# Tuples, not unions of types: the oldest supported PyTorch cannot trace those. A side is a SymInt during an export.
+_INTEGERS = (int, np.integer, torch.SymInt)
+_NUMBERS = (int, float, np.integer, np.floating)
+# Weights that `splat_reference` computes at once.
 _REFERENCE_WEIGHTS = 1 << 22
 
 
@@ -51,26 +57,45 @@ def splat_gaussians(
 ) -> torch.Tensor:
     """Render tokens into a feature map (paper Eq. 1-3), differentiable in Gaussians and features.
 
-    Computed in float32 (float64 when either input is); the result has the promoted dtype of the inputs, and float32
-    under autocast. Deterministic. The gradients are closed-form; double backward, forward-mode AD and
-    `torch.func.grad` raise: use `backend="reference"` for those.
+    Computes in float32, or in float64 if either input is float64. The gradients are closed-form. Double backward,
+    forward-mode AD and `torch.func.grad` raise; use `backend="reference"` for those.
 
     Args:
-        gaussians: `(B, L, 5)` finite `[sigma_x, sigma_y, rho, mu_x, mu_y]`, sigma > 0, -1 < rho < 1 (see
-            docs/conventions.md).
-        features: `(B, L, C)`.
-        size: `(h, w)` of the map in pixels.
-        support: half side of a token's box, in sigmas; outside the box its weight is 0.
-        backend: `"auto"` takes compiled loops on the CPU, Triton on CUDA, and PyTorch operations by tiles elsewhere;
-            `"reference"`, `"cpu"` and `"triton"` force one.
-        attention_mask: `(B, L)` bool or integer, 0 for padded tokens: they add nothing and get zero gradients,
-            whatever values they hold.
+        gaussians (`torch.Tensor`): Shape `(B, L, 5)`, fields `[sigma_x, sigma_y, rho, mu_x, mu_y]` in normalised
+            coordinates (see docs/conventions.md), finite, with sigma > 0 and -1 < rho < 1.
+        features (`torch.Tensor`): Shape `(B, L, C)`.
+        size (`tuple[int, int]`): Height and width of the map in pixels.
+        support (`float`, *optional*, defaults to 3.0): Half side of a token's box in sigmas. Outside the box the
+            weight of the token is 0.
+        backend (`str`, *optional*, defaults to `"auto"`): `"auto"` takes compiled loops on the CPU, Triton on CUDA,
+            and PyTorch operations where these are not available. `"cpu"`, `"triton"` and `"reference"` force one.
+        attention_mask (`torch.Tensor`, *optional*): Shape `(B, L)`, bool or integer, 0 for padded tokens. They add
+            nothing and get zero gradients, whatever values they hold.
 
     Returns:
-        `(B, C, h, w)` map.
+        `torch.Tensor`: The map, shape `(B, C, h, w)`, in the promoted dtype of the inputs, or float32 under autocast.
 
     Raises:
-        ValueError: a shape, dtype, device or option does not fit, or a forced backend is not available.
+        ValueError: If the shape, dtype or device of an input is wrong, if `size` or `support` is not positive, or if
+            `backend` is unknown or not available for these inputs.
+        NotImplementedError: If an input carries a forward-mode tangent.
+
+    Examples:
+
+        >>> import torch
+        >>> from gpstoken_hf import splat_gaussians
+        >>> gaussians = torch.tensor([[[0.5, 0.5, 0.0, 0.0, 0.0]]], requires_grad=True)  # one token in the middle
+        >>> features = torch.tensor([[[1.0, -2.0]]])
+        >>> maps = splat_gaussians(gaussians, features, (3, 3))
+        >>> maps.shape
+        torch.Size([1, 2, 3, 3])
+        >>> maps[0, 0].detach()
+        tensor([[0.0183, 0.1353, 0.0183],
+                [0.1353, 1.0000, 0.1353],
+                [0.0183, 0.1353, 0.0183]])
+        >>> maps.square().mean().backward()
+        >>> gaussians.grad.shape
+        torch.Size([1, 1, 5])
     """
     height, width = _check_inputs(gaussians, features, size, support, attention_mask)
     out_dtype = torch.promote_types(gaussians.dtype, features.dtype)
@@ -79,7 +104,7 @@ def splat_gaussians(
     if path == "reference":
         return splat_reference(gaussians, features, size, support, attention_mask)
     if any(forward_ad.unpack_dual(tensor).tangent is not None for tensor in (gaussians, features)):
-        # The op would drop the tangents without a word.
+        # The op would drop the tangents silently.
         raise NotImplementedError('forward-mode AD of splat_gaussians is not implemented; use backend="reference"')
     mask = None if attention_mask is None else attention_mask.bool()
     maps = torch.ops.gpstoken.splat.default(
@@ -95,10 +120,33 @@ def splat_reference(
     support: float = 3.0,
     attention_mask: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """The formula (paper Eq. 1-3) over every token and pixel, by autograd: what the fast paths are held against.
+    """The formula (paper Eq. 1-3) over every token and pixel, differentiated by autograd; the tests use it as truth.
 
-    Takes and returns what `splat_gaussians` does. Works through the tokens in chunks, so that without gradients it
-    needs little memory; with gradients autograd keeps the weights of every (token, pixel) pair.
+    Works through the tokens in chunks, so it needs little memory without gradients. With gradients, autograd keeps
+    the weights of all (token, pixel) pairs.
+
+    Args:
+        gaussians (`torch.Tensor`): Shape `(B, L, 5)`, as for `splat_gaussians`.
+        features (`torch.Tensor`): Shape `(B, L, C)`.
+        size (`tuple[int, int]`): Height and width of the map in pixels.
+        support (`float`, *optional*, defaults to 3.0): Half side of a token's box in sigmas.
+        attention_mask (`torch.Tensor`, *optional*): Shape `(B, L)`, bool or integer, 0 for padded tokens.
+
+    Returns:
+        `torch.Tensor`: The map, shape `(B, C, h, w)`, in the dtype that `splat_gaussians` returns.
+
+    Raises:
+        ValueError: If the shape, dtype or device of an input is wrong, or if `size` or `support` is not positive.
+
+    Examples:
+
+        >>> import torch
+        >>> from gpstoken_hf.splatting import splat_gaussians, splat_reference
+        >>> gaussians = torch.tensor([[[0.5, 0.2, 0.3, 0.0, 0.0], [0.3, 0.3, 0.0, 0.5, -0.5]]])
+        >>> features = torch.ones(1, 2, 3)
+        >>> maps = splat_reference(gaussians, features, (8, 8))
+        >>> torch.allclose(maps, splat_gaussians(gaussians, features, (8, 8)), atol=1e-6)
+        True
     """
     height, width = _check_inputs(gaussians, features, size, support, attention_mask)
     out_dtype = torch.promote_types(gaussians.dtype, features.dtype)
@@ -125,7 +173,7 @@ def _dense_splat(
 ) -> torch.Tensor:
     B, L, C = features.shape
     if attention_mask is not None:
-        # Padded rows may hold anything: a legal Gaussian in their place keeps NaN out of the gradients too.
+        # Padded rows may hold anything. A valid Gaussian in their place keeps NaN out of the gradients too.
         padded = ~attention_mask.bool().unsqueeze(-1)  # (B, L, 1)
         gaussians = torch.where(padded, gaussians.new_tensor([1.0, 1.0, 0.0, 0.0, 0.0]), gaussians)
         features = features.masked_fill(padded, 0)
@@ -133,12 +181,12 @@ def _dense_splat(
     y = pixel_coordinates(height, gaussians.device, gaussians.dtype)
     maps = features.new_zeros(B, C, height * width)
     chunk = max(1, _REFERENCE_WEIGHTS // max(1, B * height * width))
-    for start in range(0, max(L, 1), chunk):  # once for L = 0, so that the graph is whole
+    for start in range(0, max(L, 1), chunk):  # once for L = 0, so that autograd reaches the inputs
         sigma_x, sigma_y, rho, mu_x, mu_y = gaussians[:, start : start + chunk].unsqueeze(-1).unbind(2)  # (B, l, 1)
         dx, dy = x - mu_x, y - mu_y  # (B, l, w), (B, l, h)
         inside_x, inside_y = dx.abs() <= support * sigma_x, dy.abs() <= support * sigma_y
         scale = ((1 - rho) * (1 + rho)).rsqrt()
-        # The box goes into the 1-D terms, which costs nothing: outside it t or v² is so large that g is 0.
+        # The 1-D terms carry the box, which costs nothing: outside it t or v² is so large that g is 0.
         t_x = torch.where(inside_x, dx / sigma_x * scale, FAR)
         v = torch.where(inside_y, dy / sigma_y, 0)
         v_squared = torch.where(inside_y, v.square(), math.inf)
@@ -155,41 +203,42 @@ def _check_inputs(
     support: float,
     attention_mask: torch.Tensor | None,
 ) -> tuple[int, int]:
-    if gaussians.ndim != 3 or gaussians.shape[-1] != NUM_GAUSSIAN_PARAMS:
-        raise ValueError(f"gaussians must have shape (B, L, {NUM_GAUSSIAN_PARAMS}), got {tuple(gaussians.shape)}")
-    if features.ndim != 3 or features.shape[:2] != gaussians.shape[:2]:
-        raise ValueError(
-            f"features must have shape (B, L, C) with (B, L) = {tuple(gaussians.shape[:2])} as the Gaussians, "
-            f"got {tuple(features.shape)}"
-        )
-    for name, tensor in (("gaussians", gaussians), ("features", features)):
-        if not tensor.is_floating_point():
-            raise ValueError(f"{name} must be floating point, got {tensor.dtype}")
+    """Raise ValueError unless everything fits; returns height and width."""
     tensors = {"gaussians": gaussians, "features": features}
     if attention_mask is not None:
         tensors["attention_mask"] = attention_mask
-        if attention_mask.shape != gaussians.shape[:2]:
-            raise ValueError(
-                f"attention_mask must have shape (B, L) = {tuple(gaussians.shape[:2])}, "
-                f"got {tuple(attention_mask.shape)}"
-            )
+    for name, tensor in tensors.items():
+        if not isinstance(tensor, torch.Tensor):
+            raise ValueError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
+    if gaussians.ndim != 3 or gaussians.shape[-1] != NUM_GAUSSIAN_PARAMS:
+        raise ValueError(f"gaussians must have shape (B, L, {NUM_GAUSSIAN_PARAMS}), got {tuple(gaussians.shape)}")
+    B_L = tuple(gaussians.shape[:2])
+    if features.ndim != 3 or features.shape[:2] != B_L:
+        raise ValueError(f"features must have shape (B, L, C) with (B, L) = {B_L}, got {tuple(features.shape)}")
+    for name in ("gaussians", "features"):
+        if not tensors[name].is_floating_point():
+            raise ValueError(f"{name} must be floating point, got {tensors[name].dtype}")
+    if attention_mask is not None:
+        if attention_mask.shape != B_L:
+            raise ValueError(f"attention_mask must have shape (B, L) = {B_L}, got {tuple(attention_mask.shape)}")
         if attention_mask.is_floating_point() or attention_mask.is_complex():
             raise ValueError(f"attention_mask must be bool or integer, got {attention_mask.dtype}")
     if len({tensor.device for tensor in tensors.values()}) > 1:
         devices = ", ".join(f"{name} on {tensor.device}" for name, tensor in tensors.items())
         raise ValueError(f"all inputs must be on one device, got {devices}")
-    if len(size) != 2 or any(side < 1 for side in size):
-        raise ValueError(f"size must be (h, w) with both at least 1, got {tuple(size)}")
-    if not 0 < support < math.inf:
-        raise ValueError(f"support must be a finite number above 0, got {support}")
-    return size[0], size[1]
+    sides = tuple(size) if isinstance(size, Sequence) else ()
+    if len(sides) != 2 or any(not isinstance(side, _INTEGERS) or side < 1 for side in sides):
+        raise ValueError(f"size must be (h, w), two integers of at least 1, got {size!r}")
+    if not isinstance(support, _NUMBERS) or not 0 < support < math.inf:
+        raise ValueError(f"support must be a finite number above 0, got {support!r}")
+    return sides
 
 
-# ---- The choice of a path -------------------------------------------------------------------------------------------
+# ---- The choice of a backend ----------------------------------------------------------------------------------------
 
 
 def _resolve_backend(backend: str, device: torch.device, dtype: torch.dtype) -> str:
-    """A backend's name -> the path that runs: "reference", "cpu", "tiled" or "triton"."""
+    """Which code runs for the option `backend`: "reference", "cpu", "tiled" or "triton"."""
     if backend not in BACKENDS:
         raise ValueError(f"backend must be one of {BACKENDS}, got {backend!r}")
     if backend == "cpu" and device.type != "cpu":
@@ -214,8 +263,8 @@ def _resolve_backend(backend: str, device: torch.device, dtype: torch.dtype) -> 
 @cache
 def _notice_no_triton() -> None:
     warnings.warn(
-        "Triton is not installed: splatting on CUDA falls back to PyTorch operations, which give the same result "
-        "but are slower and wait for the GPU",
+        "Triton is not installed, so splatting on CUDA uses PyTorch operations. The result is the same, but they are "
+        "slower and synchronise with the GPU.",
         stacklevel=2,
     )
 
@@ -266,7 +315,7 @@ def _splat_backward(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     if features.numel() == 0 or grad.numel() == 0:
         return torch.zeros_like(gaussians), torch.zeros_like(features)
-    grad = grad.contiguous()  # autograd promises nothing about its strides
+    grad = grad.contiguous()  # autograd passes any strides
     if path == "cpu":
         return cpu_backward(grad, gaussians, features, attention_mask, support)
     if path == "triton":
@@ -314,7 +363,7 @@ def _splat_backward_vmap(info, in_dims, grad, gaussians, features, attention_mas
 def _fold_batches(
     batch_size: int, in_dims: tuple[int | None, ...], *tensors: torch.Tensor | None
 ) -> list[torch.Tensor | None]:
-    """The dimension that vmap maps over, joined with the batch: `(..., B, ...)` -> `(n B, ...)`."""
+    """Merge the dimension that vmap maps over into the batch: `(..., B, ...)` -> `(n B, ...)`."""
     folded: list[torch.Tensor | None] = []
     for tensor, dim in zip(tensors, in_dims, strict=False):
         if tensor is None:
@@ -326,7 +375,7 @@ def _fold_batches(
 
 
 def _register(name, kernel, fake, vmap, gradient, save_for_backward=None):
-    # `torch.library.custom_op` does the same, and takes 5 µs more per call.
+    # `torch.library.custom_op` does the same but takes 5 µs more per call.
     torch.library.define(
         name, torch.library.infer_schema(kernel, mutates_args=()), tags=(torch.Tag.pt2_compliant_tag,)
     )
@@ -338,8 +387,8 @@ def _register(name, kernel, fake, vmap, gradient, save_for_backward=None):
         torch.library.register_autocast(name, device_type, torch.float32)
 
 
-# Ops are global to the process. A second copy of this module, as remote code of a model repository brings one, uses
-# the ops of the first.
+# Ops are global to the process. A second copy of this module, such as the remote code of a model repository, uses the
+# ops of the first.
 if not hasattr(torch.ops.gpstoken, "splat"):
     _register("gpstoken::splat", _splat, _splat_fake, _splat_vmap, _splat_gradient, _save_for_backward)
     _register(
