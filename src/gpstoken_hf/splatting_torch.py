@@ -123,18 +123,18 @@ def _tile_grid(height: int, width: int) -> tuple[int, int]:
 def _tile_buckets(
     gaussians: torch.Tensor, attention_mask: torch.Tensor | None, height: int, width: int, support: float
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """The tokens of every tile, tiles with about as many tokens together.
+    """Find the tokens of every tile, and yield tiles with about as many tokens together.
 
     Yields:
-        `tiles` `(T,)` flat index `(b rows + row) columns + column`, and `tokens` `(T, K)` flat index `b L + l` in
-        ascending order, filled up with B L, which stands for no token.
+        `tiles` `(T,)`, flat indices `(b rows + row) columns + column`, and `tokens` `(T, K)`, flat indices `b L + l`
+        in ascending order. Empty slots hold B L, which stands for no token.
     """
     B, L, _ = gaussians.shape
     rows, columns = _tile_grid(height, width)
     device = gaussians.device
     sigma_x, sigma_y, _, mu_x, mu_y = gaussians.reshape(B * L, NUM_GAUSSIAN_PARAMS).unbind(-1)
 
-    # The tiles that a token's box may touch. _tile_weights decides which of their pixels are inside.
+    # The tiles that a token's box may touch. _tile_weights decides which of their pixels are inside the box.
     first_column, num_columns = _tile_range(mu_x, support * sigma_x, width)
     first_row, num_rows = _tile_range(mu_y, support * sigma_y, height)
     num_tiles = num_columns * num_rows
@@ -149,7 +149,7 @@ def _tile_buckets(
     image = torch.div(torch.arange(B * L, device=device), L, rounding_mode="floor")
     first_tile = (image * rows + first_row) * columns + first_column
     pair_tile, order = torch.sort(first_tile[pair_token] + row_in_box * columns + column_in_box, stable=True)
-    pair_token = torch.cat([pair_token[order], pair_token.new_tensor([B * L])])  # a last entry for empty slots
+    pair_token = torch.cat([pair_token[order], pair_token.new_tensor([B * L])])  # the last entry is for empty slots
 
     counts = torch.bincount(pair_tile, minlength=B * rows * columns)
     starts = counts.cumsum(0) - counts
@@ -182,7 +182,7 @@ def _tile_range(mu: torch.Tensor, extent: torch.Tensor, num_pixels: int) -> tupl
 def _bucket_bounds(descending_counts: list[int]) -> Iterator[tuple[int, int, int]]:
     """Cut tiles, ordered by descending number of tokens, into `(begin, end, capacity)`.
 
-    A tile shares a bucket with a fuller one as long as at least three quarters of its slots are filled.
+    A tile shares a bucket with a fuller one if it fills at least three quarters of the slots.
     """
     begin, num_tiles = 0, len(descending_counts)
     while begin < num_tiles and descending_counts[begin] > 0:
@@ -197,9 +197,10 @@ def _bucket_bounds(descending_counts: list[int]) -> Iterator[tuple[int, int, int
 
 
 def _token_table(gaussians: torch.Tensor, support: float) -> torch.Tensor:
-    """Per token, as `(B L + 1, 8)`: mu_x, mu_y, half box in x and y, 1 / sqrt(1 - rho²), rho of it, sigma_x, sigma_y.
+    """Values per token from which _tile_weights computes the weights, `(B L + 1, 8)`.
 
-    The last row is the token that fills empty slots: its box holds nothing.
+    Columns: mu_x, mu_y, half the box in x and in y, s = 1 / sqrt(1 - rho²), rho s, sigma_x, sigma_y. The last row is
+    the token of empty slots, whose box contains nothing.
     """
     sigma_x, sigma_y, rho, mu_x, mu_y = gaussians.reshape(-1, NUM_GAUSSIAN_PARAMS).unbind(-1)
     scale = ((1 - rho) * (1 + rho)).rsqrt()
@@ -227,7 +228,7 @@ def _tile_weights(
     mu_x, mu_y, half_x, half_y, scale, rho_scale, sigma_x, sigma_y = table[tokens].unsqueeze(-1).unbind(2)  # (T, K, 1)
     dx = x[tiles % columns].unsqueeze(1) - mu_x  # (T, K, S)
     dy = y[row].unsqueeze(1) - mu_y
-    # The box goes into the 1-D terms: t is far away outside in x, and the exponent -inf outside in y.
+    # The 1-D terms carry the box: outside it t is far away in x, and the exponent is -inf in y.
     t_x = torch.where(dx.abs() <= half_x, dx / sigma_x * scale, FAR)
     inside_y = dy.abs() <= half_y
     v = torch.where(inside_y, dy / sigma_y, 0)
@@ -238,7 +239,7 @@ def _tile_weights(
 
 
 def _tile_coordinates(num_pixels: int, like: torch.Tensor) -> torch.Tensor:
-    """Pixel coordinates of one axis by tile, `(tiles, S)`; infinite, so in no box, past the end of the map."""
+    """Pixel coordinates of one axis by tile, `(tiles, S)`; infinite, so outside of every box, past the map's end."""
     num_tiles = -(-num_pixels // TILE_SIZE)
     coordinates = like.new_full((num_tiles * TILE_SIZE,), math.inf)
     coordinates[:num_pixels] = pixel_coordinates(num_pixels, like.device, like.dtype)
