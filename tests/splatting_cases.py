@@ -29,6 +29,39 @@ def random_tokens(seed, B, L, C, dtype=torch.float32, extreme=False):
     return gaussians, torch.from_numpy(rng.standard_normal((B, L, C))).to(dtype)
 
 
+def ridge_tokens(rho, seed=0, num_tokens=16):
+    """Gaussians `(1, L, 5)` with correlation rho or -rho, and features `(1, L, 3)`, float32.
+
+    Each is a ridge along a diagonal of the pixel grid, narrower than a pixel for rho near 1, and runs beside the pixel
+    centres at up to 1.5 times its width, where its weights depend on the width.
+    """
+    rng = np.random.default_rng(seed)
+    sigma = rng.uniform(0.2, 0.8, num_tokens)
+    sign = rng.choice([-1, 1], num_tokens)
+    centre = rng.uniform(-0.4, 0.4, num_tokens)
+    offset = rng.uniform(-1.5, 1.5, num_tokens) * sigma * math.sqrt((1 - rho) * (1 + rho))
+    gaussians = np.stack([sigma, sigma, sign * rho, centre + offset, sign * centre], axis=-1)
+    features = rng.standard_normal((num_tokens, 3))
+    return torch.from_numpy(gaussians).float().unsqueeze(0), torch.from_numpy(features).float().unsqueeze(0)
+
+
+# Float32 values below 1. At the second, 1 - rho * rho in float32 is furthest from the truth: by 9e-5 of it.
+RHOS_NEAR_ONE = (0.99, 1 - 2896 * 2**-24, 0.9999, 0.99999, 0.999999, 1 - 2**-24)
+
+
+def relative_errors(actual, expected):
+    """Largest error of the map, of the gradient by each of the five numbers of a Gaussian, and by the features.
+
+    Each over the largest value of `expected`; both as `value_and_gradients` returns them.
+    """
+
+    def split(maps, grad_gaussians, grad_features):
+        return maps, *grad_gaussians.unbind(-1), grad_features
+
+    pairs = zip(split(*actual), split(*expected), strict=True)
+    return [((got.cpu().double() - want).abs().max() / want.abs().max()).item() for got, want in pairs]
+
+
 def random_mask(seed, B, L):
     return torch.from_numpy(np.random.default_rng(seed + 1).random((B, L)) < 0.7)
 

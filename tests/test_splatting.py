@@ -1,5 +1,7 @@
 # Copyright 2026 The gpstoken-hf authors. Licensed under the Apache License, Version 2.0.
 
+import doctest
+import math
 import os
 import pathlib
 import shutil
@@ -8,14 +10,26 @@ import sys
 import threading
 import warnings
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
-from splatting_cases import naive_splat, random_mask, random_tokens, value_and_gradients
+from splatting_cases import (
+    RHOS_NEAR_ONE,
+    naive_splat,
+    random_mask,
+    random_tokens,
+    relative_errors,
+    ridge_tokens,
+    value_and_gradients,
+)
 from torch.autograd import forward_ad
+from torch.overrides import TorchFunctionMode
 
+from gpstoken_hf import splatting_torch
+from gpstoken_hf.gaussians import pixel_coordinates
 from gpstoken_hf.splatting import splat_gaussians, splat_reference
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"
@@ -128,6 +142,61 @@ def test_float32_digits_survive_extreme_gaussians(path):
     assert_same(actual[1:2], expected[1:2], 5e-4)
 
 
+@pytest.mark.parametrize("num_pixels", [1, 2, 9, 64, 1000, 16384])
+def test_tiles_of_a_box_hold_all_its_pixels(num_pixels):
+    """Boxes that end on pixel centres or one float32 away, near and far, in the float32 that every device has."""
+    rng = np.random.default_rng(num_pixels)
+    x = pixel_coordinates(num_pixels, dtype=torch.float32)
+    edge = x[torch.from_numpy(rng.integers(0, num_pixels, 3000))]
+    extent = torch.from_numpy(10 ** rng.uniform(-5, 4, 3000)).float()
+    mu = torch.where(torch.from_numpy(rng.random(3000) < 0.5), edge + extent, edge - extent)
+    nudge = torch.from_numpy(rng.choice([-np.inf, np.inf, 0], 3000)).float()
+    extent = torch.where(nudge == 0, extent, torch.nextafter(extent, nudge))
+    first, count = splatting_torch._tile_range(mu, extent, num_pixels)
+    inside = (x - mu.unsqueeze(1)).abs() <= extent.unsqueeze(1)  # the comparison that decides
+    some = inside.any(1)
+    assert some.float().mean() > 0.3
+    first_pixel = inside.int().argmax(1)
+    last_pixel = num_pixels - 1 - inside.flip(1).int().argmax(1)
+    side = splatting_torch.TILE_SIZE
+    assert (first[some] <= first_pixel[some] // side).all()
+    assert (first + count > last_pixel // side)[some].all()
+
+
+def test_tiles_need_no_float64():
+    """Apple's GPUs have none."""
+
+    class NoFloat64(TorchFunctionMode):
+        def __torch_function__(self, func, types, args=(), kwargs=None):
+            out = func(*args, **(kwargs or {}))
+            for value in out if isinstance(out, tuple) else (out,):
+                assert getattr(value, "dtype", None) != torch.float64, func
+            return out
+
+    gaussians, _ = random_tokens(0, 2, 40, 3)
+    mask = random_mask(0, 2, 40)
+    x = torch.linspace(-1, 1, 16).view(2, 8)
+    with NoFloat64():
+        table = splatting_torch._token_table(gaussians, 3.0)
+        for tiles, tokens in splatting_torch._tile_buckets(gaussians, mask, 16, 16, 3.0):
+            splatting_torch._tile_weights(table, x, x, tiles, tokens)
+        splatting_torch.gaussian_gradients(gaussians, gaussians, mask)
+
+
+@pytest.mark.parametrize("path", ["reference", *PATHS])
+@pytest.mark.parametrize("rho", RHOS_NEAR_ONE)
+def test_float32_digits_survive_as_rho_comes_near_one(path, rho):
+    splat = reference((33, 33), 6.0) if path == "reference" else splat_by(path, (33, 33), 6.0)
+    for seed in range(4):
+        gaussians, features = ridge_tokens(rho, seed)
+        weights = torch.randn(1, 3, 33, 33, generator=torch.Generator().manual_seed(seed))
+        exact = value_and_gradients(reference((33, 33), 6.0), gaussians.double(), features.double(), weights.double())
+        errors = relative_errors(value_and_gradients(splat, gaussians, features, weights), exact)
+        # t is up to 1 / sqrt(1 - rho²) as large as u and takes on its rounding. Worst seen 5.8e-7; with 1 - rho * rho
+        # instead of (1 - rho) (1 + rho), 3.0e-6 at the second rho.
+        assert max(errors) <= 8e-7 / math.sqrt((1 - rho) * (1 + rho))
+
+
 @pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("masked", [False, True])
 def test_gradcheck(path, masked):
@@ -150,6 +219,12 @@ def test_every_token_gets_its_gradient(path):
     torch.testing.assert_close(grad_features[..., 0], weight)
     torch.testing.assert_close(maps.squeeze(), weight.sum())
     torch.testing.assert_close(grad_gaussians[..., 3], -weight * gaussians[..., 3] / 0.09, rtol=1e-5, atol=1e-6)
+
+
+def test_examples_of_the_docstrings_run():
+    results = doctest.testmod(sys.modules[splat_gaussians.__module__])
+    assert results.failed == 0
+    assert results.attempted >= 10
 
 
 # ---- Padding, emptiness, dtypes -------------------------------------------------------------------------------------
@@ -358,7 +433,7 @@ def test_second_derivatives_raise():
     gaussians, features = (tensor.requires_grad_() for tensor in random_tokens(0, 1, 4, 2))
     maps = splat_gaussians(gaussians, features, (6, 6), backend="cpu")
     (grad,) = torch.autograd.grad(maps.square().sum(), gaussians, create_graph=True)
-    with pytest.raises(RuntimeError, match="no autograd formula"):
+    with pytest.raises(RuntimeError, match="second derivatives of gpstoken::splat are not implemented"):
         grad.sum().backward()
 
 
@@ -390,14 +465,26 @@ def test_function_transforms_need_the_reference():
     assert_same([transformed], [expected], 1e-5)
 
 
+def copy_of_the_modules(package):
+    """A package with splatting alone."""
+    package.mkdir()
+    (package / "__init__.py").touch()
+    source = pathlib.Path(splatting_torch.__file__).parent
+    for pattern in ("gaussians.py", "splatting*.py", "*_support.py"):
+        for path in source.glob(pattern):
+            shutil.copy(path, package)
+
+
+def run_program(program, folder, **environment):
+    environment = {**os.environ, "PYTHONPATH": str(folder), **environment}
+    command = [sys.executable, "-W", "error", "-c", program]
+    return subprocess.run(command, env=environment, check=True, cwd=folder, capture_output=True, text=True)
+
+
 def test_copies_of_the_module_share_the_op_and_compile_nothing_at_import(tmp_path):
     # Remote code of two model repositories brings two copies of the package's modules into one process.
-    source = pathlib.Path(sys.modules["gpstoken_hf.splatting"].__file__).parent
     for copy in ("first_copy", "second_copy"):
-        (tmp_path / copy).mkdir()
-        (tmp_path / copy / "__init__.py").touch()
-        for name in ("gaussians", "splatting", "splatting_cpu", "splatting_triton", "triton_support"):
-            shutil.copy(source / f"{name}.py", tmp_path / copy)
+        copy_of_the_modules(tmp_path / copy)
     program = (
         "import torch, first_copy.splatting, second_copy.splatting as second\n"
         "from first_copy import splatting_cpu as loops\n"
@@ -406,8 +493,57 @@ def test_copies_of_the_module_share_the_op_and_compile_nothing_at_import(tmp_pat
         "expected = second.splat_gaussians(g, f, (4, 4), backend='reference')\n"
         "torch.testing.assert_close(torch.ops.gpstoken.splat(g, f, None, 4, 4, 3.0, 'tiled'), expected)\n"
     )
-    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
-    subprocess.run([sys.executable, "-W", "error", "-c", program], env=environment, check=True, cwd=tmp_path)
+    run_program(program, tmp_path)
+
+
+def test_compiling_is_announced_once_and_loading_is_not(tmp_path):
+    copy_of_the_modules(tmp_path / "package")
+    program = (
+        "import torch\n"
+        "from package.splatting import splat_gaussians\n"
+        "gaussians = torch.full((1, 2, 5), 0.5, requires_grad=True)\n"
+        "splat_gaussians(gaussians, torch.ones(1, 2, 3), (4, 4)).sum().backward()\n"
+    )
+    cache = str(tmp_path / "cache")
+    first, second = (run_program(program, tmp_path, NUMBA_CACHE_DIR=cache).stderr for _ in range(2))
+    assert first.count("Compiling loops for the CPU with numba") == len(first.splitlines()) == 1
+    assert second == ""
+
+
+def test_without_numba_the_cpu_takes_the_tiles(tmp_path):
+    copy_of_the_modules(tmp_path / "package")
+    program = (
+        "import sys\n"
+        "sys.modules['numba'] = None\n"
+        "import torch\n"
+        "from package.splatting import splat_gaussians\n"
+        "gaussians, features = torch.full((1, 2, 5), 0.5, requires_grad=True), torch.randn(1, 2, 3)\n"
+        "results = []\n"
+        "for backend in ('auto', 'reference'):\n"
+        "    maps = splat_gaussians(gaussians, features, (4, 4), backend=backend)\n"
+        "    results.append((maps, *torch.autograd.grad(maps.sum(), gaussians)))\n"
+        "torch.testing.assert_close(*results)\n"
+        "try:\n"
+        "    splat_gaussians(gaussians, features, (4, 4), backend='cpu')\n"
+        "except ValueError as error:\n"
+        "    print(error)\n"
+    )
+    assert run_program(program, tmp_path).stdout == "backend 'cpu' needs numba, which is not installed\n"
+
+
+def test_exports_with_a_size_that_is_not_known():
+    class Render(torch.nn.Module):
+        def forward(self, gaussians, features, pixels):
+            return splat_gaussians(gaussians, features, (pixels.shape[0] // 2, pixels.shape[1]))
+
+    def arguments(L, height):
+        return *random_tokens(L, 2, L, 3), torch.zeros(height, 7)
+
+    dynamic = {"gaussians": {1: torch.export.Dim("L")}, "features": {1: torch.export.Dim("L")}}
+    dynamic["pixels"] = {0: 2 * torch.export.Dim("half_height", min=1)}
+    for strict in (False, True):
+        exported = torch.export.export(Render(), arguments(6, 8), dynamic_shapes=dynamic, strict=strict).module()
+        assert torch.equal(exported(*arguments(11, 20)), Render()(*arguments(11, 20)))
 
 
 # ---- Errors ---------------------------------------------------------------------------------------------------------
@@ -421,8 +557,18 @@ def test_copies_of_the_module_share_the_op_and_compile_nothing_at_import(tmp_pat
         ({"features": torch.ones(2, 3, 6, dtype=torch.int64)}, "features must be floating point, got torch.int64"),
         ({"attention_mask": torch.ones(2, 4)}, r"attention_mask must have shape .*\(2, 3\), got \(2, 4\)"),
         ({"attention_mask": torch.ones(2, 3)}, "attention_mask must be bool or integer, got torch.float32"),
-        ({"size": (0, 4)}, r"both at least 1, got \(0, 4\)"),
-        ({"size": (4,)}, r"size must be \(h, w\)"),
+        ({"gaussians": np.ones((2, 3, 5))}, "gaussians must be a torch.Tensor, got ndarray"),
+        ({"features": [[[1.0]]]}, "features must be a torch.Tensor, got list"),
+        ({"attention_mask": np.ones((2, 3), bool)}, "attention_mask must be a torch.Tensor, got ndarray"),
+        ({"size": (0, 4)}, r"size must be \(h, w\), two integers of at least 1, got \(0, 4\)"),
+        ({"size": (4,)}, r"size must be \(h, w\), two integers of at least 1, got \(4,\)"),
+        ({"size": 4.5}, r"size must be \(h, w\), two integers of at least 1, got 4.5"),
+        ({"size": (4.0, 4)}, r"size must be \(h, w\), two integers of at least 1, got \(4.0, 4\)"),
+        ({"size": ("4", 4)}, r"size must be \(h, w\), two integers of at least 1, got \('4', 4\)"),
+        ({"size": "44"}, r"size must be \(h, w\), two integers of at least 1, got '44'"),
+        ({"size": None}, r"size must be \(h, w\), two integers of at least 1, got None"),
+        ({"support": "3"}, "support must be a finite number above 0, got '3'"),
+        ({"support": None}, "support must be a finite number above 0, got None"),
         ({"support": 0.0}, "support must be a finite number above 0, got 0.0"),
         ({"support": float("inf")}, "support must be a finite number above 0, got inf"),
         ({"support": float("nan")}, "support must be a finite number above 0, got nan"),
@@ -434,6 +580,17 @@ def test_bad_arguments_are_refused(change, message):
     arguments = {"gaussians": torch.full((2, 3, 5), 0.5), "features": torch.ones(2, 3, 6), "size": (4, 4)}
     with pytest.raises(ValueError, match=message):
         splat_gaussians(**(arguments | change))
+    if "backend" not in change:
+        with pytest.raises(ValueError, match=message):
+            splat_reference(**(arguments | change))
+
+
+def test_sizes_and_supports_of_other_number_types():
+    gaussians, features = random_tokens(0, 1, 4, 2)
+    expected = splat_gaussians(gaussians, features, (4, 6), 3.0)
+    for size in ([4, 6], torch.Size((4, 6)), (np.int64(4), np.int32(6))):
+        for support in (3, np.float32(3), np.int64(3)):
+            assert torch.equal(splat_gaussians(gaussians, features, size, support), expected)
 
 
 def test_a_forced_backend_that_is_not_there_raises():

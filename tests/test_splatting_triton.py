@@ -5,6 +5,7 @@ Triton decides at import whether kernels are interpreted. They are also compiled
 """
 
 import itertools
+import math
 import os
 import subprocess
 import sys
@@ -13,7 +14,14 @@ import numpy as np
 import pytest
 import torch
 from ahead_of_time import compile_kernel, local_memory
-from splatting_cases import random_mask, random_tokens, value_and_gradients
+from splatting_cases import (
+    RHOS_NEAR_ONE,
+    random_mask,
+    random_tokens,
+    relative_errors,
+    ridge_tokens,
+    value_and_gradients,
+)
 
 from gpstoken_hf import splatting_triton
 from gpstoken_hf.gaussians import pixel_coordinates
@@ -111,6 +119,22 @@ def test_extreme_gaussians(seed):
     assert (expected[0] != 0).float().mean() > 0.1
     # At |rho| = 1 - 1e-5 the rounding of u grows 224 times in t.
     assert_same(actual, expected, [1e-4, 5e-4, 1e-4])
+
+
+@runs_kernels
+@pytest.mark.parametrize("rho", RHOS_NEAR_ONE)
+def test_digits_survive_as_rho_comes_near_one(rho):
+    gaussians, features = ridge_tokens(rho)
+    weights = torch.randn(1, 3, 33, 33, generator=torch.Generator().manual_seed(0))
+    exact = reference_values(gaussians.double(), features.double(), (33, 33), 6.0, None, weights.double())
+    actual = value_and_gradients(
+        lambda g, f: splat_gaussians(g, f, (33, 33), 6.0, backend="triton"),
+        gaussians.to(DEVICE),
+        features.to(DEVICE),
+        weights.to(DEVICE),
+    )
+    # As in test_splatting; worst seen 4.4e-7, and 2.8e-6 at the second rho with 1 - rho * rho.
+    assert max(relative_errors(actual, exact)) <= 8e-7 / math.sqrt((1 - rho) * (1 + rho))
 
 
 @runs_kernels

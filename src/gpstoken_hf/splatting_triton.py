@@ -1,14 +1,17 @@
 # Copyright 2026 The gpstoken-hf authors. Licensed under the Apache License, Version 2.0.
 """Splatting on a GPU: Triton kernels, float32 (paper Eq. 1-3).
 
-Forward: one program per (image and tile of pixels, block of channels). It goes through the tokens in chunks, and a
-chunk is one product of weights and features. With few tokens every chunk that has a token on the tile is rendered
-whole; with many, the program first compacts the tokens on its tile into a list of its own. Backward: one program per
-(token, strip, block of channels) over the token's own box; strips take turns by rows, and their partial sums are
-added in a fixed order. No atomics, no host synchronisation, the batch is part of the grid, and the result is
-deterministic. Kernels are compiled at the first call; with TRITON_INTERPRET=1 they run on CPU tensors, for tests.
+Forward: one program renders one tile of pixels of one image, for one block of channels. It takes the tokens in chunks;
+a chunk is one matrix product of weights and features. With few tokens, the program renders every chunk that has a
+token on the tile. With many, it first compacts the tokens on its tile into a list.
 
-`t`, `v` and the moments are those of `splatting`. Letters: B batch, L tokens, C channels, h x w pixels of the map,
+Backward: one program handles one token, one strip of its box and one block of channels. The strips take rows of blocks
+in turn, and a second kernel adds their partial sums in a fixed order.
+
+The batch is part of the grid. There are no atomics and no host synchronisation, and the result is deterministic.
+Kernels are compiled at the first call. With TRITON_INTERPRET=1 they run on CPU tensors, for tests.
+
+`t`, `v` and the moments are those of `splatting`. Shapes: B batch, L tokens, C channels, h x w pixels of the map,
 P pixels of a tile.
 """
 
@@ -22,23 +25,23 @@ from .triton_support import cdiv, jit, next_power_of_2, on_device, tl
 
 _jit = jit("L", "C", "height", "width", "num_tokens", "num_strips", "num_parts")
 
-# Forward: pixels of a tile, tokens of a chunk, and tokens looked at together when lists are made.
+# Forward: pixels of a tile, tokens of a chunk, and tokens scanned at once to make a list.
 TILE_HEIGHT, TILE_WIDTH = 8, 16
 CHUNK = 16
 SCAN = 512
-# From this many tokens on the forward pass makes lists.
+# The forward pass makes lists from this many tokens on.
 LIST_MIN_TOKENS = 64
 # Backward: pixels of a block of the token's box.
 BLOCK_HEIGHT, BLOCK_WIDTH = 8, 8
 MAX_CHANNEL_BLOCK = 64
-# Rows of the map for each strip that a box may be split into, and the largest number of strips.
+# A box is split into one strip per this many rows of the map, up to a largest number of strips.
 ROWS_PER_STRIP, MAX_STRIPS = 64, 8
-# Programs that keep a GPU busy: with fewer, boxes are split further.
+# This many programs keep a GPU busy. With fewer, boxes are split further.
 MIN_PROGRAMS = 2048
 
-# Products and sums may be fused: no comparison that decides about a box has one. Said explicitly, as the default
-# varies between versions of Triton. No software pipeline: it takes registers, and with them a fifth of the programs
-# that a multiprocessor holds (forward with lists on sm_90: 107 against 96 registers).
+# Fused multiply-adds are safe, because no comparison with a box contains a product and a sum. The option is explicit
+# because its default varies between versions of Triton. Software pipelining is off: it needs registers (forward with
+# lists on sm_90: 107 instead of 96), and a multiprocessor then holds a fifth fewer programs.
 _OPTIONS = {"enable_fp_fusion": True, "num_stages": 1}
 
 _EXP2_SCALE = -0.5 / math.log(2)
@@ -46,9 +49,9 @@ _EXP2_SCALE = -0.5 / math.log(2)
 
 @_jit
 def _coordinate(index, num_pixels):
-    """`(2 i - (n - 1)) / (n - 1)` in float32, rounded once: the bits of the float64 `gaussians.pixel_coordinates`.
+    """`(2 i - (n - 1)) / (n - 1)` in float32, with the same bits as `gaussians.pixel_coordinates`, which uses float64.
 
-    Both operands are exact below 2^24. Equal for every index of every n up to 20000, which was checked one by one.
+    Both operands are exact below 2^24, and the division rounds once. A test checks every index of every n up to 20000.
     """
     span = tl.maximum(num_pixels - 1, 1)
     coordinate = tl.div_rn((2 * index - span).to(tl.float32), span.to(tl.float32))
@@ -57,7 +60,7 @@ def _coordinate(index, num_pixels):
 
 @_jit
 def _weights(dx, dy, half_x, half_y, sigma_x, sigma_y, rho, scale, EXP2_SCALE: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Weight, t and v; 0 outside the box. The comparison is the reference's, so that no pixel changes sides."""
+    """Weight, t and v; 0 outside the box. The comparison is that of the reference, so both agree on every pixel."""
     inside = (tl.abs(dx) <= half_x) & (tl.abs(dy) <= half_y)
     v = tl.where(inside, dy / sigma_y, 0.0)
     t = tl.where(inside, (dx / sigma_x - rho * v) * scale, 0.0)
@@ -80,7 +83,7 @@ def _render_chunk(  # type: ignore[no-untyped-def]
     HAS_MASK: tl.constexpr,
     EXP2_SCALE: tl.constexpr,
 ):
-    """`acc` `(P, channels)` plus the tokens `token` `(CHUNK,)`, flat indices b L + l, where `valid`."""
+    """Add the tokens at the flat indices `token` `(CHUNK,)` to `acc` `(P, channels)`, where `valid`."""
     if HAS_MASK:
         valid = valid & (tl.load(mask_ptr + token, mask=valid, other=0) != 0)
     base = gaussians_ptr + token * 5
@@ -91,7 +94,7 @@ def _render_chunk(  # type: ignore[no-untyped-def]
     mu_y = tl.load(base + 4, mask=valid, other=0.0)[None, :]
     half_x = tl.where(valid[None, :], support * sigma_x, -1.0)
     half_y = support * sigma_y
-    scale = 1.0 / tl.sqrt(1.0 - rho * rho)
+    scale = 1.0 / tl.sqrt((1.0 - rho) * (1.0 + rho))
     weights, _, _ = _weights(
         x[:, None] - mu_x, y[:, None] - mu_y, half_x, half_y, sigma_x, sigma_y, rho, scale, EXP2_SCALE
     )
@@ -107,7 +110,10 @@ def _render_chunk(  # type: ignore[no-untyped-def]
 def _on_tile(  # type: ignore[no-untyped-def]
     token, valid, gaussians_ptr, mask_ptr, x_first, x_last, y_first, y_last, support, HAS_MASK: tl.constexpr
 ):
-    """Whether each token's box reaches the tile: its nearest point to mu is in the box. Never a false no."""
+    """Whether each token's box reaches the tile, i.e. whether the tile's nearest point to mu is in the box.
+
+    May be wrongly true, never wrongly false.
+    """
     if HAS_MASK:
         valid = valid & (tl.load(mask_ptr + token, mask=valid, other=0) != 0)
     base = gaussians_ptr + token * 5
@@ -168,7 +174,7 @@ def forward_kernel(  # type: ignore[no-untyped-def]
             ).to(tl.int32)
             tl.store(list_ptr + tl.cumsum(hit, 0) - 1, scanned, mask=hit != 0)
             num_hits = tl.sum(hit, 0)
-            tl.debug_barrier()  # the list is read by other threads than those that wrote it
+            tl.debug_barrier()  # other threads wrote the entries that a thread reads
             for k in range(0, num_hits, CHUNK_L):
                 slot = k + tl.arange(0, CHUNK_L)
                 listed = tl.load(list_ptr + slot, mask=slot < num_hits, other=0)
@@ -176,7 +182,7 @@ def forward_kernel(  # type: ignore[no-untyped-def]
                     acc, listed, slot < num_hits, x, y, gaussians_ptr, features_ptr, mask_ptr, channel, C, support,
                     HAS_MASK, EXP2_SCALE,
                 )  # fmt: skip
-            tl.debug_barrier()  # and not written again before they are done
+            tl.debug_barrier()  # all threads have read the list before it is overwritten
     else:
         for start in range(0, L, CHUNK_L):
             token = start + tl.arange(0, CHUNK_L)
@@ -196,14 +202,14 @@ def forward_kernel(  # type: ignore[no-untyped-def]
 
 @_jit
 def _pixel_range(mu, half, num_pixels):
-    """First pixel and end of a range that holds every pixel of the box along one axis."""
+    """First pixel and end of a range that contains every pixel of the box along one axis."""
     to_pixels = 0.5 * (num_pixels - 1)
     middle, reach = (mu + 1.0) * to_pixels, half * to_pixels
     end = num_pixels.to(tl.float32)
-    # The rounding of the float32 operands here, and in the comparison that decides.
+    # Covers the float32 rounding here and in the comparison in _weights.
     slack = 1e-3 + 1e-6 * (tl.abs(middle) + reach + end)
     first, last = tl.ceil(middle - reach - slack), tl.floor(middle + reach + slack) + 1.0
-    # Written so that a NaN ends at 0 and nothing beyond int32 is ever converted.
+    # These comparisons turn NaN into 0 and keep the values within int32.
     first = tl.where(first > 0.0, tl.where(first < end, first, end), 0.0)
     last = tl.where(last > 0.0, tl.where(last < end, last, end), 0.0)
     return first.to(tl.int32), last.to(tl.int32)
@@ -211,7 +217,7 @@ def _pixel_range(mu, half, num_pixels):
 
 @_jit
 def _store_gaussian_gradient(grad_ptr, sigma_x, sigma_y, rho, scale, kept, sum_t, sum_v, sum_tt, sum_tv, sum_vv):
-    """The gradient of a Gaussian from its moments, as in `splatting._gaussian_gradients`; 0 if it is not `kept`."""
+    """Gradient of a Gaussian from its moments, as in `splatting_torch.gaussian_gradients`; 0 unless `kept`."""
     tl.store(grad_ptr, tl.where(kept, (sum_tt + rho * scale * sum_tv) / sigma_x, 0.0))
     tl.store(grad_ptr + 1, tl.where(kept, (sum_vv - rho * scale * sum_tv) / sigma_y, 0.0))
     tl.store(grad_ptr + 2, tl.where(kept, scale * sum_tv - rho * scale * scale * sum_tt, 0.0))
@@ -252,7 +258,7 @@ def backward_kernel(  # type: ignore[no-untyped-def]
     sigma_x, sigma_y, rho = tl.load(base), tl.load(base + 1), tl.load(base + 2)
     mu_x, mu_y = tl.load(base + 3), tl.load(base + 4)
     half_x, half_y = support * sigma_x, support * sigma_y
-    scale = 1.0 / tl.sqrt(1.0 - rho * rho)
+    scale = 1.0 / tl.sqrt((1.0 - rho) * (1.0 + rho))
     x_begin, x_end = _pixel_range(mu_x, half_x, width)
     y_begin, y_end = _pixel_range(mu_y, half_y, height)
     channel = channel_block * BLOCK_C + tl.arange(0, BLOCK_C)
@@ -285,13 +291,13 @@ def backward_kernel(  # type: ignore[no-untyped-def]
         dy = _coordinate(row, height) - mu_y
         for left in range(x_begin, x_end, BLOCK_W):
             column = left + pixel % BLOCK_W
-            # The load comes first: nothing after it waits for it but the sums.
+            # Load early: only the sums at the end need the gradient.
             inside = (row < y_end) & (column < x_end)
             offset = channel[None, :] * (height * width) + (row * width + column)[:, None]
             grad = tl.load(grad_ptr + offset, mask=inside[:, None] & real[None, :], other=0.0)
             dx = _coordinate(column, width) - mu_x
             weight, t, v = _weights(dx, dy, half_x, half_y, sigma_x, sigma_y, rho, scale, EXP2_SCALE)
-            # Past the end of the range there may be pixels of the box in theory only: the range holds all of it.
+            # The range covers the box. Mask the tail of the last block.
             weight = tl.where(inside, weight, 0.0)
             weighted_grad += weight[:, None] * grad
             A = weight * tl.sum(grad * feature, 1)
@@ -337,7 +343,7 @@ def finish_kernel(  # type: ignore[no-untyped-def]
     HAS_MASK: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """Grid (B L,): adds the parts of a token in their order and turns its moments into gradients."""
+    """Grid (B L,): add the parts of a token in their order and turn its moments into gradients."""
     token = tl.program_id(0).to(tl.int64)
     num_tokens = num_tokens.to(tl.int64)
     total_t, total_v, total_tt, total_tv, total_vv = 0.0, 0.0, 0.0, 0.0, 0.0
@@ -353,7 +359,7 @@ def finish_kernel(  # type: ignore[no-untyped-def]
     kept = sigma_x == sigma_x
     if HAS_MASK:
         kept = tl.load(mask_ptr + token) != 0
-    scale = 1.0 / tl.sqrt(1.0 - rho * rho)
+    scale = 1.0 / tl.sqrt((1.0 - rho) * (1.0 + rho))
     _store_gaussian_gradient(
         grad_gaussians_ptr + token * 5,
         sigma_x, sigma_y, rho, scale, kept, total_t, total_v, total_tt, total_tv, total_vv,
@@ -376,9 +382,9 @@ def triton_forward(
     support: float,
     make_lists: bool | None = None,
 ) -> torch.Tensor:
-    """The map `(B, C, h, w)` of float32 `(B, L, 5)` and `(B, L, C)`; one launch.
+    """Render float32 Gaussians `(B, L, 5)` and features `(B, L, C)` into a map `(B, C, h, w)`, in one launch.
 
-    `make_lists` forces the variant for many tokens (True) or few (False).
+    `make_lists` forces the variant for many tokens (True) or for few (False).
     """
     B, L, C = features.shape
     gaussians, features, mask = _kernel_inputs(gaussians, features, attention_mask, height, width)
@@ -388,7 +394,7 @@ def triton_forward(
     block_c = _channel_block(C)
     num_tiles = cdiv(height, TILE_HEIGHT) * cdiv(width, TILE_WIDTH)
     grid = (B * num_tiles, cdiv(C, block_c))
-    # Without lists it is not used, and must not vary, as every value is compiled for.
+    # Triton compiles a kernel for every value of it. Without lists it is unused, so it is constant.
     scan = min(SCAN, max(128, next_power_of_2(L))) if make_lists else CHUNK
     lists = features.new_empty(math.prod(grid) * scan if make_lists else 1, dtype=torch.int32)
     with on_device(features):
@@ -408,8 +414,9 @@ def triton_backward(
     support: float,
     num_strips: int | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Gradients of Gaussians `(B, L, 5)` and features `(B, L, C)` from `grad` `(B, C, h, w)`; one launch, or two where
-    boxes are split. `num_strips` forces into how many strips.
+    """Gradients of the Gaussians `(B, L, 5)` and of the features `(B, L, C)` from that of the map `(B, C, h, w)`.
+
+    One launch, or two if boxes are split into strips. `num_strips` forces their number.
     """
     B, L, C = features.shape
     height, width = grad.shape[-2:]
@@ -417,7 +424,7 @@ def triton_backward(
     grad = grad.contiguous()
     if num_strips is None:
         num_strips = min(MAX_STRIPS, cdiv(height, ROWS_PER_STRIP))
-        if num_strips > 1:  # few tokens on a large map: as many strips as it takes to fill a GPU
+        if num_strips > 1:  # few tokens on a large map need more strips to fill a GPU
             num_strips = max(num_strips, min(cdiv(height, 4 * BLOCK_HEIGHT), MIN_PROGRAMS // (B * L)))
     block_c = _channel_block(C)
     num_blocks = cdiv(C, block_c)
@@ -444,7 +451,7 @@ def triton_backward(
 def _kernel_inputs(
     gaussians: torch.Tensor, features: torch.Tensor, attention_mask: torch.Tensor | None, height: int, width: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Contiguous inputs, and the mask as bytes (any tensor when there is none: it is not read)."""
+    """Contiguous inputs, and the mask as bytes. Without a mask its pointer is never read, so any tensor will do."""
     C = features.shape[-1]
     if C * height * width >= 2**31:
         raise ValueError(f"a map of one image must have fewer than 2³¹ values, got {C} x {height} x {width}")
@@ -453,5 +460,5 @@ def _kernel_inputs(
 
 
 def _channel_block(num_channels: int) -> int:
-    """Channels of one program: a power of two, at least the 16 that a matrix product takes."""
+    """Channels of one program: a power of two, and at least 16, the smallest side of a matrix product."""
     return max(16, min(MAX_CHANNEL_BLOCK, next_power_of_2(num_channels)))

@@ -1,5 +1,5 @@
 # Copyright 2026 The gpstoken-hf authors. Licensed under the Apache License, Version 2.0.
-"""What the modules with GPU kernels share: Triton where there is one, and where kernels can run."""
+"""Triton where it is installed: decorators and launch helpers of the modules with GPU kernels."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ import torch
 try:
     import triton
     import triton.language as tl
-except ImportError:  # a platform without Triton: `is_available` says so, and no kernel is ever called
+except ImportError:  # `is_available` is then False, and no kernel is ever called
     triton = tl = None
 
-# Triton decides at the definition of a kernel whether it is compiled or interpreted.
+# Triton decides whether to compile or to interpret a kernel when the kernel is defined.
 _INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
@@ -28,9 +28,9 @@ def is_available(device: torch.device) -> bool:
 
 
 def jit(*sizes: str) -> Callable[[Callable[..., Any]], Any]:
-    """`triton.jit` where there is Triton, as a decorator that does not specialise on the arguments named `sizes`.
+    """Decorator: `triton.jit` without specialisation on the arguments named `sizes`; nothing without Triton.
 
-    So a new size compiles nothing, and 1 is a size like any other.
+    A new size then compiles nothing, and 1 is a size like any other.
     """
 
     def decorate(function: Callable[..., Any]) -> Any:
@@ -40,11 +40,11 @@ def jit(*sizes: str) -> Callable[[Callable[..., Any]], Any]:
 
 
 def on_device(tensor: torch.Tensor) -> contextlib.AbstractContextManager[Any]:
-    """Kernels are launched on the current device, which need not be that of the tensors."""
+    """Make the device of `tensor` the current one, on which Triton launches kernels."""
     return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
 
 
-# Triton's own functions of these names take 2 to 3 µs a call, a tenth of what a whole launch does.
+# Triton's functions of these names take 2 to 3 µs per call, a tenth of the time of a launch.
 
 
 def cdiv(a: int, b: int) -> int:
