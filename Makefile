@@ -3,10 +3,15 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+# One thread per worker: more would only take turns on the same cores.
+FAST_TESTS := -m "not slow and not gpu" --numprocesses 2 --dist loadfile
 
-.PHONY: install demo test test-slow test-oldest lint format clean
+.PHONY: help install demo test test-slow test-oldest test-newest docs lint format clean
 
-install: $(STAMP)
+help: ## List the targets
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  \1\t\2/p' Makefile | expand -t 16
+
+install: $(STAMP) ## Install the project and its development tools into .venv
 
 $(STAMP): pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -14,34 +19,40 @@ $(STAMP): pyproject.toml
 	$(BIN)/python -m pip install --quiet --editable ".[dev]"
 	touch $@
 
-# A photograph to tokens and back, then a sheet of generated digits; the pictures are in out/.
-demo: $(STAMP)
+demo: $(STAMP) ## Reconstruct a photograph and generate digits, into out/
 	$(BIN)/python -m pipelines.reconstruct --max-side 256 --output out/reconstruct
 	$(BIN)/python -m pipelines.generate --output out/generate
 
-# One thread per worker: more would only take turns on the same cores. Offline, transformers' own suites are skipped.
-test: $(STAMP)
+# Offline, transformers' own suites are skipped.
+test: $(STAMP) ## Run the tests, about five minutes on two cores
 	-$(BIN)/python -m tests.fetch_transformers_suite
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow and not gpu" --numprocesses 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(FAST_TESTS)
 
-test-slow: $(STAMP)
+test-slow: $(STAMP) ## Run the tests that take minutes each
 	$(BIN)/python -m pytest -m "slow and not gpu"
 
-# The same tests with the oldest versions that pyproject.toml admits; their own deprecations are not our errors.
-test-oldest:
+test-oldest: ## Run the tests with the oldest versions that pyproject.toml admits
 	$(PYTHON) -m venv $(VENV)-oldest
 	$(VENV)-oldest/bin/python -m pip install --quiet --upgrade pip
 	$(VENV)-oldest/bin/python -m pip install --quiet --editable ".[dev]" --constraint tests/oldest.txt
-	OMP_NUM_THREADS=1 $(VENV)-oldest/bin/python -m pytest -m "not slow and not gpu" -W default --numprocesses 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(VENV)-oldest/bin/python -m pytest -W default $(FAST_TESTS)
 
-lint: $(STAMP)
+test-newest: ## Say what the newest transformers has changed in its test suites; fails if anything
+	$(PYTHON) -m venv $(VENV)-newest
+	$(VENV)-newest/bin/python -m pip install --quiet --upgrade pip
+	$(VENV)-newest/bin/python -m pip install --quiet --upgrade --editable ".[dev]" transformers diffusers
+	$(VENV)-newest/bin/python -m tests.fetch_transformers_suite
+	GPSTOKEN_STRICT_TRANSFORMERS_SUITE=1 $(VENV)-newest/bin/python -m pytest $(FAST_TESTS) \
+		tests/test_common_*.py tests/test_transformers_suite.py
+
+lint: $(STAMP) ## Check style and types
 	$(BIN)/python -m ruff check .
 	$(BIN)/python -m ruff format --check .
 	$(BIN)/python -m mypy
 
-format: $(STAMP)
+format: $(STAMP) ## Correct the style where ruff can
 	$(BIN)/python -m ruff check --fix .
 	$(BIN)/python -m ruff format .
 
-clean:
-	rm -rf $(VENV) $(VENV)-oldest .cache build dist out src/*.egg-info
+clean: ## Remove environments and everything that is built
+	rm -rf $(VENV) $(VENV)-oldest $(VENV)-newest .cache build dist out site src/*.egg-info

@@ -7,7 +7,7 @@ from transformers_suite import load_suite
 
 from gpstoken_hf.configuration_gpstoken import PRESETS, GPSTokenConfig
 
-common = load_suite("configuration")
+common = load_suite("configuration", "ConfigTester")
 
 
 class GPSTokenConfigTest(unittest.TestCase):

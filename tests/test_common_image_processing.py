@@ -7,7 +7,7 @@ from transformers_suite import ListedSkips, load_suite
 
 from gpstoken_hf.image_processing_gpstoken import GPSTokenImageProcessor
 
-common = load_suite("image_processing")
+common = load_suite("image_processing", "ImageProcessingTestMixin")
 
 
 class GPSTokenImageProcessingTester(common.ImageProcessingTester):
