@@ -55,6 +55,7 @@ MODEL_FIELDS = (
     "complexity_exponent",
     "min_region_size",
     "sigma_scale",
+    "align_corners",
     "tile_decode",
     "latents_mean",
     "latents_std",
@@ -109,7 +110,7 @@ class AutoencoderGPSToken(ModelMixin, AutoencoderMixin, ConfigMixin):
         image_size, num_tokens, texture_channels, hidden_size, num_hidden_layers, num_attention_heads, mlp_ratio,
             roi_size, conditioner_channels, decoder_base_channels, decoder_channel_multipliers,
             decoder_layers_per_block, norm_num_groups, splat_support, complexity_exponent, min_region_size,
-            sigma_scale, tile_decode: those of [`GPSTokenConfig`].
+            sigma_scale, align_corners, tile_decode: those of [`GPSTokenConfig`].
         texture_target_mean, texture_target_std: `latents_mean` and `latents_std` of [`GPSTokenConfig`].
         latents_channel_mean, latents_channel_std (`list[float]`, *optional*): 5 + C numbers each, the statistics of
             `[logit(g), texture]` that latents are standardised with; see [`~AutoencoderGPSToken.measure_statistics`].
@@ -141,6 +142,7 @@ class AutoencoderGPSToken(ModelMixin, AutoencoderMixin, ConfigMixin):
         complexity_exponent: float = 2.5,
         min_region_size: int = 8,
         sigma_scale: float = 2 / 3,
+        align_corners: bool = True,
         tile_decode: str = "merged",
         texture_target_mean: Sequence[float] | None = None,
         texture_target_std: Sequence[float] | None = None,

@@ -87,6 +87,9 @@ class GPSTokenConfig(PreTrainedConfig):
         complexity_exponent (`float`): lambda, the exponent of the entropy in a region's complexity (Eq. 4).
         min_region_size (`int`): s_min in pixels: a region is not split when both inclusive extents are at most this.
         sigma_scale (`float`): initial sigma over a region's extent: 2/3 in the authors' code, 1/3 in the paper.
+        align_corners (`bool`): where pixels lie in normalised coordinates. `True`: the centres of the corner pixels
+            are at -1 and 1, as in the authors' code. `False`: the outer edges of these pixels are, so an image and its
+            enlargement have the same layout, and a model does not depend on the size that it was trained at.
         tile_decode (`str`): how tokens that were encoded in tiles are decoded, `"merged"` (one map, statistics
             interpolated between tiles) or `"stitched"` (every tile on its own).
         latents_mean, latents_std (`list[float]`, *optional*): per-channel statistics of `[g - g_init, texture]`, 5 + C
@@ -112,6 +115,7 @@ class GPSTokenConfig(PreTrainedConfig):
     complexity_exponent: float | int = 2.5
     min_region_size: int = 8
     sigma_scale: float | int = 2 / 3
+    align_corners: bool = True
     tile_decode: str = "merged"
     latents_mean: list[float] | tuple[float, ...] | None = None
     latents_std: list[float] | tuple[float, ...] | None = None

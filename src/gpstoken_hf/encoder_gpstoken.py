@@ -63,15 +63,20 @@ class GPSTokenRegionFeatures(nn.Module):
     def __init__(self, config: GPSTokenConfig):
         super().__init__()
         self.roi_size = config.roi_size
+        self.align_corners = config.align_corners
         self.projection = nn.Conv2d(config.conditioner_channels, config.hidden_size, 1)
 
     def forward(self, features: torch.Tensor, boxes: torch.Tensor) -> torch.Tensor:
         """Args: features `(B, c, H, W)`; boxes `(B, L, 4)` inclusive pixels."""
         batch_size, num_tokens = boxes.shape[:2]
         corners = boxes.to(torch.float32)
-        # A region one pixel wide has no extent between its inclusive indices, and RoIAlign would return zeros.
-        thin = (corners[..., 2:] == corners[..., :2]) * 0.25
-        corners = torch.cat([corners[..., :2] - thin, corners[..., 2:] + thin], dim=-1)
+        if self.align_corners:
+            # The authors take the inclusive indices as they are. A region one pixel wide then has no extent, for which
+            # RoIAlign would return zeros.
+            thin = (corners[..., 2:] == corners[..., :2]) * 0.25
+            corners = torch.cat([corners[..., :2] - thin, corners[..., 2:] + thin], dim=-1)
+        else:
+            corners = torch.cat([corners[..., :2], corners[..., 2:] + 1], dim=-1)
         image_index = torch.arange(batch_size, device=boxes.device, dtype=torch.float32)
         image_index = image_index.repeat_interleave(num_tokens).unsqueeze(1)
         rois = torch.cat([image_index, corners.flatten(0, 1)], dim=1)  # (B L, 5)

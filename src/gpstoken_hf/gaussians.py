@@ -173,6 +173,24 @@ def gaussians_to_boxes(
     return torch.stack([x0, y0, x1, y1], dim=-1).to(torch.int64).to(gaussians.device)
 
 
+def to_aligned_corners(gaussians: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+    """Express Gaussians of a frame without aligned corners in the frame with them, for a map of `size` pixels.
+
+    Pixel i of n lies at c in one frame and at `c n / (n - 1)` in the other, so sigma and mu scale by `n / (n - 1)`
+    along each axis. An axis of one pixel has that pixel at 0 in both.
+
+    Args:
+        gaussians (`torch.Tensor` of shape `(..., 5)`): in the frame with `align_corners=False`.
+        size (`tuple[int, int]`): `(h, w)` of the map in pixels.
+
+    Returns:
+        `torch.Tensor` of shape `(..., 5)`: sigma may exceed 1.
+    """
+    ratio_y, ratio_x = (n / (n - 1) if n > 1 else 1.0 for n in size)
+    sigma_x, sigma_y, rho, mu_x, mu_y = gaussians.unbind(-1)
+    return torch.stack([sigma_x * ratio_x, sigma_y * ratio_y, rho, mu_x * ratio_x, mu_y * ratio_y], dim=-1)
+
+
 def check_gaussians(gaussians: torch.Tensor, name: str = "gaussians") -> None:
     """Raise a ValueError unless every Gaussian is legal. Reads the values, so it synchronises.
 

@@ -299,6 +299,7 @@ class GPSTokenModel(GPSTokenPreTrainedModel):
             min_region_size=self.config.min_region_size,
             sigma_scale=self.config.sigma_scale,
             importance=importance,
+            align_corners=self.config.align_corners,
             # A traced `encode` could not check the values.
             validate=self.validate_inputs and torch.compiler.is_compiling(),
         )
@@ -364,7 +365,9 @@ class GPSTokenModel(GPSTokenPreTrainedModel):
             layout = layout.expand(batch_size)
         if self._is_validating():
             layout.check((height, width))
-        return layout.with_boxes((height, width), self.config.sigma_scale).to(pixel_values.device)
+        return layout.with_boxes((height, width), self.config.sigma_scale, self.config.align_corners).to(
+            pixel_values.device
+        )
 
     # -- tokens -> map -> image
 
@@ -447,7 +450,7 @@ class GPSTokenModel(GPSTokenPreTrainedModel):
             if self.config.tile_decode == "stitched" and len(tile_boxes) > 1:
                 return self._decode_stitched(tokens, image_size, attention_mask, tile_boxes)
         gaussians, texture = split_tokens(tokens)
-        gaussians = gaussians_to_padded_frame(gaussians, image_size, scale)
+        gaussians = gaussians_to_padded_frame(gaussians, image_size, scale, self.config.align_corners)
         maps = self._splat(gaussians, texture, map_size_of(image_size, scale), attention_mask)
         window = self.tiling_size // scale
         if tiles is None and self.use_tiling and max(maps.shape[-2:]) > window:
@@ -488,7 +491,12 @@ class GPSTokenModel(GPSTokenPreTrainedModel):
         attention_mask: torch.Tensor | None,
     ) -> torch.Tensor:
         return splat_gaussians(
-            gaussians.float(), texture.float(), size, self.config.splat_support, attention_mask=attention_mask
+            gaussians.float(),
+            texture.float(),
+            size,
+            self.config.splat_support,
+            attention_mask=attention_mask,
+            align_corners=self.config.align_corners,
         )
 
     @capture_outputs(tie_last_hidden_states=False)

@@ -422,6 +422,7 @@ class GPSTokenPipeline(HubDownloadMixin, DiffusionPipeline):
             (vae.image_size, vae.image_size),
             vae.min_region_size,
             vae.sigma_scale,
+            vae.align_corners,
         )
 
     def _layout_of_images(self, images: Any, batch_size: int, device: torch.device) -> GaussianLayout:
@@ -446,6 +447,7 @@ class GPSTokenPipeline(HubDownloadMixin, DiffusionPipeline):
             complexity_exponent=config.complexity_exponent,
             min_region_size=config.min_region_size,
             sigma_scale=config.sigma_scale,
+            align_corners=config.align_corners,
         )
         return layout.expand(batch_size)
 

@@ -29,7 +29,7 @@ import numpy as np
 import torch
 from torch.autograd import forward_ad
 
-from .gaussians import NUM_GAUSSIAN_PARAMS, pixel_coordinates
+from .gaussians import NUM_GAUSSIAN_PARAMS, pixel_coordinates, to_aligned_corners
 from .numba_support import is_available as numba_is_available
 from .splatting_cpu import cpu_backward, cpu_forward
 from .splatting_torch import EXP2_SCALE, FAR, tiled_backward, tiled_forward
@@ -54,6 +54,7 @@ def splat_gaussians(
     support: float = 3.0,
     backend: str = "auto",
     attention_mask: torch.Tensor | None = None,
+    align_corners: bool = True,
 ) -> torch.Tensor:
     """Render tokens into a feature map (paper Eq. 1-3), differentiable in Gaussians and features.
 
@@ -71,6 +72,9 @@ def splat_gaussians(
             and PyTorch operations where these are not available. `"cpu"`, `"triton"` and `"reference"` force one.
         attention_mask (`torch.Tensor`, *optional*): Shape `(B, L)`, bool or integer, 0 for padded tokens. They add
             nothing and get zero gradients, whatever values they hold.
+        align_corners (`bool`, *optional*, defaults to `True`): The centres of the corner pixels are at -1 and 1, as in
+            the authors' code. With `False` the outer edges of these pixels are, and a map of twice the size is the
+            same picture with twice the pixels.
 
     Returns:
         `torch.Tensor`: The map, shape `(B, C, h, w)`, in the promoted dtype of the inputs, or float32 under autocast.
@@ -101,8 +105,10 @@ def splat_gaussians(
     out_dtype = torch.promote_types(gaussians.dtype, features.dtype)
     compute_dtype = torch.float64 if out_dtype == torch.float64 else torch.float32
     path = _resolve_backend(backend, gaussians.device, compute_dtype)
+    if not align_corners:
+        gaussians = to_aligned_corners(gaussians.to(compute_dtype), (height, width))
     if path == "reference":
-        return splat_reference(gaussians, features, size, support, attention_mask)
+        return splat_reference(gaussians, features, size, support, attention_mask).to(out_dtype)
     if any(forward_ad.unpack_dual(tensor).tangent is not None for tensor in (gaussians, features)):
         # The op would drop the tangents silently.
         raise NotImplementedError('forward-mode AD of splat_gaussians is not implemented; use backend="reference"')
