@@ -269,6 +269,7 @@ class PartitionSettings:
     complexity_exponent: float
     min_region_size: int
     sigma_scale: float
+    align_corners: bool = True
 
 
 @dataclass(frozen=True)
@@ -361,6 +362,7 @@ def partitioned_batch(
         complexity_exponent=settings.complexity_exponent,
         min_region_size=settings.min_region_size,
         sigma_scale=settings.sigma_scale,
+        align_corners=settings.align_corners,
     )
     return {
         "pixel_values": images,

@@ -146,7 +146,9 @@ class TokenizerTask(TrainingTask):
         self.options, self.config, self.accelerator = options, config, accelerator
         settings = Sizes.of(options, config)
         self.sizes = settings
-        self.partition = PartitionSettings(config.complexity_exponent, config.min_region_size, config.sigma_scale)
+        self.partition = PartitionSettings(
+            config.complexity_exponent, config.min_region_size, config.sigma_scale, config.align_corners
+        )
         self._check_token_counts()
         self.train_data, validation_data = self._datasets()
         self.validation_images = load_validation_images(
