@@ -45,14 +45,14 @@ def ridge_tokens(rho, seed=0, num_tokens=16):
     return torch.from_numpy(gaussians).float().unsqueeze(0), torch.from_numpy(features).float().unsqueeze(0)
 
 
-# Float32 values below 1. At the second, 1 - rho * rho in float32 is furthest from the truth: by 9e-5 of it.
+# Float32 values below 1. The second has the largest relative error of 1 - rho * rho in float32, 9e-5.
 RHOS_NEAR_ONE = (0.99, 1 - 2896 * 2**-24, 0.9999, 0.99999, 0.999999, 1 - 2**-24)
 
 
 def relative_errors(actual, expected):
-    """Largest error of the map, of the gradient by each of the five numbers of a Gaussian, and by the features.
+    """Largest errors of the map, of the gradients of the five fields of a Gaussian, and of that of the features.
 
-    Each over the largest value of `expected`; both as `value_and_gradients` returns them.
+    Each is relative to the largest value of `expected`. Both arguments are results of `value_and_gradients`.
     """
 
     def split(maps, grad_gaussians, grad_features):

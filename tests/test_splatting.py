@@ -38,7 +38,7 @@ PATHS = ("cpu", "tiled")
 
 
 def splat_by(path, size, support=3.0, mask=None):
-    """The op on one of its paths, which `backend` does not all name."""
+    """The op on one of its paths; the option `backend` does not name "tiled"."""
     return lambda gaussians, features: torch.ops.gpstoken.splat(gaussians, features, mask, *size, support, path)
 
 
@@ -133,7 +133,7 @@ def test_large_map():
 def test_float32_digits_survive_extreme_gaussians(path):
     gaussians, features = random_tokens(3, 2, 64, 4, extreme=True)
     weights = torch.randn(2, 4, 32, 32, generator=torch.Generator().manual_seed(0))
-    # Supports of 6 and more: where a pixel changes sides between float32 and float64 its weight is below 2e-8.
+    # Float32 and float64 may disagree on whether a pixel is in a box. At support 6 its weight is then below 2e-8.
     expected = value_and_gradients(reference((32, 32), 6.0), gaussians.double(), features.double(), weights.double())
     actual = value_and_gradients(splat_by(path, (32, 32), 6.0), gaussians, features, weights)
     expected = [tensor.float() for tensor in expected]
@@ -144,7 +144,7 @@ def test_float32_digits_survive_extreme_gaussians(path):
 
 @pytest.mark.parametrize("num_pixels", [1, 2, 9, 64, 1000, 16384])
 def test_tiles_of_a_box_hold_all_its_pixels(num_pixels):
-    """Boxes that end on pixel centres or one float32 away, near and far, in the float32 that every device has."""
+    """Boxes near and far that end on a pixel centre or one float32 away from it."""
     rng = np.random.default_rng(num_pixels)
     x = pixel_coordinates(num_pixels, dtype=torch.float32)
     edge = x[torch.from_numpy(rng.integers(0, num_pixels, 3000))]
@@ -153,7 +153,7 @@ def test_tiles_of_a_box_hold_all_its_pixels(num_pixels):
     nudge = torch.from_numpy(rng.choice([-np.inf, np.inf, 0], 3000)).float()
     extent = torch.where(nudge == 0, extent, torch.nextafter(extent, nudge))
     first, count = splatting_torch._tile_range(mu, extent, num_pixels)
-    inside = (x - mu.unsqueeze(1)).abs() <= extent.unsqueeze(1)  # the comparison that decides
+    inside = (x - mu.unsqueeze(1)).abs() <= extent.unsqueeze(1)  # as _tile_weights compares
     some = inside.any(1)
     assert some.float().mean() > 0.3
     first_pixel = inside.int().argmax(1)
@@ -192,8 +192,8 @@ def test_float32_digits_survive_as_rho_comes_near_one(path, rho):
         weights = torch.randn(1, 3, 33, 33, generator=torch.Generator().manual_seed(seed))
         exact = value_and_gradients(reference((33, 33), 6.0), gaussians.double(), features.double(), weights.double())
         errors = relative_errors(value_and_gradients(splat, gaussians, features, weights), exact)
-        # t is up to 1 / sqrt(1 - rho²) as large as u and takes on its rounding. Worst seen 5.8e-7; with 1 - rho * rho
-        # instead of (1 - rho) (1 + rho), 3.0e-6 at the second rho.
+        # t is up to 1 / sqrt(1 - rho²) times as large as u and inherits its rounding. Worst seen 5.8e-7; 3.0e-6 at the
+        # second rho if 1 - rho * rho replaces (1 - rho) (1 + rho).
         assert max(errors) <= 8e-7 / math.sqrt((1 - rho) * (1 + rho))
 
 
@@ -208,7 +208,7 @@ def test_gradcheck(path, masked):
 
 @pytest.mark.parametrize("path", PATHS)
 def test_every_token_gets_its_gradient(path):
-    # One pixel under many tokens: none is dropped for its rank, its weight or its share.
+    # One pixel under many tokens: none is dropped for its position, its weight or its share.
     gaussians = torch.tensor([0.3, 0.3, 0.0, 0.0, 0.0]).repeat(1, 600, 1)
     gaussians[..., 3] = torch.linspace(-0.85, 0.85, 600)
     features = torch.ones(1, 600, 1)
@@ -327,7 +327,7 @@ def test_deterministic_on_any_number_of_threads(path):
     for num_threads in (1, 3, 3):
         torch.set_num_threads(num_threads)
         results.append(value_and_gradients(splat_by(path, (96, 96)), gaussians, features, weights))
-    if path == "tiled":  # PyTorch's matrix products depend on the number of threads; on the same number they do not
+    if path == "tiled":  # PyTorch's matrix products depend on the number of threads
         results = results[1:]
     for other in results[1:]:
         assert all(torch.equal(first, second) for first, second in zip(results[0], other, strict=True))
@@ -380,7 +380,7 @@ def test_strided_inputs_and_gradients():
 # ---- As an op -------------------------------------------------------------------------------------------------------
 
 
-# opcheck reads the gradients of inputs that it has made non-leaves itself.
+# opcheck reads the gradients of inputs that it has made non-leaves.
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
 @pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("masked", [False, True])
@@ -437,7 +437,7 @@ def test_second_derivatives_raise():
         grad.sum().backward()
 
 
-# PyTorch prepares forward-mode AD with a function that it has deprecated itself.
+# PyTorch prepares forward-mode AD with a function that it has deprecated.
 @pytest.mark.filterwarnings("ignore:`torch.jit:FutureWarning", "ignore:`torch.jit:DeprecationWarning")
 @pytest.mark.parametrize("needs_gradient", [False, True])
 def test_forward_mode_raises(needs_gradient):
@@ -449,7 +449,7 @@ def test_forward_mode_raises(needs_gradient):
             splat_gaussians(dual, features, (6, 6))
         tangent = forward_ad.unpack_dual(splat_gaussians(dual, features, (6, 6), backend="reference")).tangent
         assert tangent.abs().max() > 0
-        assert torch.isfinite(splat_gaussians(gaussians, features, (6, 6))).all()  # no tangent: as ever
+        assert torch.isfinite(splat_gaussians(gaussians, features, (6, 6))).all()  # no tangent
 
 
 def test_function_transforms_need_the_reference():
@@ -482,7 +482,7 @@ def run_program(program, folder, **environment):
 
 
 def test_copies_of_the_module_share_the_op_and_compile_nothing_at_import(tmp_path):
-    # Remote code of two model repositories brings two copies of the package's modules into one process.
+    # The remote code of two model repositories loads two copies of the package's modules into one process.
     for copy in ("first_copy", "second_copy"):
         copy_of_the_modules(tmp_path / copy)
     program = (

@@ -1,5 +1,5 @@
 # Copyright 2026 The gpstoken-hf authors. Licensed under the Apache License, Version 2.0.
-"""The Triton kernels: on a GPU where there is one, else through Triton's interpreter in a process of its own.
+"""The Triton kernels: on a GPU if there is one, else through Triton's interpreter in a separate process.
 
 Triton decides at import whether kernels are interpreted. They are also compiled ahead of time, which needs no GPU.
 """
@@ -117,7 +117,7 @@ def test_extreme_gaussians(seed):
         lambda g, f: splat_gaussians(g, f, (19, 21), support, backend="triton"), gaussians, features, weights
     )
     assert (expected[0] != 0).float().mean() > 0.1
-    # At |rho| = 1 - 1e-5 the rounding of u grows 224 times in t.
+    # At |rho| = 1 - 1e-5, t magnifies the rounding of u 224 times.
     assert_same(actual, expected, [1e-4, 5e-4, 1e-4])
 
 
@@ -170,7 +170,7 @@ def test_tokens_outside_the_frame_and_nothing_at_all():
 
 @runs_kernels
 def test_more_tokens_and_rows_than_one_program_takes():
-    """As the op itself chooses: lists of tokens, and boxes in strips, most of them empty."""
+    """With the op's own choice of variants: lists of tokens, and boxes in strips, most of them empty."""
     L, size = splatting_triton.LIST_MIN_TOKENS + 3, (splatting_triton.ROWS_PER_STRIP + 6, 11)
     gaussians, features = (tensor.to(DEVICE) for tensor in random_tokens(0, 1, L, 3))
     mask = random_mask(0, 1, L).to(DEVICE)
@@ -220,7 +220,7 @@ def test_no_pixel_changes_sides(size):
     ids=["some", "every one"],
 )
 def test_coordinates_without_float64(sizes):
-    """The formula of the kernels has the bits of the float64 one."""
+    """The float32 formula of the kernels has the same bits as the float64 one."""
     for size in sizes:
         span = np.float32(size - 1)
         ours = (2 * np.arange(size) - (size - 1)).astype(np.float32) / span
@@ -240,7 +240,7 @@ def test_on_a_gpu_auto_is_triton_and_float64_is_tiled():
 @pytest.mark.gpu
 @pytest.mark.skipif(DEVICE.type != "cuda", reason="needs a CUDA device")
 def test_on_a_gpu_every_token_on_every_tile():
-    """Lists are written over while other warps of a program may still read them, unless they are kept apart."""
+    """Without barriers, a warp would overwrite a list that other warps still read."""
     gaussians, features = (tensor.to(DEVICE) for tensor in random_tokens(0, 2, 2000, 20))
     gaussians[..., :2] = 0.9
     weights = torch.randn(2, 20, 96, 96, generator=torch.Generator().manual_seed(0)).to(DEVICE)
@@ -291,12 +291,12 @@ BACKWARD = {
 }
 
 
-# A few registers of the kernels for 64 channels at a time.
+# The kernels for 64 channels at a time spill a few registers.
 MAX_SPILLED_BYTES = 64
 
 
 def kernel_variants():
-    """All that calls can need, `(kernel, constants, warps)`; on other machines than sm_90 as slow tests."""
+    """Every variant that a call can need, as `(kernel, constants, warps)`."""
     for has_mask, block_c in itertools.product((False, True), (16, 32, 64)):
         common = {"HAS_MASK": has_mask, "BLOCK_C": block_c}
         yield "forward_kernel", FORWARD | common | {"MAKE_LISTS": False, "SCAN_L": splatting_triton.CHUNK}, 4
@@ -320,7 +320,7 @@ def test_compiled_ahead_of_time(kernel, constants, num_warps, capability, tmp_pa
     ptx = compiled.asm["ptx"]
     assert "atom." not in ptx
     assert "red.global" not in ptx
-    # Lists are read back by the program that wrote them; products have all digits of float32; no float64.
+    # No cached reads of the lists, which the kernel itself writes; full float32 products; no float64.
     assert "ld.global.nc" not in ptx
     assert "mma." not in ptx
     assert ".f64" not in ptx
