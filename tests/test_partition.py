@@ -14,7 +14,7 @@ from partition_reference import partition_reference, region_complexity
 from safetensors.numpy import load_file
 
 from gpstoken_hf import partition_images
-from gpstoken_hf.complexity_cpu import _ENTROPY_TABLE, _complexity
+from gpstoken_hf.complexity_cpu import _ENTROPY_TABLE, Scratch, _complexity
 from gpstoken_hf.gaussians import boxes_to_gaussians
 from gpstoken_hf.layout import PADDING_BOX, PADDING_GAUSSIAN
 from gpstoken_hf.regions import max_regions, morton_order
@@ -78,15 +78,13 @@ def test_golden_regions_and_gaussians(file, name):
 
 def complexity(grey, exponent=2.5):
     height, width = grey.shape
-    extents = max(height, width) + 1
     return _complexity(
         grey,
         np.array([0, 0, width - 1, height - 1]),
         exponent,
         np.zeros((0, 0), dtype=np.float32),
         _ENTROPY_TABLE,
-        np.empty((extents, 2, 64), dtype=np.uint32),
-        np.full((extents, 64), -1, dtype=np.float32),
+        Scratch.for_image(height, width, 1),
     )
 
 

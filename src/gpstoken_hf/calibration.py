@@ -112,6 +112,8 @@ def calibrate_layout(
 
 def _nearest_centre(mu: np.ndarray, num_pixels: int, centres: np.ndarray, align_corners: bool) -> np.ndarray:
     """The nearest of `centres` (half pixels) to every normalised coordinate; the lower one at equal distance."""
+    if num_pixels == 1:
+        return np.zeros(mu.shape, dtype=np.int64)
     half_pixels = (mu + 1) * (num_pixels - 1) if align_corners else (mu + 1) * num_pixels - 1
     return centres[np.searchsorted((centres[1:] + centres[:-1]) / 2, half_pixels)]
 
@@ -133,7 +135,7 @@ def _regions_of_means(means, regions, height, width, min_region_size):
         for i in range(num_tokens):
             order[i] = i
         start[0], held[0], score[0], age[0] = 0, num_tokens, 0.0, 0
-        heap[0], heap_size, found = 0, 1, 1
+        heap[0], heap_size, found = 0, np.int64(1), np.int64(1)
         while found < num_tokens:
             row = heap_pop(heap, heap_size, score, age)
             heap_size -= 1

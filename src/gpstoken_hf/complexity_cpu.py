@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -23,6 +24,42 @@ PADDED = RESIZED + 2
 # No magnitude falls into this bin: with grey in [0, 1] the largest is sqrt(20), bin 208.
 UNDECIDED = USED_BINS - 1
 _ENTROPY_TABLE = entropy_table()
+
+
+class Scratch(NamedTuple):
+    """Working memory for one image. Allocating it here instead of inside the loops saves a second of compilation."""
+
+    positions: np.ndarray  # (extents, 2, 64), where resized pixels lie, by extent
+    fractions: np.ndarray  # (extents, 64), the same, negative until an extent is first met
+    score: np.ndarray  # (L,), age and heap too: of the regions so far
+    age: np.ndarray
+    heap: np.ndarray
+    children: np.ndarray  # (4, 4), boxes of the halves along x, then along y
+    child_score: np.ndarray  # (4,)
+    resized: np.ndarray  # (66, 66), a region resized to 64 x 64 and its border
+    rows: np.ndarray  # (2, 64), two rows of a region, resized along x
+    bins: np.ndarray  # (64 * 66,), bins of the magnitudes
+    histogram: np.ndarray  # (4, 256)
+    partial: np.ndarray  # (8,), accumulators of the entropy
+
+    @classmethod
+    def for_image(cls, height: int, width: int, num_tokens: int) -> Scratch:
+        """Uninitialised, but for the marks of extents that were not met yet."""
+        extents = max(height, width) + 1
+        return cls(
+            positions=np.empty((extents, 2, RESIZED), np.uint32),
+            fractions=np.full((extents, RESIZED), -1, np.float32),
+            score=np.empty(num_tokens, np.float64),
+            age=np.empty(num_tokens, np.int64),
+            heap=np.empty(num_tokens, np.int64),
+            children=np.empty((4, 4), np.int64),
+            child_score=np.empty(4, np.float64),
+            resized=np.empty((PADDED, PADDED), np.float32),
+            rows=np.empty((2, RESIZED), np.float32),
+            bins=np.empty(RESIZED * PADDED, np.uint8),
+            histogram=np.empty((4, USED_BINS), np.int32),
+            partial=np.empty(8, np.float64),
+        )
 
 
 def partition_compiled(
@@ -60,6 +97,7 @@ def partition_compiled(
             min_region_size,
             no_weights if weights is None else weights[index],
             _ENTROPY_TABLE,
+            Scratch.for_image(*pixels.shape[1:], counts[index]),
         )
 
     num_threads = min(torch.get_num_threads(), len(counts))
@@ -74,25 +112,18 @@ def partition_compiled(
 
 
 @compiled
-def _partition_image(grey, boxes, complexity_exponent, min_region_size, importance, entropy_table):
+def _partition_image(grey, boxes, complexity_exponent, min_region_size, importance, entropy_table, scratch):
     """Alg. 1 on one image, `grey` (H, W) float32 in [0, 1]; fills `boxes` (L, 4). L regions must be reachable."""
     height, width = grey.shape
-    # Resize positions by extent, filled in when an extent is first met.
-    positions = np.empty((max(height, width) + 1, 2, RESIZED), dtype=np.uint32)
-    fractions = np.empty((max(height, width) + 1, RESIZED), dtype=np.float32)
-    fractions[:, 0] = -1
     num_tokens = boxes.shape[0]
     # The heap holds the splittable regions. Age (order of insertion) settles ties, as a stable sort of the whole list
     # would. A region that is split leaves its row of `boxes` to its first child.
-    score = np.empty(num_tokens, dtype=np.float64)
-    age = np.empty(num_tokens, dtype=np.int64)
-    heap = np.empty(num_tokens, dtype=np.int64)
+    score, age, heap = scratch.score, scratch.age, scratch.heap
+    children, child_score = scratch.children, scratch.child_score
     boxes[0, 0], boxes[0, 1], boxes[0, 2], boxes[0, 3] = 0, 0, width - 1, height - 1
     score[0], age[0], heap[0] = 0.0, 0, 0
-    heap_size, found, next_age = 1, 1, 1
-
-    children = np.empty((4, 4), dtype=np.int64)
-    child_score = np.empty(4, dtype=np.float64)
+    # Not literals, for which heap_pop would be compiled a second time.
+    heap_size, found, next_age = np.int64(1), np.int64(1), np.int64(1)
     while found < num_tokens:
         row = heap_pop(heap, heap_size, score, age)
         heap_size -= 1
@@ -110,7 +141,7 @@ def _partition_image(grey, boxes, complexity_exponent, min_region_size, importan
                 children[i, 0], children[i, 1], children[i, 2], children[i, 3], min_region_size
             ):
                 child_score[i] = _complexity(
-                    grey, children[i], complexity_exponent, importance, entropy_table, positions, fractions
+                    grey, children[i], complexity_exponent, importance, entropy_table, scratch
                 )
         if w == h:
             chosen = 0 if min(child_score[0], child_score[1]) < min(child_score[2], child_score[3]) else 2
@@ -130,19 +161,24 @@ def _partition_image(grey, boxes, complexity_exponent, min_region_size, importan
 
 
 @compiled
-def _complexity(grey, box, complexity_exponent, importance, entropy_table, positions, fractions):
+def _complexity(grey, box, complexity_exponent, importance, entropy_table, scratch):
     """Eq. 4 of one region, plus the importance summed over it."""
     x0, y0, x1, y1 = box[0], box[1], box[2], box[3]
     h, w = y1 - y0 + 1, x1 - x0 + 1
-    resized = np.empty((PADDED, PADDED), dtype=np.float32)
+    positions, fractions, resized = scratch.positions, scratch.fractions, scratch.resized
     if h == 1 or w == 1:
         _resize_line(grey, x0, y0, w, h, resized)
     else:
         _source_positions(w, positions[w], fractions[w])
         _source_positions(h, positions[h], fractions[h])
-        _resize(grey, x0, y0, w, h, positions[w], fractions[w], positions[h], fractions[h], resized)
+        _resize(grey, x0, y0, w, h, positions[w], fractions[w], positions[h], fractions[h], scratch.rows, resized)
     _replicate_border(resized)
-    m = _gradient_entropy(resized, entropy_table) ** complexity_exponent * h * w
+    m = (
+        _gradient_entropy(resized, entropy_table, scratch.bins, scratch.histogram, scratch.partial)
+        ** complexity_exponent
+        * h
+        * w
+    )
     if importance.size > 0:
         m += _box_sum(importance, x0, y0, x1, y1)
     return m
@@ -168,13 +204,12 @@ def _source_positions(n, positions, fractions):
 
 
 @compiled
-def _resize(grey, x0, y0, w, h, positions_x, fractions_x, positions_y, fractions_y, resized):
+def _resize(grey, x0, y0, w, h, positions_x, fractions_x, positions_y, fractions_y, rows, resized):
     """Bilinear resize of a region of at least 2 x 2 pixels to 64 x 64, into the middle of `resized` (66, 66).
 
     OpenCV 5 interpolates along x, then along y, each time as `a + (b - a) f` with one fused multiply-add in float32:
     the product of two float32 is exact in float64, so adding there and rounding once is the same.
     """
-    rows = np.empty((2, RESIZED), dtype=np.float32)
     held_first, held_second = -1, -1
     upper, lower = 0, 1
     for j in range(RESIZED):
@@ -236,12 +271,12 @@ def _replicate_border(resized):
 
 
 @compiled
-def _gradient_entropy(resized, entropy_table):
+def _gradient_entropy(resized, entropy_table, bins, histogram, partial):
     """Entropy (bits) of the histogram of Sobel magnitudes of a 64 x 64 image with its border, (66, 66) float32."""
-    bins = np.empty(RESIZED * PADDED, dtype=np.uint8)
     _magnitude_bins(resized.reshape(-1), bins)
     # Four histograms in turn: equal bins in a row would otherwise wait for each other's increment.
-    histogram = np.zeros((4, USED_BINS), dtype=np.int32)
+    for k in range(USED_BINS):
+        histogram[0, k] = histogram[1, k] = histogram[2, k] = histogram[3, k] = 0
     for j in range(RESIZED):
         row = bins[j * PADDED : j * PADDED + RESIZED]
         for i in range(0, RESIZED, 4):
@@ -257,7 +292,8 @@ def _gradient_entropy(resized, entropy_table):
     total = 0.0
     seen = 0
     for block in range(0, USED_BINS, 128):
-        partial = np.zeros(8)
+        for lane in range(8):
+            partial[lane] = 0.0
         for i in range(block, block + 128, 8):
             if seen == RESIZED * RESIZED:
                 break
