@@ -108,7 +108,8 @@ def splat_gaussians(
     if not align_corners:
         gaussians = to_aligned_corners(gaussians.to(compute_dtype), (height, width))
     if path == "reference":
-        return splat_reference(gaussians, features, size, support, attention_mask).to(out_dtype)
+        maps = splat_reference(gaussians, features, size, support, attention_mask)
+        return maps if _autocast_enabled(gaussians.device.type) else maps.to(out_dtype)
     if any(forward_ad.unpack_dual(tensor).tangent is not None for tensor in (gaussians, features)):
         # The op would drop the tangents silently.
         raise NotImplementedError('forward-mode AD of splat_gaussians is not implemented; use backend="reference"')
