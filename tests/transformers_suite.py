@@ -83,12 +83,12 @@ REQUIRED = os.environ.get("GPSTOKEN_REQUIRE_TRANSFORMERS_SUITE") == "1"
 STRICT = os.environ.get("GPSTOKEN_STRICT_TRANSFORMERS_SUITE") == "1"
 
 
-def load_suite(name: str, base: str) -> ModuleType:
-    """The suite `test_<name>_common` of the installed transformers, which must have the class `base`.
+def load_suite(name: str, *classes: str) -> ModuleType:
+    """The suite `test_<name>_common` of the installed transformers, with the `classes` that our tests build on.
 
     The calling test module is skipped if the suites have not been fetched, which is an error with
     GPSTOKEN_REQUIRE_TRANSFORMERS_SUITE=1. It is also skipped if this version's suite needs more than the stand-ins
-    offer, which is a failure in strict mode.
+    offer or lacks a class, which is a failure in strict mode.
     """
     if not suite_is_complete():
         reason = f"not fetched: {suite_folder().name}; run `python -m tests.fetch_transformers_suite`"
@@ -101,8 +101,8 @@ def load_suite(name: str, base: str) -> ModuleType:
         suite = importlib.import_module(f"{_PACKAGE}.test_{name}_common")
     except ImportError as error:
         report_change(f"test_{name}_common.py cannot be imported: {error}")
-    if not hasattr(suite, base):
-        report_change(f"test_{name}_common.py has no {base}")
+    for missing in (class_name for class_name in classes if not hasattr(suite, class_name)):
+        report_change(f"test_{name}_common.py has no {missing}")
     return suite
 
 
