@@ -240,7 +240,7 @@ def test_unreadable_files(tmp_path, processor, picture):
         open_image(tmp_path)
     with pytest.raises(ValueError, match="cannot read data:image"):
         open_image("data:image/png;base64,???")
-    with PIL.Image.open(tmp_path / "cut.jpg") as lazy, pytest.raises(ValueError, match="cannot decode it: ."):
+    with PIL.Image.open(tmp_path / "cut.jpg") as lazy, pytest.raises(ValueError, match=r"cannot decode it: ."):
         processor(lazy)  # Pillow finds out when the pixels are needed
 
 

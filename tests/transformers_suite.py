@@ -10,10 +10,11 @@ The suites import a few helpers that the source distribution leaves out. What st
 | `utils.test_configuration_utils` | the fields of `PreTrainedConfig`, values of ours | nothing |
 | `fetch_hub_objects_for_ci` | addresses as they are | nothing; no test here loads from one |
 
-`NOT_APPLICABLE` lists the tests that do not apply to GPSToken, with the reasons. It describes the transformers versions
-that it was written for. When another version adds a test that skips itself, or drops a listed one, pytest's summary says
-so. With GPSTOKEN_STRICT_TRANSFORMERS_SUITE=1 that is a failure: `make test-newest` tells what to update. Tests that a
-decorator skips (no accelerator, no Flash Attention, slow) need no entry: they run where these are available.
+`NOT_APPLICABLE` lists the tests that do not apply to GPSToken, with the reasons. It describes the versions of
+transformers that it was written for. When another version adds a test that skips itself, or drops a listed one,
+pytest's summary says so. With GPSTOKEN_STRICT_TRANSFORMERS_SUITE=1 that is a failure: `make test-newest` tells what to
+update. Tests that a decorator skips (no accelerator, no Flash Attention, slow) need no entry: they run where these are
+available.
 """
 
 from __future__ import annotations
