@@ -31,6 +31,7 @@ test: $(STAMP) ## Run the tests, about five minutes on two cores
 test-slow: $(STAMP) ## Run the tests that take minutes each
 	$(BIN)/python -m pytest -m "slow and not gpu"
 
+# What old versions warn about is no error.
 test-oldest: ## Run the tests with the oldest versions that pyproject.toml admits
 	$(PYTHON) -m venv $(VENV)-oldest
 	$(VENV)-oldest/bin/python -m pip install --quiet --upgrade pip

@@ -5,6 +5,8 @@ import re
 import subprocess
 from pathlib import Path
 
+import pytest
+
 
 def compile_kernel(module, name, constants, pointers, num_warps, folder, monkeypatch, capability=90):
     """Kernel `name` of `module` for CUDA devices of `capability`, its sizes int32 and its pointers' types given.
@@ -12,8 +14,12 @@ def compile_kernel(module, name, constants, pointers, num_warps, folder, monkeyp
     `support` is the one scalar that is not a size. Fails if it needs more shared memory than every GPU has.
     """
     import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
+
+    try:
+        from triton.backends.compiler import GPUTarget
+        from triton.compiler import ASTSource
+    except ImportError as error:  # internals, which a release of Triton may move
+        pytest.skip(f"this Triton compiles ahead of time in another way: {error}")
 
     monkeypatch.setenv("TRITON_CACHE_DIR", str(folder))
     function = getattr(module, name)

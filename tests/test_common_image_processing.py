@@ -7,7 +7,7 @@ from transformers_suite import ListedSkips, load_suite
 
 from gpstoken_hf.image_processing_gpstoken import GPSTokenImageProcessor
 
-common = load_suite("image_processing", "ImageProcessingTestMixin")
+common = load_suite("image_processing", "ImageProcessingTester", "ImageProcessingTestMixin")
 
 
 class GPSTokenImageProcessingTester(common.ImageProcessingTester):
@@ -26,3 +26,9 @@ class GPSTokenImageProcessingTester(common.ImageProcessingTester):
 class GPSTokenImageProcessingTest(ListedSkips, common.ImageProcessingTestMixin, unittest.TestCase):
     suite = "image_processing"
     image_processor_tester_class = GPSTokenImageProcessingTester
+
+    def setUp(self):
+        super().setUp()
+        if self._testMethodName == "test_call_numpy_4_channels":
+            # The suites before transformers 5.22 expect four channels to stay four.
+            self.image_processor_tester.do_convert_rgb = False

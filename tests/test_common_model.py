@@ -27,7 +27,8 @@ class GPSTokenModelTester:
         self.num_hidden_layers = 2
         self.hidden_size = 32
         self.num_attention_heads = 2
-        self.seq_length = 4
+        # As many tokens as columns: the suites of transformers 5.4 make an attention mask as long as an image is wide.
+        self.seq_length = self.image_size
         self.is_training = True
 
     def get_config(self):

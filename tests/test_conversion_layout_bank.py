@@ -1,7 +1,6 @@
 # Copyright 2026 The gpstoken-hf authors. Licensed under the Apache License, Version 2.0.
 """The layout bank's conversion: the authors' pickle in, the same numbers out, and nothing of a hostile pickle runs."""
 
-import importlib
 import os
 import pickle
 import pickletools
@@ -19,8 +18,8 @@ from conversion.array_pickle import PickleRefusedError, load_array_pickle
 from gpstoken_hf.layout_bank import GaussianLayoutBank
 from pipelines.shared.programs import run_program
 
-# What arrays pickle themselves with; NumPy 1.26 has it under this name as well.
-RECONSTRUCT = importlib.import_module("numpy._core.multiarray")._reconstruct
+# What arrays pickle themselves with.
+RECONSTRUCT = np.empty(0).__reduce__()[0]
 SHARED_GOLDEN = Path(__file__).parents[2] / "shared" / "golden"
 
 

@@ -67,7 +67,7 @@ assert torch.equal(picture(passed), expected)
 try:
     GPSTokenPipeline.from_pretrained("tester/nothing")
 except OSError as error:
-    print("error:", type(error).__name__)
+    print("refused:", "tester/nothing" in str(error))
 """
 
 # What a fresh cache has downloaded is looked at from outside.
@@ -132,7 +132,7 @@ def test_push_writes_the_layout_of_a_diffusers_repository(pushed):
 
 
 def test_round_trip(pushed, tmp_path):
-    assert run(LOAD, pushed, tmp_path).strip() == "error: RepositoryNotFoundError"
+    assert run(LOAD, pushed, tmp_path).strip() == "refused: True"
 
 
 def test_passed_components_and_variants_are_not_downloaded(pushed, tmp_path):
@@ -156,18 +156,12 @@ def test_a_variant_and_the_cache(pushed, tmp_path):
 
 
 def test_registration_is_what_diffusers_looks_for():
-    """Leans on private mechanics of diffusers; this is the place that notices when they change."""
+    """`DiffusionPipeline.from_pretrained` takes modules and classes from there: see `test_round_trip`."""
     register_with_diffusers()
     for name in COMPONENT_MODULES:
         module = f"gpstoken_hf.{name}"
         assert getattr(diffusers.pipelines, module) is sys.modules[module]
     assert diffusers.GPSTokenPipeline is GPSTokenPipeline
-    from diffusers.pipelines.pipeline_loading_utils import _get_custom_components_and_folders
-
-    index = json.loads((TESTS / "golden" / "model_index.json").read_text())
-    custom, folders = _get_custom_components_and_folders("tester/tiny", index, set(), None)
-    assert custom == {}
-    assert {"vae", "transformer", "layout_bank"} <= set(folders)
 
 
 def test_public_names_come_from_the_recorded_modules():

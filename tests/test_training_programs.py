@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from accelerate.state import AcceleratorState, GradientState
+from accelerate.test_utils.testing import AccelerateTestCase
 from PIL import Image
 
 from gpstoken_hf import GaussianLayout, GPSTokenImageProcessor, GPSTokenModel, SiTTransformer1DModel
@@ -34,8 +34,7 @@ def fresh_accelerator_state(monkeypatch, tmp_path):
     monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
     threads = torch.get_num_threads()
     yield
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
+    AccelerateTestCase().tearDown()
     torch.set_num_threads(threads)
 
 

@@ -47,6 +47,12 @@ NEW_SKIP = """
             self.skipTest("needs a cache")
 """
 
+NEW_MARKER = """
+    @pytest.mark.flash_attn_99
+    def test_new(self):
+        warnings.warn("something of the suite", stacklevel=1)
+"""
+
 
 class Project:
     """A folder with this repository's pytest configuration, and files of its own."""
@@ -125,8 +131,7 @@ def test_a_failure_of_a_new_test_is_a_failure(project, strict):
 
 
 def test_markers_and_warnings_of_a_suite_are_no_errors(project):
-    new = "\n    @pytest.mark.flash_attn_99\n    def test_new(self):\n        warnings.warn('of its own', stacklevel=1)\n"
-    project.write_suite(KNOWN_SUITE + new)
+    project.write_suite(KNOWN_SUITE + NEW_MARKER)
     project.write("tests/test_model.py", OUR_TEST)
     code, output = project.run()
     assert code == 0, output

@@ -10,10 +10,11 @@ The suites import a few helpers that the source distribution leaves out. What st
 | `utils.test_configuration_utils` | the fields of `PreTrainedConfig`, values of ours | nothing |
 | `fetch_hub_objects_for_ci` | addresses as they are | nothing; no test here loads from one |
 
-`NOT_APPLICABLE` lists the tests that do not apply to GPSToken, with the reasons. It describes the transformers versions
-that it was written for. When another version adds a test that skips itself, or drops a listed one, pytest's summary says
-so. With GPSTOKEN_STRICT_TRANSFORMERS_SUITE=1 that is a failure: `make test-newest` tells what to update. Tests that a
-decorator skips (no accelerator, no Flash Attention, slow) need no entry: they run where these are available.
+`NOT_APPLICABLE` lists the tests that do not apply to GPSToken, with the reasons. It describes the versions of
+transformers that it was written for. When another version adds a test that skips itself, or drops a listed one,
+pytest's summary says so. With GPSTOKEN_STRICT_TRANSFORMERS_SUITE=1 that is a failure: `make test-newest` tells what to
+update. Tests that a decorator skips (no accelerator, no Flash Attention, slow) need no entry: they run where these are
+available.
 """
 
 from __future__ import annotations
@@ -83,12 +84,12 @@ REQUIRED = os.environ.get("GPSTOKEN_REQUIRE_TRANSFORMERS_SUITE") == "1"
 STRICT = os.environ.get("GPSTOKEN_STRICT_TRANSFORMERS_SUITE") == "1"
 
 
-def load_suite(name: str, base: str) -> ModuleType:
-    """The suite `test_<name>_common` of the installed transformers, which must have the class `base`.
+def load_suite(name: str, *classes: str) -> ModuleType:
+    """The suite `test_<name>_common` of the installed transformers, with the `classes` that our tests build on.
 
     The calling test module is skipped if the suites have not been fetched, which is an error with
     GPSTOKEN_REQUIRE_TRANSFORMERS_SUITE=1. It is also skipped if this version's suite needs more than the stand-ins
-    offer, which is a failure in strict mode.
+    offer or lacks a class, which is a failure in strict mode.
     """
     if not suite_is_complete():
         reason = f"not fetched: {suite_folder().name}; run `python -m tests.fetch_transformers_suite`"
@@ -101,8 +102,8 @@ def load_suite(name: str, base: str) -> ModuleType:
         suite = importlib.import_module(f"{_PACKAGE}.test_{name}_common")
     except ImportError as error:
         report_change(f"test_{name}_common.py cannot be imported: {error}")
-    if not hasattr(suite, base):
-        report_change(f"test_{name}_common.py has no {base}")
+    for missing in (class_name for class_name in classes if not hasattr(suite, class_name)):
+        report_change(f"test_{name}_common.py has no {missing}")
     return suite
 
 
