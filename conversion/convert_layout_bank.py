@@ -41,7 +41,7 @@ def read_layouts(path: Path) -> dict[int, list[torch.Tensor]]:
     for label, arrays in content.items():
         if not isinstance(label, int) or isinstance(label, bool):
             raise ValueError(f"{path}: class ids must be integers, got {label!r}")
-        if not isinstance(arrays, (list, tuple, np.ndarray)):
+        if not isinstance(arrays, (list, tuple, np.ndarray)) or np.ndim(arrays) == 0:
             raise ValueError(f"{path}: class {label} must have a list of arrays, got {_describe(arrays)}")
         layouts[label] = [_layout(array, f"{path}: layout {i} of class {label}") for i, array in enumerate(arrays)]
     return layouts
@@ -52,8 +52,9 @@ def _layout(array: object, name: str) -> torch.Tensor:
         raise ValueError(f"{name} must be a float array (tokens, >= {NUM_GAUSSIAN_PARAMS}), got {_describe(array)}")
     if array.shape[1] < NUM_GAUSSIAN_PARAMS:
         raise ValueError(f"{name} must have at least {NUM_GAUSSIAN_PARAMS} columns, got {array.shape[1]}")
-    # A copy in native byte order: the array is a view of the file's bytes.
-    return torch.from_numpy(array[:, :NUM_GAUSSIAN_PARAMS].astype(np.float32))
+    # PyTorch takes native byte order only. Values beyond float32 become infinite, which the bank refuses.
+    with np.errstate(over="ignore"):
+        return torch.from_numpy(array[:, :NUM_GAUSSIAN_PARAMS].astype(np.float32))
 
 
 def write_layouts(bank: GaussianLayoutBank, path: Path) -> None:
