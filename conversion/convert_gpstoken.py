@@ -18,7 +18,7 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from transformers.utils import logging
 
-from conversion.checkpoints import Checkpoint, PlannedTensor, floating_dtype, open_checkpoint, write_safetensors
+from conversion.checkpoints import Checkpoint, PlannedTensor, floating_dtype, open_checkpoint, save_tensors
 from conversion.key_tables import block_count, gpstoken_rules, match_keys, plan_conversion, plan_reverse
 from conversion.model_cards import gpstoken_card
 from conversion.publishing import push_folder
@@ -141,7 +141,7 @@ def convert(arguments: argparse.Namespace) -> None:
         config.architectures = ["GPSTokenModel"]
         config.dtype = floating_dtype(checkpoint, checkpoint.keys())
         with atomic_directory(arguments.output) as staging:
-            write_safetensors(staging / WEIGHTS_NAME, tensors, metadata={"format": "pt"})
+            save_tensors(staging / WEIGHTS_NAME, tensors)
             config.save_pretrained(staging)
             processor = GPSTokenImageProcessor(
                 size={"shortest_edge": config.image_size},
@@ -186,7 +186,7 @@ def reverse(arguments: argparse.Namespace) -> None:
     with open_checkpoint(Path(arguments.checkpoint) / WEIGHTS_NAME) as checkpoint:
         tensors, dropped = plan_reverse(rules_for(config), checkpoint)
         with atomic_file(arguments.output) as staging:
-            write_safetensors(staging, tensors, metadata={"format": "pt"})
+            save_tensors(staging, tensors)
     print(f"wrote {arguments.output}: {len(tensors)} tensors; absent, because conversion drops them:")
     for name in dropped:
         print(f"  {name}")

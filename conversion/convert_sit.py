@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from conversion.checkpoints import Checkpoint, open_checkpoint, write_safetensors
+from conversion.checkpoints import Checkpoint, open_checkpoint, save_tensors
 from conversion.key_tables import KeyRule, block_count, match_keys, plan_conversion, plan_reverse, sit_rules
 from conversion.model_cards import sit_card
 from conversion.publishing import push_folder
@@ -178,7 +178,7 @@ def convert(arguments: argparse.Namespace) -> None:
         expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
         tensors = plan_conversion(rules, checkpoint, expected, prefix)
         with atomic_directory(arguments.output) as staging:
-            write_safetensors(staging / WEIGHTS_NAME, tensors, metadata={"format": "pt"})
+            save_tensors(staging / WEIGHTS_NAME, tensors)
             model.save_config(staging)
             write_time_convention(staging / "config.json")
             card = sit_card(dict(config), Path(arguments.checkpoint).name, weights)
@@ -224,7 +224,7 @@ def reverse(arguments: argparse.Namespace) -> None:
     with open_checkpoint(folder / WEIGHTS_NAME) as checkpoint:
         tensors, _ = plan_reverse(table, checkpoint, prefix)
         with atomic_file(arguments.output) as staging:
-            write_safetensors(staging, tensors, metadata={"format": "pt"})
+            save_tensors(staging, tensors)
     print(f"wrote {arguments.output}: {len(tensors)} tensors {prefix}*; absent, because conversion drops them:")
     for name in [f"{other}*" for other in PREFIXES.values() if other not in ("", prefix)] + list(TRAINING_STATE):
         print(f"  {name}")
