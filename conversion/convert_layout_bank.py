@@ -121,11 +121,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--output", type=Path, required=True, help="folder to write (with --reverse: the pickle)")
     parser.add_argument("--reverse", action="store_true", help="from a bank's folder back to a pickle")
     parser.add_argument("--verify", action="store_true", help="read the output back and compare it with the input")
-    parser.add_argument("--push-to-hub", metavar="REPO", help="upload the written folder to this model repository")
+    parser.add_argument("--push_to_hub", metavar="REPO", help="upload the written folder to this model repository")
     arguments = parser.parse_args(argv)
     if arguments.reverse:
         if arguments.push_to_hub:
-            parser.error("--push-to-hub goes with a conversion to a folder, not with --reverse")
+            parser.error("--push_to_hub goes with a conversion to a folder, not with --reverse")
         reverse(arguments)
     else:
         convert(arguments)

@@ -1,7 +1,7 @@
 # Copyright 2026 The gpstoken-hf authors. Licensed under the Apache License, Version 2.0.
 """Converted components -> one GPSTokenPipeline folder.
 
-    python -m conversion.convert_pipeline --tokenizer gpstoken-m128 --transformer gpstoken-sit-xl --layout-bank bank \\
+    python -m conversion.convert_pipeline --tokenizer gpstoken-m128 --transformer gpstoken-sit-xl --layout_bank bank \\
         --output gpstoken
 
 The components are the folders that the other converters write. Weights are copied as files, not loaded and saved.
@@ -189,21 +189,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="conversion.convert_pipeline", description=__doc__.split("\n\n")[0])
     parser.add_argument(
         "--tokenizer",
-        "--vae",
         dest="vae",
         type=Path,
         required=True,
         help="folder of the tokenizer (convert_gpstoken); the pipeline's component is called vae",
     )
     parser.add_argument("--transformer", type=Path, required=True, help="folder of the generator (convert_sit)")
-    parser.add_argument("--layout-bank", type=Path, help="folder of the layouts (convert_layout_bank)")
-    parser.add_argument("--layout-transformer", type=Path, help="folder of a generator of layouts")
+    parser.add_argument("--layout_bank", type=Path, help="folder of the layouts (convert_layout_bank)")
+    parser.add_argument("--layout_transformer", type=Path, help="folder of a generator of layouts")
     parser.add_argument("--id2label", type=Path, metavar="JSON", help="class names: id -> name, or a list of names")
     parser.add_argument("--output", type=Path, required=True, help="folder to write")
     parser.add_argument(
         "--verify", action="store_true", help="load the written pipeline and make an image in two steps"
     )
-    parser.add_argument("--push-to-hub", metavar="REPO", help="upload the written folder to this model repository")
+    parser.add_argument("--push_to_hub", metavar="REPO", help="upload the written folder to this model repository")
     convert(parser.parse_args(argv))
     return 0
 

@@ -1,7 +1,7 @@
 # Copyright 2026 The gpstoken-hf authors. Licensed under the Apache License, Version 2.0.
 """A released SiT generator checkpoint -> a SiTTransformer1DModel folder for `from_pretrained`, and back.
 
-    python -m conversion.convert_sit --checkpoint generator.safetensors --num-attention-heads 16 --output sit-xl
+    python -m conversion.convert_sit --checkpoint generator.safetensors --num_attention_heads 16 --output sit-xl
     python -m conversion.convert_sit --checkpoint sit-xl --output generator.safetensors --reverse
 
 The authors' generator file holds `ema_model.*` (taken), `online_model.*` (`--weights online`) and training state.
@@ -111,9 +111,9 @@ def attention_heads(num_layers: object, width: object, asked: int | None) -> int
         if asked is None and (preset["num_layers"], preset_width) == (num_layers, width):
             asked = preset["num_attention_heads"]
     if asked is None:
-        raise ValueError("the tensors do not tell the number of attention heads: expected --num-attention-heads N")
+        raise ValueError("the tensors do not tell the number of attention heads: expected --num_attention_heads N")
     if width % asked:
-        raise ValueError(f"--num-attention-heads must divide the width {width}, got {asked}")
+        raise ValueError(f"--num_attention_heads must divide the width {width}, got {asked}")
     return asked
 
 
@@ -189,7 +189,7 @@ def convert(arguments: argparse.Namespace) -> None:
                 print(f"dropped {line}")
             if config["latents_mean"] is None:
                 print(
-                    "no channel statistics: the pipeline takes its tokenizer's, or give --latents-mean --latents-std"
+                    "no channel statistics: the pipeline takes its tokenizer's, or give --latents_mean --latents_std"
                 )
             if arguments.verify is not None:
                 verify(checkpoint, staging, table, prefix, arguments.verify)
@@ -239,14 +239,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         help="released .safetensors, .pt or .bin (with --reverse: our folder)",
     )
     parser.add_argument("--output", type=Path, required=True, help="folder to write (with --reverse: the file)")
-    parser.add_argument("--num-attention-heads", type=positive_int, help="known for SiT-S, B, L and XL, else required")
+    parser.add_argument("--num_attention_heads", type=positive_int, help="known for SiT-S, B, L and XL, else required")
     parser.add_argument("--weights", choices=tuple(PREFIXES), help="which weights of the file; ema where it has them")
     parser.add_argument(
-        "--latents-mean", type=float, nargs="+", metavar="M", help="mean of each channel of the target"
+        "--latents_mean", type=float, nargs="+", metavar="M", help="mean of each channel of the target"
     )
-    parser.add_argument("--latents-std", type=float, nargs="+", metavar="S", help="standard deviation of each channel")
+    parser.add_argument("--latents_std", type=float, nargs="+", metavar="S", help="standard deviation of each channel")
     parser.add_argument(
-        "--gaussian-target",
+        "--gaussian_target",
         choices=("offset", "absolute", "logit"),
         help="what the first 5 channels are: offset with a condition, else absolute",
     )
@@ -260,13 +260,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         "outputs (x, t, y, cond, velocity, ...) compare those as well",
     )
     parser.add_argument("--reverse", action="store_true", help="from our folder back to the release's format")
-    parser.add_argument("--push-to-hub", metavar="REPO", help="upload the written folder to this model repository")
+    parser.add_argument("--push_to_hub", metavar="REPO", help="upload the written folder to this model repository")
     arguments = parser.parse_args(argv)
     if (arguments.latents_mean is None) != (arguments.latents_std is None):
-        parser.error("--latents-mean and --latents-std go together")
+        parser.error("--latents_mean and --latents_std go together")
     if arguments.reverse:
         if arguments.push_to_hub or arguments.verify is not None:
-            parser.error("--push-to-hub and --verify go with a conversion to a folder, not with --reverse")
+            parser.error("--push_to_hub and --verify go with a conversion to a folder, not with --reverse")
         reverse(arguments)
     else:
         convert(arguments)

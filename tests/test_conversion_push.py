@@ -1,5 +1,5 @@
 # Copyright 2026 The gpstoken-hf authors. Licensed under the Apache License, Version 2.0.
-"""`--push-to-hub` of every converter, against a Hub on this machine, in a process that reads its address at import."""
+"""`--push_to_hub` of every converter, against a Hub on this machine, in a process that reads its address at import."""
 
 import os
 import pickle
@@ -18,13 +18,13 @@ PUSH = """
 import sys
 from conversion import convert_gpstoken, convert_layout_bank, convert_pipeline, convert_sit
 golden, folder = sys.argv[1:]
-options = ["--num-tokens", "16", "--image-size", "64", "--push-to-hub", "tester/tokenizer"]
+options = ["--num_tokens", "16", "--image_size", "64", "--push_to_hub", "tester/tokenizer"]
 convert_gpstoken.main(
     ["--checkpoint", f"{golden}/tokenizer_official.safetensors", "--output", f"{folder}/vae", *options]
 )
-options = ["--num-attention-heads", "4", "--push-to-hub", "tester/sit"]
+options = ["--num_attention_heads", "4", "--push_to_hub", "tester/sit"]
 convert_sit.main(["--checkpoint", f"{golden}/sit_official.safetensors", "--output", f"{folder}/sit", *options])
-convert_layout_bank.main([f"{folder}/initg.pickle", "--output", f"{folder}/bank", "--push-to-hub", "tester/bank"])
+convert_layout_bank.main([f"{folder}/initg.pickle", "--output", f"{folder}/bank", "--push_to_hub", "tester/bank"])
 from gpstoken_hf import GaussianLayoutBank, GPSTokenImageProcessor, GPSTokenModel, SiTTransformer1DModel
 assert GPSTokenModel.from_pretrained("tester/tokenizer").config.num_tokens == 16
 assert GPSTokenImageProcessor.from_pretrained("tester/tokenizer").crop_size["height"] == 64
