@@ -21,12 +21,12 @@ from transformers.utils import logging
 from conversion.checkpoints import Checkpoint, PlannedTensor, floating_dtype, open_checkpoint, save_tensors
 from conversion.key_tables import block_count, gpstoken_rules, match_keys, plan_conversion, plan_reverse
 from conversion.model_cards import gpstoken_card
-from conversion.publishing import push_folder
 from conversion.verification import check_errors, compare_tensors, load_arrays, verify_gpstoken
 from gpstoken_hf.configuration_gpstoken import GPSTokenConfig
 from gpstoken_hf.image_processing_gpstoken import GPSTokenImageProcessor
 from gpstoken_hf.modeling_gpstoken import GPSTokenModel
 from pipelines.shared.programs import atomic_directory, atomic_file, positive_float, positive_int, run_program
+from pipelines.shared.publishing import push_folder
 
 RELEASED_PRESETS = ("s64", "m128", "l256")
 DEFAULT_NUM_ATTENTION_HEADS = 8
@@ -158,7 +158,7 @@ def convert(arguments: argparse.Namespace) -> None:
                 verify(checkpoint, staging, config, arguments.verify)
     print(f"wrote {arguments.output}")
     if arguments.push_to_hub:
-        print(push_folder(arguments.output, arguments.push_to_hub))
+        print(f"pushed {arguments.output} to {push_folder(arguments.output, arguments.push_to_hub)}")
 
 
 def verify(checkpoint: Checkpoint, folder: Path, config: GPSTokenConfig, arrays: Path) -> None:

@@ -19,10 +19,10 @@ import torch
 
 from conversion.array_pickle import load_array_pickle
 from conversion.model_cards import layout_bank_card
-from conversion.publishing import push_folder
 from gpstoken_hf.gaussians import NUM_GAUSSIAN_PARAMS
 from gpstoken_hf.layout_bank import GaussianLayoutBank
 from pipelines.shared.programs import ProgramError, atomic_directory, atomic_file, run_program
+from pipelines.shared.publishing import push_folder
 
 
 def read_layouts(path: Path) -> dict[int, list[torch.Tensor]]:
@@ -104,7 +104,7 @@ def convert(arguments: argparse.Namespace) -> None:
         f"tokens per layout {sorted(bank.token_counts)}"
     )
     if arguments.push_to_hub:
-        print(push_folder(arguments.output, arguments.push_to_hub))
+        print(f"pushed {arguments.output} to {push_folder(arguments.output, arguments.push_to_hub)}")
 
 
 def reverse(arguments: argparse.Namespace) -> None:

@@ -20,7 +20,6 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 
 from conversion.checkpoints import open_checkpoint
 from conversion.model_cards import pipeline_card
-from conversion.publishing import push_folder
 from gpstoken_hf.configuration_gpstoken import GPSTokenConfig
 from gpstoken_hf.image_processing_gpstoken import GPSTokenImageProcessor
 from gpstoken_hf.layout_bank import GaussianLayoutBank
@@ -29,6 +28,7 @@ from gpstoken_hf.pipeline_gpstoken import GPSTokenPipeline
 from gpstoken_hf.scheduling_flow_match_sde import FlowMatchSDEScheduler
 from gpstoken_hf.transformer_sit import SiTTransformer1DModel
 from pipelines.shared.programs import atomic_directory, run_program
+from pipelines.shared.publishing import push_folder
 
 COPIED = ("config.json", "*.safetensors", "*.safetensors.index.json")
 
@@ -182,7 +182,7 @@ def convert(arguments: argparse.Namespace) -> None:
         print("neither layout bank nor layout transformer: every call of the pipeline must be given a layout")
     print(f"wrote {arguments.output}: {', '.join(sorted(folders))}")
     if arguments.push_to_hub:
-        print(push_folder(arguments.output, arguments.push_to_hub))
+        print(f"pushed {arguments.output} to {push_folder(arguments.output, arguments.push_to_hub)}")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -20,10 +20,10 @@ import torch
 from conversion.checkpoints import Checkpoint, open_checkpoint, save_tensors
 from conversion.key_tables import KeyRule, block_count, match_keys, plan_conversion, plan_reverse, sit_rules
 from conversion.model_cards import sit_card
-from conversion.publishing import push_folder
 from conversion.verification import check_errors, compare_tensors, load_arrays, verify_sit
 from gpstoken_hf.transformer_sit import SIT_PRESETS, SiTTransformer1DModel
 from pipelines.shared.programs import atomic_directory, atomic_file, positive_int, run_program
+from pipelines.shared.publishing import push_folder
 
 WHAT = "a SiT generator of patch size 1"
 WEIGHTS_NAME = "diffusion_pytorch_model.safetensors"
@@ -195,7 +195,7 @@ def convert(arguments: argparse.Namespace) -> None:
                 verify(checkpoint, staging, table, prefix, arguments.verify)
     print(f"wrote {arguments.output}")
     if arguments.push_to_hub:
-        print(push_folder(arguments.output, arguments.push_to_hub))
+        print(f"pushed {arguments.output} to {push_folder(arguments.output, arguments.push_to_hub)}")
 
 
 def write_time_convention(path: Path) -> None:
