@@ -1,314 +1,197 @@
 # Copyright 2026 The gpstoken-hf authors. Licensed under the Apache License, Version 2.0.
-"""Read a pickle of NumPy arrays and plain containers without running anything of it.
+"""Load a pickle of NumPy arrays and plain containers without running any code that the file names.
 
-A pickle is a program for a stack machine whose REDUCE and BUILD call whatever the file names. This reader is a machine
-of its own: it knows the instructions that containers, numbers, strings and bytes need, and the five NumPy names that
-an array's pickle mentions. Those names are looked up in a table here, never imported; the arrays are made from the
-file's own bytes after their type, shape and length were checked. So nothing of the file is called, no size that a file
-claims is allocated unless the file holds as many bytes, and anything else in it is refused.
+`find_class` maps the few NumPy names in an array's pickle to stand-ins from this module, which check type, shape and
+length before an array is made. The file never touches a NumPy object, so REDUCE and BUILD have nothing else to call.
 """
 
 from __future__ import annotations
 
+import io
 import math
 import os
+import pickle
 import pickletools
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
-# An array's pickle names these, before and after NumPy 2 renamed numpy.core; see numpy.ndarray.__reduce__.
-ALLOWED_GLOBALS = {
-    ("numpy", "ndarray"): "ndarray",
-    ("numpy", "dtype"): "dtype",
-    **{
-        (f"numpy.{core}.{module}", name): name
-        for core in ("core", "_core")
-        for module, name in (("multiarray", "_reconstruct"), ("multiarray", "scalar"), ("numeric", "_frombuffer"))
-    },
+# NumPy 2 renamed numpy.core to numpy._core.
+ALLOWED_NAMES = {("numpy", "ndarray"), ("numpy", "dtype")} | {
+    (f"numpy.{core}.{module}", name)
+    for core in ("core", "_core")
+    for module, name in (("multiarray", "_reconstruct"), ("multiarray", "scalar"), ("numeric", "_frombuffer"))
 }
-# Type codes of real numbers. "O" (objects), "V" (records) and the rest have no place in a layout.
-DTYPE_CODES = frozenset({"f2", "f4", "f8", "i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8", "b1"})
+# LONG1 is absent: its ints can be chosen to hash alike, which makes a dict quadratic in its size.
+ALLOWED_INSTRUCTIONS = {
+    *(
+        "PROTO",
+        "FRAME",
+        "STOP",
+        "MARK",
+        "POP",
+        "POP_MARK",
+        "MEMOIZE",
+        "BINPUT",
+        "LONG_BINPUT",
+        "BINGET",
+        "LONG_BINGET",
+    ),
+    *("NONE", "NEWTRUE", "NEWFALSE", "BININT", "BININT1", "BININT2", "BINFLOAT", "BYTEARRAY8"),
+    *("SHORT_BINUNICODE", "BINUNICODE", "BINUNICODE8", "SHORT_BINBYTES", "BINBYTES", "BINBYTES8"),
+    *("EMPTY_DICT", "EMPTY_LIST", "EMPTY_TUPLE", "TUPLE", "TUPLE1", "TUPLE2", "TUPLE3"),
+    *("APPEND", "APPENDS", "SETITEM", "SETITEMS", "GLOBAL", "STACK_GLOBAL", "REDUCE", "BUILD"),
+}
+# Real numbers only: "O" would hold objects and "V" records.
+DTYPE_CODES = ("f2", "f4", "f8", "i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8", "b1")
+MAX_FILE_BYTES = 16 * 2**30
 MAX_DIMENSIONS = 8
 MAX_NESTING = 16
+# An instruction makes up to 120 bytes of objects. An array of 8 Gaussians has 8 bytes per instruction.
+FREE_INSTRUCTIONS, BYTES_PER_INSTRUCTION = 100_000, 8
 
 
 class PickleRefusedError(ValueError):
-    """The pickle is damaged, or asks for something other than arrays and plain containers."""
+    """The pickle is damaged, or holds something other than arrays and plain containers."""
 
 
 def load_array_pickle(path: str | os.PathLike[str]) -> Any:
-    """The object in a pickle file: dicts, lists, tuples, numbers, strings, bytes, None and NumPy arrays of numbers.
+    """Load dicts, lists, tuples, numbers, strings, bytes, None and NumPy arrays of real numbers from a pickle.
 
-    Pickle protocols 3 to 5, as Python 3 and NumPy write them; no object arrays, no out-of-band buffers.
+    Reads the pickle protocols 3 to 5, which Python 3 writes. Needs at most 20 MB plus 15 times the file's size.
+
+    Args:
+        path (`str` or `os.PathLike`): the pickle file.
+
+    Returns:
+        The object in the file. Its arrays are views of bytes that were read; copy them before you change them.
 
     Raises:
-        PickleRefusedError: (a ValueError) anything else, naming what was asked for.
-        OSError: the file cannot be read.
+        PickleRefusedError: if the file is damaged, too large, or holds anything else. It is a `ValueError`.
+        OSError: if the file cannot be read.
     """
     with open(path, "rb") as file:
-        data = file.read()
+        size = os.fstat(file.fileno()).st_size
+        if size > MAX_FILE_BYTES:
+            raise PickleRefusedError(f"the size of {path} must be at most {MAX_FILE_BYTES} bytes, got {size}")
+        data = file.read(size)
     try:
-        return _Machine(data).run()
+        _check_instructions(data)
+        return _finish(_ArrayUnpickler(io.BytesIO(data)).load(), budget=[len(data)])
     except PickleRefusedError as error:
-        raise PickleRefusedError(f"{os.fspath(path)} was refused: {error}; nothing of it was run") from None
+        reason = str(error)
+    except Exception as error:  # the documentation of pickle says that a damaged file can raise any exception
+        reason = f"it is damaged or truncated ({type(error).__name__}: {error})"
+    raise PickleRefusedError(f"{path} was refused: {reason}; nothing in it was run")
 
 
-class _Global:
-    """A NumPy name that the file mentioned: only a label, it can neither be called nor changed by the file."""
+def _check_instructions(data: bytes) -> None:
+    """Refuse what `find_class` cannot stop: other ways to call code, and memory or C stack taken before any call.
 
-    __slots__ = ("kind",)
-
-    def __init__(self, kind: str):
-        self.kind = kind
-
-
-class _Dtype:
-    """A number type in the making: its code, then (BUILD) its byte order."""
-
-    __slots__ = ("byte_order", "code")
-
-    def __init__(self, code: str):
-        self.code = code
-        self.byte_order = "|" if code[1] == "1" else "<"
-
-    def numpy(self) -> np.dtype:
-        return np.dtype(self.byte_order + self.code)
-
-
-class _Array:
-    """An array in the making: empty, then (BUILD) filled."""
-
-    __slots__ = ("value",)
-
-    def __init__(self) -> None:
-        self.value: np.ndarray | None = None
-
-
-_MARK = object()
-
-
-class _Machine:
-    """Stack, memo and one method per group of instructions."""
-
-    def __init__(self, data: bytes):
-        self.data = data
-        self.stack: list[Any] = []
-        self.memo: dict[int, Any] = {}
-        self.array_bytes = 0
-
-    def run(self) -> Any:
-        end = 0
-        try:
-            for opcode, argument, position in pickletools.genops(self.data):
-                if opcode.name == "STOP":
-                    end = (position or 0) + 1
-                    break
-                handler = _HANDLERS.get(opcode.name)
-                if handler is None:
-                    raise PickleRefusedError(f"instruction {opcode.name} at byte {position} is not allowed")
-                handler(self, argument)
-        except PickleRefusedError:
-            raise
-        except IndexError:
-            raise PickleRefusedError("it is damaged: it takes more from the stack than there is") from None
-        except (ValueError, OverflowError, UnicodeError) as error:
-            # pickletools names the place where a file breaks off or holds what is no instruction.
-            raise PickleRefusedError(f"it is damaged or truncated: {error}") from None
-        if end != len(self.data):
-            raise PickleRefusedError(f"{len(self.data) - end} bytes follow its end")
-        if len(self.stack) != 1:
-            raise PickleRefusedError(f"it is damaged: it leaves {len(self.stack)} objects instead of one")
-        # An item takes at least a byte of the file: more items than bytes means containers that hold each other.
-        return _Finisher(budget=len(self.data)).finish(self.pop())
-
-    def pop(self) -> Any:
-        value = self.stack.pop()
-        if value is _MARK:
-            raise PickleRefusedError("it is damaged: a mark where a value should be")
-        return value
-
-    def pop_to_mark(self) -> list[Any]:
-        for position in range(len(self.stack) - 1, -1, -1):
-            if self.stack[position] is _MARK:
-                items = self.stack[position + 1 :]
-                del self.stack[position:]
-                return items
-        raise PickleRefusedError("it is damaged: a mark is missing")
-
-    def top(self, kind: type) -> Any:
-        value = self.stack[-1]
-        if not isinstance(value, kind):
-            raise PickleRefusedError(f"it adds items to {_describe(value)}, expected a {kind.__name__}")
-        return value
-
-    def push(self, value: Any) -> None:
-        self.stack.append(value)
-
-    def push_tuple(self, size: int) -> None:
-        items = [self.pop() for _ in range(size)]
-        self.push(tuple(reversed(items)))
-
-    def append(self, items: list[Any]) -> None:
-        self.top(list).extend(items)
-
-    def set_items(self, items: list[Any]) -> None:
-        target = self.top(dict)
-        if len(items) % 2:
-            raise PickleRefusedError("it is damaged: a dict key without a value")
-        for key, value in zip(items[::2], items[1::2]):
-            # A nested tuple as key could exhaust the C stack when hashed, and no bank needs one.
-            if not isinstance(key, (int, float, str)):
-                raise PickleRefusedError(f"dict keys must be numbers or strings, got {_describe(key)}")
-            target[key] = value
-
-    def get_memo(self, index: int) -> None:
-        if index not in self.memo:
-            raise PickleRefusedError(f"it is damaged: it recalls entry {index}, which it never stored")
-        self.push(self.memo[index])
-
-    def find_global(self, module: Any, name: Any) -> None:
-        kind = ALLOWED_GLOBALS.get((module, name)) if isinstance(module, str) and isinstance(name, str) else None
-        if kind is None:
-            # What the file says is printed as a literal: it may hold control characters.
-            raise PickleRefusedError(f"it asks for {f'{module}.{name}'!r}; only NumPy arrays of numbers are allowed")
-        self.push(_Global(kind))
-
-    def reduce(self) -> None:
-        """REDUCE: one of the constructors of NumPy, applied to arguments that are checked to be its own."""
-        arguments, function = self.pop(), self.pop()
-        kind = function.kind if isinstance(function, _Global) else None
-        if kind == "_reconstruct" and isinstance(arguments, tuple) and len(arguments) == 3:
-            cls, shape, _ = arguments
-            if isinstance(cls, _Global) and cls.kind == "ndarray" and shape == (0,):
-                self.push(_Array())
-                return
-        elif kind == "dtype" and isinstance(arguments, tuple) and arguments and isinstance(arguments[0], str):
-            if arguments[0] not in DTYPE_CODES:
-                raise PickleRefusedError(
-                    f"it holds an array of type {arguments[0]!r}; allowed are numbers, {sorted(DTYPE_CODES)}"
-                )
-            self.push(_Dtype(arguments[0]))
-            return
-        elif kind == "scalar" and isinstance(arguments, tuple) and len(arguments) == 2:
-            dtype, raw = arguments
-            if isinstance(dtype, _Dtype) and isinstance(raw, bytes) and len(raw) == dtype.numpy().itemsize:
-                self.push(np.frombuffer(raw, dtype=dtype.numpy())[0].item())
-                return
-        elif kind == "_frombuffer" and isinstance(arguments, tuple) and len(arguments) == 4:
-            raw, dtype, shape, order = arguments
-            if order in ("C", "F"):
-                array = _Array()
-                array.value = self._array((1, shape, dtype, order == "F", raw))
-                self.push(array)
-                return
-        raise PickleRefusedError(f"it calls {_describe(function)} with arguments that no NumPy array has")
-
-    def build(self) -> None:
-        """BUILD: the byte order of a dtype, or the contents of an array."""
-        state, target = self.pop(), self.stack[-1]
-        if isinstance(target, _Dtype):
-            if not isinstance(state, tuple) or len(state) < 5 or state[1] not in ("<", ">", "=", "|"):
-                raise PickleRefusedError("it gives a number type a state that NumPy does not write")
-            if any(part is not None for part in state[2:5]):
-                raise PickleRefusedError("it holds an array of records; only arrays of numbers are allowed")
-            target.byte_order = state[1]
-        elif isinstance(target, _Array):
-            target.value = self._array(state)
-        else:
-            raise PickleRefusedError(f"it sets the state of {_describe(target)}")
-
-    def _array(self, state: Any) -> np.ndarray:
-        if not isinstance(state, tuple) or len(state) != 5:
-            raise PickleRefusedError("it gives an array a state that NumPy does not write")
-        _, shape, dtype, fortran_order, raw = state
-        if not isinstance(dtype, _Dtype) or not isinstance(raw, (bytes, bytearray)):
-            raise PickleRefusedError("it holds an array of something else than numbers")
-        if (
-            not isinstance(shape, tuple)
-            or len(shape) > MAX_DIMENSIONS
-            or not all(isinstance(size, int) and size >= 0 for size in shape)
-        ):
-            raise PickleRefusedError(f"an array's shape must be a tuple of at most {MAX_DIMENSIONS} sizes")
-        expected = math.prod(shape) * dtype.numpy().itemsize
-        if len(raw) != expected:
-            raise PickleRefusedError(
-                f"an array of shape {shape} and type {dtype.code} needs {expected} bytes, the file holds {len(raw)}"
-            )
-        # References are cheap in a pickle and their bytes are not: together the arrays may not outgrow the file.
-        self.array_bytes += expected
-        if self.array_bytes > len(self.data):
-            raise PickleRefusedError("its arrays repeat each other's bytes and are larger than the file")
-        return np.frombuffer(raw, dtype=dtype.numpy()).reshape(shape, order="F" if fortran_order else "C")
+    pickletools reads the instructions without executing them, and fails where one is longer than the rest of the file.
+    """
+    limit = FREE_INSTRUCTIONS + len(data) // BYTES_PER_INSTRUCTION
+    stack: list[Any] = []  # the kind of each object on pickle's stack
+    memo: dict[Any, Any] = {}
+    end = 0
+    for count, (opcode, argument, position) in enumerate(pickletools.genops(data), 1):
+        name, end = opcode.name, (position or 0) + 1
+        if name not in ALLOWED_INSTRUCTIONS:
+            raise PickleRefusedError(f"instruction {name} at byte {position} is not allowed")
+        if count > limit:
+            raise PickleRefusedError(f"a file of {len(data)} bytes must have at most {limit} instructions, got more")
+        if name in ("MEMOIZE", "BINPUT", "LONG_BINPUT"):
+            index = len(memo) if argument is None else argument
+            if index > count:  # the memo is a table: pickle would allocate all entries up to this one
+                raise PickleRefusedError(f"a memo index at byte {position} must be at most {count}, got {index}")
+            memo[index] = stack[-1]
+            continue
+        if name in ("BINGET", "LONG_BINGET"):
+            stack.append(memo[argument])
+            continue
+        taken = []
+        for kind in reversed(opcode.stack_before):
+            while kind is pickletools.stackslice and stack[-1] is not pickletools.markobject:
+                taken.append(stack.pop())
+            if kind is not pickletools.stackslice:
+                taken.append(stack.pop())
+        # Python hashes nested tuples by unchecked recursion in C, which can overflow the stack.
+        if name in ("SETITEM", "SETITEMS") and pickletools.pytuple in taken[1::2]:
+            raise PickleRefusedError(f"dict keys must be numbers or strings, got a tuple before byte {position}")
+        stack.extend(opcode.stack_after)
+    if stack or end != len(data):
+        raise PickleRefusedError(f"it must end in one object, got {len(stack)} more and {len(data) - end} more bytes")
 
 
-class _Finisher:
-    """Puts the finished arrays in the place of those in the making, all through the containers."""
-
-    def __init__(self, budget: int):
-        self.budget = budget
-
-    def finish(self, value: Any, depth: int = 0) -> Any:
-        self.budget -= 1
-        if self.budget < 0 or depth > MAX_NESTING:
-            raise PickleRefusedError(f"its containers hold each other or are nested more than {MAX_NESTING} deep")
-        if isinstance(value, _Array):
-            if value.value is None:
-                raise PickleRefusedError("it holds an array without contents")
-            return value.value
-        if isinstance(value, dict):
-            return {key: self.finish(item, depth + 1) for key, item in value.items()}
-        if isinstance(value, list):
-            return [self.finish(item, depth + 1) for item in value]
-        if isinstance(value, tuple):
-            return tuple(self.finish(item, depth + 1) for item in value)
-        if isinstance(value, (_Global, _Dtype)):
-            raise PickleRefusedError(f"it holds {_describe(value)} where a value should be")
-        return value
+class _ArrayUnpickler(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> _StandIn:
+        if (module, name) not in ALLOWED_NAMES:
+            raise PickleRefusedError(f"it asks for {f'{module}.{name}'[:100]!r}; only arrays of numbers are allowed")
+        return _StandIn(name)
 
 
-def _describe(value: Any) -> str:
-    return f"numpy.{value.kind}" if isinstance(value, _Global) else f"a {type(value).__name__.lstrip('_').lower()}"
+class _StandIn:
+    """Stands for a NumPy name, a dtype or an array while the file is unpickled.
+
+    It is neither a class nor has a `__dict__`, so that the file can only call it and set its state.
+    """
+
+    __slots__ = ("kind", "value")
+
+    def __init__(self, kind: str, value: Any = None):
+        self.kind = kind  # a name of NumPy, "a dtype" or "an array"
+        self.value = value
+
+    def __call__(self, *arguments: Any) -> Any:
+        match self.kind, arguments:
+            case "_reconstruct", (_StandIn(kind="ndarray"), (0,), _):
+                return _StandIn("an array")
+            case "dtype", (str(code), *_):
+                if code not in DTYPE_CODES:
+                    raise PickleRefusedError(f"an array's type must be one of {DTYPE_CODES}, got {code[:20]!r}")
+                return _StandIn("a dtype", np.dtype(code))
+            case "scalar", (_StandIn(kind="a dtype", value=dtype), bytes(raw)):
+                return _make_array((), dtype, "C", raw).item()
+            case "_frombuffer", (raw, _StandIn(kind="a dtype", value=dtype), shape, "C" | "F" as order):
+                return _StandIn("an array", _make_array(shape, dtype, order, raw))
+        raise PickleRefusedError(f"it calls {self.kind} with arguments that NumPy does not write")
+
+    def __setstate__(self, state: object) -> None:
+        match self.kind, state:
+            case "a dtype", (3, "<" | ">" | "=" | "|" as byte_order, None, None, None, -1, -1, 0):
+                self.value = self.value.newbyteorder(byte_order)
+            case "an array", (1, shape, _StandIn(kind="a dtype", value=dtype), bool(fortran_order), raw):
+                self.value = _make_array(shape, dtype, "F" if fortran_order else "C", raw)
+            case _:
+                raise PickleRefusedError(f"it gives {self.kind} a state that NumPy does not write")
 
 
-def _push_argument(machine: _Machine, argument: Any) -> None:
-    machine.push(argument)
+def _make_array(shape: Any, dtype: np.dtype, order: Any, raw: Any) -> np.ndarray:
+    """View `raw` as an array. Nothing is allocated."""
+    sizes = shape if isinstance(shape, tuple) and len(shape) <= MAX_DIMENSIONS else (-1,)
+    if not all(isinstance(size, int) and size >= 0 for size in sizes):
+        raise PickleRefusedError(f"an array's shape must be at most {MAX_DIMENSIONS} sizes >= 0, got something else")
+    expected = math.prod(sizes) * dtype.itemsize
+    if not isinstance(raw, (bytes, bytearray)) or len(raw) != expected:
+        got = f"{len(raw)} bytes" if isinstance(raw, (bytes, bytearray)) else f"a {type(raw).__name__}"
+        raise PickleRefusedError(f"an array of shape {sizes} and type {dtype} must have {expected} bytes, got {got}")
+    return np.frombuffer(raw, dtype=dtype).reshape(sizes, order=order)
 
 
-_Handler = Callable[[_Machine, Any], Any]
-_HANDLERS: dict[str, _Handler] = {
-    "PROTO": lambda machine, version: None,
-    "FRAME": lambda machine, size: None,
-    "MARK": lambda machine, _: machine.push(_MARK),
-    "POP": lambda machine, _: machine.stack.pop(),
-    "POP_MARK": lambda machine, _: machine.pop_to_mark(),
-    "NONE": lambda machine, _: machine.push(None),
-    "NEWTRUE": lambda machine, _: machine.push(True),
-    "NEWFALSE": lambda machine, _: machine.push(False),
-    **dict.fromkeys(
-        ("BININT", "BININT1", "BININT2", "LONG1", "BINFLOAT", "SHORT_BINUNICODE", "BINUNICODE", "BINUNICODE8"),
-        _push_argument,
-    ),
-    **dict.fromkeys(("SHORT_BINBYTES", "BINBYTES", "BINBYTES8", "BYTEARRAY8"), _push_argument),
-    "EMPTY_DICT": lambda machine, _: machine.push({}),
-    "EMPTY_LIST": lambda machine, _: machine.push([]),
-    "EMPTY_TUPLE": lambda machine, _: machine.push(()),
-    "TUPLE": lambda machine, _: machine.push(tuple(machine.pop_to_mark())),
-    "TUPLE1": lambda machine, _: machine.push_tuple(1),
-    "TUPLE2": lambda machine, _: machine.push_tuple(2),
-    "TUPLE3": lambda machine, _: machine.push_tuple(3),
-    "APPEND": lambda machine, _: machine.append([machine.pop()]),
-    "APPENDS": lambda machine, _: machine.append(machine.pop_to_mark()),
-    "SETITEM": lambda machine, _: machine.set_items([machine.pop(), machine.pop()][::-1]),
-    "SETITEMS": lambda machine, _: machine.set_items(machine.pop_to_mark()),
-    "MEMOIZE": lambda machine, _: machine.memo.__setitem__(len(machine.memo), machine.stack[-1]),
-    "BINPUT": lambda machine, index: machine.memo.__setitem__(index, machine.stack[-1]),
-    "LONG_BINPUT": lambda machine, index: machine.memo.__setitem__(index, machine.stack[-1]),
-    "BINGET": lambda machine, index: machine.get_memo(index),
-    "LONG_BINGET": lambda machine, index: machine.get_memo(index),
-    "GLOBAL": lambda machine, names: machine.find_global(*names.split(" ", 1)),
-    "STACK_GLOBAL": lambda machine, _: machine.find_global(*[machine.pop(), machine.pop()][::-1]),
-    "REDUCE": lambda machine, _: machine.reduce(),
-    "BUILD": lambda machine, _: machine.build(),
-}
+def _finish(value: Any, budget: list[int], depth: int = 0) -> Any:
+    """Replace stand-ins by their arrays. Items and arrays that the file repeats must not add up to more than it."""
+    array = value.value if isinstance(value, _StandIn) and value.kind == "an array" else None
+    budget[0] -= 1 + (0 if array is None else array.nbytes)
+    if budget[0] < 0 or depth > MAX_NESTING:
+        raise PickleRefusedError(
+            f"its contents must be smaller than the file and nested at most {MAX_NESTING} deep, got repeated or deeper"
+        )
+    if isinstance(value, dict):
+        if not all(isinstance(key, (int, float, str)) for key in value):
+            raise PickleRefusedError("dict keys must be numbers or strings, got something else")
+        return {key: _finish(item, budget, depth + 1) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)([_finish(item, budget, depth + 1) for item in value])
+    if isinstance(value, _StandIn) and array is None:
+        raise PickleRefusedError(f"it must hold arrays with contents, got {value.kind} alone")
+    return value if array is None else array

@@ -1,13 +1,12 @@
 # Copyright 2026 The gpstoken-hf authors. Licensed under the Apache License, Version 2.0.
-"""Read checkpoint files tensor by tensor, and write safetensors files the same way.
+"""Read checkpoint files tensor by tensor and write safetensors files.
 
-A converted tensor goes from the mapped input file straight to the output file, so that a conversion needs the memory
-of the mapped file and of one tensor, not of two models.
+Tensors are mapped from the input file and written from that mapping. A conversion therefore needs the memory of one
+model, not of two.
 """
 
 from __future__ import annotations
 
-import json
 import os
 import pickle
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -18,21 +17,21 @@ from typing import Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 
-# How the safetensors format names the number types; also what checkpoints of this system can hold.
-DTYPE_NAMES = {
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.int64: "I64",
-    torch.int32: "I32",
-    torch.int16: "I16",
-    torch.int8: "I8",
-    torch.uint8: "U8",
-    torch.bool: "BOOL",
+# The number types that a checkpoint may hold, by their names in the safetensors format.
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
 }
-DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
 TORCH_SUFFIXES = (".pt", ".bin", ".pth", ".ckpt")
 
 
@@ -154,49 +153,44 @@ def _load_torch(path: Path, members: Iterable[str]) -> tuple[dict[str, torch.Ten
 
 @dataclass(frozen=True)
 class PlannedTensor:
-    """A tensor to be written: what is known beforehand, and how to get its values."""
+    """A tensor to write: its name, its shape, and a function that returns its values.
+
+    Attributes:
+        name (`str`): its name in the written file.
+        shape (`tuple[int, ...]`): its shape.
+        load (`Callable`): returns the tensor, a view of the mapped input file if possible.
+    """
 
     name: str
-    dtype: torch.dtype
     shape: tuple[int, ...]
     load: Callable[[], torch.Tensor]
 
 
-def write_safetensors(path: str | os.PathLike[str], plan: Iterable[PlannedTensor], metadata: dict[str, str]) -> None:
-    """Write a safetensors file, one tensor in memory at a time.
+def save_tensors(path: str | os.PathLike[str], plan: Iterable[PlannedTensor]) -> None:
+    """Write the tensors to a safetensors file, bit for bit.
 
-    The header comes first in the file and needs every size, hence a plan. Values are written as they are, bit for bit.
+    Args:
+        path (`str` or `os.PathLike`): the file to write.
+        plan (iterable of `PlannedTensor`): the tensors.
 
     Raises:
-        ValueError: a loaded tensor is not what the plan says, or holds NaN or infinite values.
+        ValueError: if a tensor holds NaN or infinite values, or shares its memory with another one.
+        OSError: if the file cannot be written.
     """
-    # Largest number types first, then by name: the order of the safetensors library, which keeps every tensor aligned.
-    ordered = sorted(plan, key=lambda tensor: (-tensor.dtype.itemsize, tensor.name))
-    header: dict[str, object] = {"__metadata__": metadata}
-    offset = 0
-    for tensor in ordered:
-        size = tensor.dtype.itemsize * torch.Size(tensor.shape).numel()
-        header[tensor.name] = {
-            "dtype": DTYPE_NAMES[tensor.dtype],
-            "shape": list(tensor.shape),
-            "data_offsets": [offset, offset + size],
-        }
-        offset += size
-    encoded = json.dumps(header, separators=(",", ":")).encode()
-    encoded += b" " * (-len(encoded) % 8)
-    with open(path, "wb") as file:
-        file.write(len(encoded).to_bytes(8, "little"))
-        file.write(encoded)
-        for tensor in ordered:
-            value = tensor.load()
-            if value.dtype != tensor.dtype or tuple(value.shape) != tensor.shape:
-                raise ValueError(
-                    f"{tensor.name} must be {tensor.dtype} of shape {tensor.shape}, "
-                    f"got {value.dtype} of shape {tuple(value.shape)}"
-                )
-            if value.is_floating_point() and not torch.isfinite(value).all():
-                raise ValueError(f"{tensor.name} holds NaN or infinite values, expected finite weights")
-            file.write(as_bytes(value).numpy().data)
+    tensors = {}
+    for planned in plan:
+        value = planned.load().contiguous()
+        # The extremes are NaN if any value is; unlike isfinite(value) they need no memory.
+        if value.is_floating_point() and value.numel() and not torch.stack(torch.aminmax(value)).isfinite().all():
+            raise ValueError(f"{planned.name} must be finite, got NaN or infinite values")
+        tensors[planned.name] = value
+    try:
+        # save_file writes from the tensors' own memory: mapped tensors are never copied.
+        save_file(tensors, path, metadata={"format": "pt"})
+    except RuntimeError as error:
+        raise ValueError(f"the tensors of a checkpoint must not share memory: {error}") from None
+    except SafetensorError as error:
+        raise OSError(f"{path} could not be written: {error}") from None
 
 
 def as_bytes(tensor: torch.Tensor) -> torch.Tensor:

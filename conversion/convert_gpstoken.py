@@ -18,15 +18,15 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from transformers.utils import logging
 
-from conversion.checkpoints import Checkpoint, PlannedTensor, floating_dtype, open_checkpoint, write_safetensors
+from conversion.checkpoints import Checkpoint, PlannedTensor, floating_dtype, open_checkpoint, save_tensors
 from conversion.key_tables import block_count, gpstoken_rules, match_keys, plan_conversion, plan_reverse
 from conversion.model_cards import gpstoken_card
-from conversion.publishing import push_folder
 from conversion.verification import check_errors, compare_tensors, load_arrays, verify_gpstoken
 from gpstoken_hf.configuration_gpstoken import GPSTokenConfig
 from gpstoken_hf.image_processing_gpstoken import GPSTokenImageProcessor
 from gpstoken_hf.modeling_gpstoken import GPSTokenModel
 from pipelines.shared.programs import atomic_directory, atomic_file, positive_float, positive_int, run_program
+from pipelines.shared.publishing import push_folder
 
 RELEASED_PRESETS = ("s64", "m128", "l256")
 DEFAULT_NUM_ATTENTION_HEADS = 8
@@ -99,7 +99,7 @@ def build_config(checkpoint: Checkpoint, arguments: argparse.Namespace) -> GPSTo
     elif arguments.num_tokens is None:
         raise ValueError(
             "the tensors do not tell the number of tokens: "
-            f"expected --num-tokens N or --preset {'|'.join(RELEASED_PRESETS)}"
+            f"expected --num_tokens N or --preset {'|'.join(RELEASED_PRESETS)}"
         )
     options = {
         "num_tokens": arguments.num_tokens,
@@ -141,7 +141,7 @@ def convert(arguments: argparse.Namespace) -> None:
         config.architectures = ["GPSTokenModel"]
         config.dtype = floating_dtype(checkpoint, checkpoint.keys())
         with atomic_directory(arguments.output) as staging:
-            write_safetensors(staging / WEIGHTS_NAME, tensors, metadata={"format": "pt"})
+            save_tensors(staging / WEIGHTS_NAME, tensors)
             config.save_pretrained(staging)
             processor = GPSTokenImageProcessor(
                 size={"shortest_edge": config.image_size},
@@ -158,7 +158,7 @@ def convert(arguments: argparse.Namespace) -> None:
                 verify(checkpoint, staging, config, arguments.verify)
     print(f"wrote {arguments.output}")
     if arguments.push_to_hub:
-        print(push_folder(arguments.output, arguments.push_to_hub))
+        print(f"pushed {arguments.output} to {push_folder(arguments.output, arguments.push_to_hub)}")
 
 
 def verify(checkpoint: Checkpoint, folder: Path, config: GPSTokenConfig, arrays: Path) -> None:
@@ -186,7 +186,7 @@ def reverse(arguments: argparse.Namespace) -> None:
     with open_checkpoint(Path(arguments.checkpoint) / WEIGHTS_NAME) as checkpoint:
         tensors, dropped = plan_reverse(rules_for(config), checkpoint)
         with atomic_file(arguments.output) as staging:
-            write_safetensors(staging, tensors, metadata={"format": "pt"})
+            save_tensors(staging, tensors)
     print(f"wrote {arguments.output}: {len(tensors)} tensors; absent, because conversion drops them:")
     for name in dropped:
         print(f"  {name}")
@@ -201,14 +201,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--preset", choices=RELEASED_PRESETS, help="fills in the options below, as the release has them"
     )
-    parser.add_argument("--num-tokens", type=positive_int, help="tokens of an image; required without --preset")
-    parser.add_argument("--image-size", type=positive_int, help="side of the training images in pixels (256)")
+    parser.add_argument("--num_tokens", type=positive_int, help="tokens of an image; required without --preset")
+    parser.add_argument("--image_size", type=positive_int, help="side of the training images in pixels (256)")
     parser.add_argument("--support", type=positive_float, help="reach of a Gaussian in sigmas (3)")
-    parser.add_argument("--tile-decode", choices=("merged", "stitched"), help="decode beyond 256 pixels (merged)")
-    parser.add_argument("--num-attention-heads", type=positive_int, help="heads of the encoder (8)")
-    parser.add_argument("--min-region-size", type=positive_int, help="s_min of the partition in pixels (8)")
-    parser.add_argument("--complexity-exponent", type=float, help="lambda of the partition (2.5)")
-    parser.add_argument("--sigma-scale", type=positive_float, help="initial sigma over a region's extent (2/3)")
+    parser.add_argument("--tile_decode", choices=("merged", "stitched"), help="decode beyond 256 pixels (merged)")
+    parser.add_argument("--num_attention_heads", type=positive_int, help="heads of the encoder (8)")
+    parser.add_argument("--min_region_size", type=positive_int, help="s_min of the partition in pixels (8)")
+    parser.add_argument("--complexity_exponent", type=float, help="lambda of the partition (2.5)")
+    parser.add_argument("--sigma_scale", type=positive_float, help="initial sigma over a region's extent (2/3)")
     parser.add_argument(
         "--verify",
         nargs="?",
@@ -219,11 +219,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         "outputs (pixel_values, regions, init_gaussians, tokens, rendered, decoded, merged_*) compare those as well",
     )
     parser.add_argument("--reverse", action="store_true", help="from our folder back to the release's format")
-    parser.add_argument("--push-to-hub", metavar="REPO", help="upload the written folder to this model repository")
+    parser.add_argument("--push_to_hub", metavar="REPO", help="upload the written folder to this model repository")
     arguments = parser.parse_args(argv)
     if arguments.reverse:
         if arguments.push_to_hub or arguments.verify is not None:
-            parser.error("--push-to-hub and --verify go with a conversion to a folder, not with --reverse")
+            parser.error("--push_to_hub and --verify go with a conversion to a folder, not with --reverse")
         reverse(arguments)
     else:
         convert(arguments)

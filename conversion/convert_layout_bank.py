@@ -19,10 +19,10 @@ import torch
 
 from conversion.array_pickle import load_array_pickle
 from conversion.model_cards import layout_bank_card
-from conversion.publishing import push_folder
 from gpstoken_hf.gaussians import NUM_GAUSSIAN_PARAMS
 from gpstoken_hf.layout_bank import GaussianLayoutBank
 from pipelines.shared.programs import ProgramError, atomic_directory, atomic_file, run_program
+from pipelines.shared.publishing import push_folder
 
 
 def read_layouts(path: Path) -> dict[int, list[torch.Tensor]]:
@@ -41,7 +41,7 @@ def read_layouts(path: Path) -> dict[int, list[torch.Tensor]]:
     for label, arrays in content.items():
         if not isinstance(label, int) or isinstance(label, bool):
             raise ValueError(f"{path}: class ids must be integers, got {label!r}")
-        if not isinstance(arrays, (list, tuple, np.ndarray)):
+        if not isinstance(arrays, (list, tuple, np.ndarray)) or np.ndim(arrays) == 0:
             raise ValueError(f"{path}: class {label} must have a list of arrays, got {_describe(arrays)}")
         layouts[label] = [_layout(array, f"{path}: layout {i} of class {label}") for i, array in enumerate(arrays)]
     return layouts
@@ -52,8 +52,9 @@ def _layout(array: object, name: str) -> torch.Tensor:
         raise ValueError(f"{name} must be a float array (tokens, >= {NUM_GAUSSIAN_PARAMS}), got {_describe(array)}")
     if array.shape[1] < NUM_GAUSSIAN_PARAMS:
         raise ValueError(f"{name} must have at least {NUM_GAUSSIAN_PARAMS} columns, got {array.shape[1]}")
-    # A copy in native byte order: the array is a view of the file's bytes.
-    return torch.from_numpy(array[:, :NUM_GAUSSIAN_PARAMS].astype(np.float32))
+    # PyTorch takes native byte order only. Values beyond float32 become infinite, which the bank refuses.
+    with np.errstate(over="ignore"):
+        return torch.from_numpy(array[:, :NUM_GAUSSIAN_PARAMS].astype(np.float32))
 
 
 def write_layouts(bank: GaussianLayoutBank, path: Path) -> None:
@@ -103,7 +104,7 @@ def convert(arguments: argparse.Namespace) -> None:
         f"tokens per layout {sorted(bank.token_counts)}"
     )
     if arguments.push_to_hub:
-        print(push_folder(arguments.output, arguments.push_to_hub))
+        print(f"pushed {arguments.output} to {push_folder(arguments.output, arguments.push_to_hub)}")
 
 
 def reverse(arguments: argparse.Namespace) -> None:
@@ -120,11 +121,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--output", type=Path, required=True, help="folder to write (with --reverse: the pickle)")
     parser.add_argument("--reverse", action="store_true", help="from a bank's folder back to a pickle")
     parser.add_argument("--verify", action="store_true", help="read the output back and compare it with the input")
-    parser.add_argument("--push-to-hub", metavar="REPO", help="upload the written folder to this model repository")
+    parser.add_argument("--push_to_hub", metavar="REPO", help="upload the written folder to this model repository")
     arguments = parser.parse_args(argv)
     if arguments.reverse:
         if arguments.push_to_hub:
-            parser.error("--push-to-hub goes with a conversion to a folder, not with --reverse")
+            parser.error("--push_to_hub goes with a conversion to a folder, not with --reverse")
         reverse(arguments)
     else:
         convert(arguments)

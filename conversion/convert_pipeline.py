@@ -1,7 +1,7 @@
 # Copyright 2026 The gpstoken-hf authors. Licensed under the Apache License, Version 2.0.
 """Converted components -> one GPSTokenPipeline folder.
 
-    python -m conversion.convert_pipeline --tokenizer gpstoken-m128 --transformer gpstoken-sit-xl --layout-bank bank \\
+    python -m conversion.convert_pipeline --tokenizer gpstoken-m128 --transformer gpstoken-sit-xl --layout_bank bank \\
         --output gpstoken
 
 The components are the folders that the other converters write. Weights are copied as files, not loaded and saved.
@@ -20,7 +20,6 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 
 from conversion.checkpoints import open_checkpoint
 from conversion.model_cards import pipeline_card
-from conversion.publishing import push_folder
 from gpstoken_hf.configuration_gpstoken import GPSTokenConfig
 from gpstoken_hf.image_processing_gpstoken import GPSTokenImageProcessor
 from gpstoken_hf.layout_bank import GaussianLayoutBank
@@ -29,6 +28,7 @@ from gpstoken_hf.pipeline_gpstoken import GPSTokenPipeline
 from gpstoken_hf.scheduling_flow_match_sde import FlowMatchSDEScheduler
 from gpstoken_hf.transformer_sit import SiTTransformer1DModel
 from pipelines.shared.programs import atomic_directory, run_program
+from pipelines.shared.publishing import push_folder
 
 COPIED = ("config.json", "*.safetensors", "*.safetensors.index.json")
 
@@ -182,28 +182,27 @@ def convert(arguments: argparse.Namespace) -> None:
         print("neither layout bank nor layout transformer: every call of the pipeline must be given a layout")
     print(f"wrote {arguments.output}: {', '.join(sorted(folders))}")
     if arguments.push_to_hub:
-        print(push_folder(arguments.output, arguments.push_to_hub))
+        print(f"pushed {arguments.output} to {push_folder(arguments.output, arguments.push_to_hub)}")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="conversion.convert_pipeline", description=__doc__.split("\n\n")[0])
     parser.add_argument(
         "--tokenizer",
-        "--vae",
         dest="vae",
         type=Path,
         required=True,
         help="folder of the tokenizer (convert_gpstoken); the pipeline's component is called vae",
     )
     parser.add_argument("--transformer", type=Path, required=True, help="folder of the generator (convert_sit)")
-    parser.add_argument("--layout-bank", type=Path, help="folder of the layouts (convert_layout_bank)")
-    parser.add_argument("--layout-transformer", type=Path, help="folder of a generator of layouts")
+    parser.add_argument("--layout_bank", type=Path, help="folder of the layouts (convert_layout_bank)")
+    parser.add_argument("--layout_transformer", type=Path, help="folder of a generator of layouts")
     parser.add_argument("--id2label", type=Path, metavar="JSON", help="class names: id -> name, or a list of names")
     parser.add_argument("--output", type=Path, required=True, help="folder to write")
     parser.add_argument(
         "--verify", action="store_true", help="load the written pipeline and make an image in two steps"
     )
-    parser.add_argument("--push-to-hub", metavar="REPO", help="upload the written folder to this model repository")
+    parser.add_argument("--push_to_hub", metavar="REPO", help="upload the written folder to this model repository")
     convert(parser.parse_args(argv))
     return 0
 

@@ -1,7 +1,7 @@
 # Copyright 2026 The gpstoken-hf authors. Licensed under the Apache License, Version 2.0.
 """A released SiT generator checkpoint -> a SiTTransformer1DModel folder for `from_pretrained`, and back.
 
-    python -m conversion.convert_sit --checkpoint generator.safetensors --num-attention-heads 16 --output sit-xl
+    python -m conversion.convert_sit --checkpoint generator.safetensors --num_attention_heads 16 --output sit-xl
     python -m conversion.convert_sit --checkpoint sit-xl --output generator.safetensors --reverse
 
 The authors' generator file holds `ema_model.*` (taken), `online_model.*` (`--weights online`) and training state.
@@ -17,13 +17,13 @@ from pathlib import Path
 
 import torch
 
-from conversion.checkpoints import Checkpoint, open_checkpoint, write_safetensors
+from conversion.checkpoints import Checkpoint, open_checkpoint, save_tensors
 from conversion.key_tables import KeyRule, block_count, match_keys, plan_conversion, plan_reverse, sit_rules
 from conversion.model_cards import sit_card
-from conversion.publishing import push_folder
 from conversion.verification import check_errors, compare_tensors, load_arrays, verify_sit
 from gpstoken_hf.transformer_sit import SIT_PRESETS, SiTTransformer1DModel
 from pipelines.shared.programs import atomic_directory, atomic_file, positive_int, run_program
+from pipelines.shared.publishing import push_folder
 
 WHAT = "a SiT generator of patch size 1"
 WEIGHTS_NAME = "diffusion_pytorch_model.safetensors"
@@ -111,9 +111,9 @@ def attention_heads(num_layers: object, width: object, asked: int | None) -> int
         if asked is None and (preset["num_layers"], preset_width) == (num_layers, width):
             asked = preset["num_attention_heads"]
     if asked is None:
-        raise ValueError("the tensors do not tell the number of attention heads: expected --num-attention-heads N")
+        raise ValueError("the tensors do not tell the number of attention heads: expected --num_attention_heads N")
     if width % asked:
-        raise ValueError(f"--num-attention-heads must divide the width {width}, got {asked}")
+        raise ValueError(f"--num_attention_heads must divide the width {width}, got {asked}")
     return asked
 
 
@@ -178,7 +178,7 @@ def convert(arguments: argparse.Namespace) -> None:
         expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
         tensors = plan_conversion(rules, checkpoint, expected, prefix)
         with atomic_directory(arguments.output) as staging:
-            write_safetensors(staging / WEIGHTS_NAME, tensors, metadata={"format": "pt"})
+            save_tensors(staging / WEIGHTS_NAME, tensors)
             model.save_config(staging)
             write_time_convention(staging / "config.json")
             card = sit_card(dict(config), Path(arguments.checkpoint).name, weights)
@@ -189,13 +189,13 @@ def convert(arguments: argparse.Namespace) -> None:
                 print(f"dropped {line}")
             if config["latents_mean"] is None:
                 print(
-                    "no channel statistics: the pipeline takes its tokenizer's, or give --latents-mean --latents-std"
+                    "no channel statistics: the pipeline takes its tokenizer's, or give --latents_mean --latents_std"
                 )
             if arguments.verify is not None:
                 verify(checkpoint, staging, table, prefix, arguments.verify)
     print(f"wrote {arguments.output}")
     if arguments.push_to_hub:
-        print(push_folder(arguments.output, arguments.push_to_hub))
+        print(f"pushed {arguments.output} to {push_folder(arguments.output, arguments.push_to_hub)}")
 
 
 def write_time_convention(path: Path) -> None:
@@ -224,7 +224,7 @@ def reverse(arguments: argparse.Namespace) -> None:
     with open_checkpoint(folder / WEIGHTS_NAME) as checkpoint:
         tensors, _ = plan_reverse(table, checkpoint, prefix)
         with atomic_file(arguments.output) as staging:
-            write_safetensors(staging, tensors, metadata={"format": "pt"})
+            save_tensors(staging, tensors)
     print(f"wrote {arguments.output}: {len(tensors)} tensors {prefix}*; absent, because conversion drops them:")
     for name in [f"{other}*" for other in PREFIXES.values() if other not in ("", prefix)] + list(TRAINING_STATE):
         print(f"  {name}")
@@ -239,14 +239,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         help="released .safetensors, .pt or .bin (with --reverse: our folder)",
     )
     parser.add_argument("--output", type=Path, required=True, help="folder to write (with --reverse: the file)")
-    parser.add_argument("--num-attention-heads", type=positive_int, help="known for SiT-S, B, L and XL, else required")
+    parser.add_argument("--num_attention_heads", type=positive_int, help="known for SiT-S, B, L and XL, else required")
     parser.add_argument("--weights", choices=tuple(PREFIXES), help="which weights of the file; ema where it has them")
     parser.add_argument(
-        "--latents-mean", type=float, nargs="+", metavar="M", help="mean of each channel of the target"
+        "--latents_mean", type=float, nargs="+", metavar="M", help="mean of each channel of the target"
     )
-    parser.add_argument("--latents-std", type=float, nargs="+", metavar="S", help="standard deviation of each channel")
+    parser.add_argument("--latents_std", type=float, nargs="+", metavar="S", help="standard deviation of each channel")
     parser.add_argument(
-        "--gaussian-target",
+        "--gaussian_target",
         choices=("offset", "absolute", "logit"),
         help="what the first 5 channels are: offset with a condition, else absolute",
     )
@@ -260,13 +260,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         "outputs (x, t, y, cond, velocity, ...) compare those as well",
     )
     parser.add_argument("--reverse", action="store_true", help="from our folder back to the release's format")
-    parser.add_argument("--push-to-hub", metavar="REPO", help="upload the written folder to this model repository")
+    parser.add_argument("--push_to_hub", metavar="REPO", help="upload the written folder to this model repository")
     arguments = parser.parse_args(argv)
     if (arguments.latents_mean is None) != (arguments.latents_std is None):
-        parser.error("--latents-mean and --latents-std go together")
+        parser.error("--latents_mean and --latents_std go together")
     if arguments.reverse:
         if arguments.push_to_hub or arguments.verify is not None:
-            parser.error("--push-to-hub and --verify go with a conversion to a folder, not with --reverse")
+            parser.error("--push_to_hub and --verify go with a conversion to a folder, not with --reverse")
         reverse(arguments)
     else:
         convert(arguments)

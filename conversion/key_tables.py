@@ -192,9 +192,7 @@ def plan_conversion(
             part_shape = (shape[0] // parts, *shape[1:]) if parts > 1 else shape
             if expected[target] != part_shape:
                 raise ValueError(f"{key} must have the shape of {target}, {expected[target]}, got {part_shape}")
-            plan.append(
-                PlannedTensor(target, checkpoint.dtype(key), part_shape, _Loader(checkpoint, key, part_shape, part))
-            )
+            plan.append(PlannedTensor(target, part_shape, _Loader(checkpoint, key, part_shape, part)))
     names = [tensor.name for tensor in plan]
     if sorted(names) != sorted(expected):
         odd = sorted(set(names) ^ set(expected))
@@ -222,11 +220,7 @@ def plan_reverse(
         if len(rule.targets) > 1:
             shape = (sum(checkpoint.shape(target)[0] for target in rule.targets), *shape[1:])
         shape += (1,) * rule.trailing_ones
-        plan.append(
-            PlannedTensor(
-                prefix + rule.source, checkpoint.dtype(first), shape, _Joiner(checkpoint, rule.targets, shape)
-            )
-        )
+        plan.append(PlannedTensor(prefix + rule.source, shape, _Joiner(checkpoint, rule.targets, shape)))
     unknown = sorted(present - wanted)
     if unknown:
         raise ValueError(
@@ -261,7 +255,8 @@ class _Joiner:
     shape: tuple[int, ...]
 
     def __call__(self) -> torch.Tensor:
-        return torch.cat([self.checkpoint.tensor(key) for key in self.keys]).reshape(self.shape)
+        tensors = [self.checkpoint.tensor(key) for key in self.keys]
+        return (tensors[0] if len(tensors) == 1 else torch.cat(tensors)).reshape(self.shape)
 
 
 def block_count(keys: Iterable[str], prefix: str) -> int:

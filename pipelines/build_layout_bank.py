@@ -26,7 +26,6 @@ from safetensors.torch import load_file, save_file
 from tqdm.auto import tqdm
 
 from conversion.model_cards import layout_bank_card
-from conversion.publishing import push_folder
 from gpstoken_hf.configuration_gpstoken import GPSTokenConfig
 from gpstoken_hf.layout_bank import GaussianLayoutBank
 from gpstoken_hf.partition import partition_images
@@ -41,6 +40,7 @@ from pipelines.shared.programs import (
     positive_int,
     run_program,
 )
+from pipelines.shared.publishing import push_folder
 from training.data import center_crop, decode_image, image_to_array, load_image_dataset
 from training.options import add_dataset_options, describe_options, parse_options
 
@@ -220,7 +220,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         f"({min(counts)} to {max(counts)} per class), tokens per layout {sorted(bank.token_counts)}"
     )
     if options.push_to_hub:
-        print(push_folder(options.output_dir, options.push_to_hub))
+        print(f"pushed {options.output_dir} to {push_folder(options.output_dir, options.push_to_hub)}")
     return 0
 
 

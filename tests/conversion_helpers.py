@@ -39,8 +39,8 @@ def broken_checkpoints(source, folder, marker):
     saved = {
         "extra key": (edited(**{f"{key}.extra": torch.zeros(2)}), "1 unknown key .*extra"),
         "missing key": (edited(**{key.replace("weight", "bias"): None}), "1 missing key .*bias"),
-        "NaN weight": (with_value(float("nan")), "NaN or infinite"),
-        "infinite weight": (with_value(float("-inf")), "NaN or infinite"),
+        "NaN weight": (with_value(float("nan")), "must be finite, got NaN or infinite"),
+        "infinite weight": (with_value(float("-inf")), "must be finite, got NaN or infinite"),
         "integer weight": (edited(**{key: tensors[key].int()}), "floating-point weights, got torch.int32"),
         "other shape": (edited(**{key: tensors[key][:, :-1].contiguous()}), "must have the shape of"),
         "empty": ({"nothing": torch.zeros(1)}, "is not a"),

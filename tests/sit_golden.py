@@ -9,7 +9,8 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
-from gpstoken_hf.transformer_sit import ORIGINAL_MODULES, SiTTransformer1DModel
+from conversion.key_tables import block_count, match_keys, sit_rules
+from gpstoken_hf.transformer_sit import SiTTransformer1DModel
 
 TESTS = Path(__file__).parent
 SETS = {
@@ -22,28 +23,14 @@ def available_sets() -> list[str]:
     return [name for name, (folder, prefix) in SETS.items() if (folder / f"{prefix}_io.safetensors").is_file()]
 
 
-def split_key(key: str) -> tuple[str, str, str]:
-    """`blocks.3.attn.qkv.weight` -> `("blocks.N.attn.qkv", "3", "weight")`."""
-    parts = key.split(".")
-    number = parts[1] if parts[0] == "blocks" else ""
-    if number:
-        parts[1] = "N"
-    if parts[-1] not in ("weight", "bias"):
-        return ".".join(parts), number, ""
-    return ".".join(parts[:-1]), number, parts[-1]
-
-
 def rename(state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """The EMA weights of a checkpoint of the authors, or shapes as meta tensors, under our names."""
-    renamed = {}
-    for key, value in state_dict.items():
-        module, number, leaf = split_key(key)
-        targets = ORIGINAL_MODULES[module]
-        targets = (targets,) if isinstance(targets, str) else targets
-        if module == "x_embedder.proj" and leaf == "weight":
-            value = value[:, :, 0, 0]
-        for target, part in zip(targets, value.chunk(len(targets))):
-            renamed[".".join(filter(None, (target.replace("N", number), leaf)))] = part
+    rules = sit_rules(block_count(state_dict, "blocks."), has_condition="cond_embedder.0.weight" in state_dict)
+    renamed: dict[str, torch.Tensor] = {}
+    for rule in match_keys(rules, state_dict, "the golden generator"):
+        value = state_dict[rule.source]
+        value = value.reshape(value.shape[: value.ndim - rule.trailing_ones])
+        renamed.update(zip(rule.targets, value.chunk(len(rule.targets))))
     return renamed
 
 

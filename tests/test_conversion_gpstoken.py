@@ -19,7 +19,7 @@ from pipelines.shared.programs import run_program
 
 OFFICIAL = GOLDEN / "tokenizer_official.safetensors"
 ARRAYS = GOLDEN / "tokenizer_io.safetensors"
-OPTIONS = ("--num-tokens", 16, "--image-size", 64)
+OPTIONS = ("--num_tokens", 16, "--image_size", 64)
 DROPPED = {f"preprocess_img.{block}.temb_proj.{name}" for block in (1, 2) for name in ("weight", "bias")}
 
 
@@ -236,9 +236,9 @@ def test_broken_checkpoints_are_refused(tmp_path, capsys, broken, name):
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        ([], "expected --num-tokens N or --preset s64|m128|l256"),
+        ([], "expected --num_tokens N or --preset s64|m128|l256"),
         (["--preset", "m128"], "preset m128 has hidden_size 512, the checkpoint has 64"),
-        (["--num-tokens", 16, "--num-attention-heads", 7], "hidden_size=64 and num_attention_heads=7"),
+        (["--num_tokens", 16, "--num_attention_heads", 7], "hidden_size=64 and num_attention_heads=7"),
     ],
 )
 def test_options_that_do_not_fit(tmp_path, capsys, argv, message):
@@ -274,7 +274,7 @@ def test_reverse_refuses_what_it_cannot_name(converted, tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    "extra", [["--reverse", "--push-to-hub", "a/b"], ["--reverse", "--verify"], ["--preset", "xl"]]
+    "extra", [["--reverse", "--push_to_hub", "a/b"], ["--reverse", "--verify"], ["--preset", "xl"]]
 )
 def test_bad_arguments(tmp_path, extra):
     with pytest.raises(SystemExit) as exit_info:

@@ -22,12 +22,21 @@ def run(program, *argv):
     return run_program(program.main, [str(argument) for argument in argv])
 
 
+@pytest.mark.parametrize("program", [convert_gpstoken, convert_layout_bank, convert_pipeline, convert_sit])
+def test_options_are_spelt_in_snake_case(program, capsys):
+    with pytest.raises(SystemExit):
+        run(program, "--help")
+    options = set(re.findall(r"--[\w-]+", capsys.readouterr().out))
+    assert {"--output", "--push_to_hub"} <= options
+    assert not [option for option in options if "-" in option[2:]]
+
+
 @pytest.fixture(scope="module")
 def components(tmp_path_factory):
     """Converted folders: the golden tokenizer, the golden generator widened to its 21 channels, a bank."""
     folder = tmp_path_factory.mktemp("components")
     tokenizer = GOLDEN / "tokenizer_official.safetensors"
-    options = ("--num-tokens", 16, "--image-size", 64)
+    options = ("--num_tokens", 16, "--image_size", 64)
     assert run(convert_gpstoken, "--checkpoint", tokenizer, "--output", folder / "vae", *options) == 0
 
     tensors = load_file(GOLDEN / "sit_official.safetensors")
@@ -39,7 +48,7 @@ def components(tmp_path_factory):
     ):
         tensors[f"ema_model.{name}"] = (0.1 * torch.randn(shape, generator=generator)).half()
     save_file(tensors, folder / "generator.safetensors")
-    argv = ["--checkpoint", folder / "generator.safetensors", "--output", folder / "sit", "--num-attention-heads", 4]
+    argv = ["--checkpoint", folder / "generator.safetensors", "--output", folder / "sit", "--num_attention_heads", 4]
     assert run(convert_sit, *argv) == 0
 
     images = torch.rand(3, 3, 64, 64, generator=generator) * 2 - 1
@@ -54,7 +63,7 @@ def arguments(components, *changes):
     values = {
         "--tokenizer": components / "vae",
         "--transformer": components / "sit",
-        "--layout-bank": components / "bank",
+        "--layout_bank": components / "bank",
     }
     values.update(zip(changes[::2], changes[1::2]))
     return [item for name, value in values.items() if value is not None for item in (name, value)]
@@ -114,7 +123,7 @@ def test_verify(components, tmp_path, capsys):
 
 
 def test_without_a_bank_a_layout_must_be_given(components, tmp_path, capsys):
-    argv = arguments(components, "--layout-bank", None)
+    argv = arguments(components, "--layout_bank", None)
     assert run(convert_pipeline, *argv, "--output", tmp_path / "out", "--verify") == 0
     assert "every call of the pipeline must be given a layout" in capsys.readouterr().out
     assert GPSTokenPipeline.from_pretrained(tmp_path / "out").layout_bank is None
@@ -176,7 +185,7 @@ def test_damaged_components_are_refused(components, tmp_path, capsys, option, so
     [
         ("--tokenizer", "sit", "expected the folder of a GPSTokenModel, .* holds a SiTTransformer1DModel"),
         ("--transformer", "bank", "expected the folder of a SiTTransformer1DModel, .* holds a GaussianLayoutBank"),
-        ("--layout-bank", "vae", "expected the folder of a GaussianLayoutBank, .* holds a GPSTokenModel"),
+        ("--layout_bank", "vae", "expected the folder of a GaussianLayoutBank, .* holds a GPSTokenModel"),
         ("--tokenizer", "missing", "has no config.json"),
     ],
 )
@@ -188,14 +197,14 @@ def test_swapped_components_are_refused(components, tmp_path, capsys, option, so
 
 def test_components_that_do_not_fit_are_refused(components, tmp_path, capsys):
     narrow = tmp_path / "narrow"
-    options = ("--output", narrow, "--num-attention-heads", 4)
+    options = ("--output", narrow, "--num_attention_heads", 4)
     assert run(convert_sit, "--checkpoint", GOLDEN / "sit_official.safetensors", *options) == 0
     argv = [*arguments(components, "--transformer", narrow), "--output", tmp_path / "out"]
     refusal(capsys, argv, "transformer must have in_channels = 21, as the vae's tokens, got 9")
 
     (tmp_path / "initg.pickle").write_bytes(pickle.dumps({10: [np.full((4, 5), 0.5, "f4")]}))
     assert run(convert_layout_bank, tmp_path / "initg.pickle", "--output", tmp_path / "bank") == 0
-    argv = [*arguments(components, "--layout-bank", tmp_path / "bank"), "--output", tmp_path / "out"]
+    argv = [*arguments(components, "--layout_bank", tmp_path / "bank"), "--output", tmp_path / "out"]
     refusal(capsys, argv, "knows classes 0 to 9, the bank has 10")
     assert not (tmp_path / "out").exists()
 

@@ -1,6 +1,7 @@
 # Copyright 2026 The gpstoken-hf authors. Licensed under the Apache License, Version 2.0.
-"""`--push-to-hub` of every converter, against a Hub on this machine, in a process that reads its address at import."""
+"""`--push_to_hub` of every converter, against a Hub on this machine, in a process that reads its address at import."""
 
+import ast
 import os
 import pickle
 import subprocess
@@ -18,13 +19,13 @@ PUSH = """
 import sys
 from conversion import convert_gpstoken, convert_layout_bank, convert_pipeline, convert_sit
 golden, folder = sys.argv[1:]
-options = ["--num-tokens", "16", "--image-size", "64", "--push-to-hub", "tester/tokenizer"]
+options = ["--num_tokens", "16", "--image_size", "64", "--push_to_hub", "tester/tokenizer"]
 convert_gpstoken.main(
     ["--checkpoint", f"{golden}/tokenizer_official.safetensors", "--output", f"{folder}/vae", *options]
 )
-options = ["--num-attention-heads", "4", "--push-to-hub", "tester/sit"]
+options = ["--num_attention_heads", "4", "--push_to_hub", "tester/sit"]
 convert_sit.main(["--checkpoint", f"{golden}/sit_official.safetensors", "--output", f"{folder}/sit", *options])
-convert_layout_bank.main([f"{folder}/initg.pickle", "--output", f"{folder}/bank", "--push-to-hub", "tester/bank"])
+convert_layout_bank.main([f"{folder}/initg.pickle", "--output", f"{folder}/bank", "--push_to_hub", "tester/bank"])
 from gpstoken_hf import GaussianLayoutBank, GPSTokenImageProcessor, GPSTokenModel, SiTTransformer1DModel
 assert GPSTokenModel.from_pretrained("tester/tokenizer").config.num_tokens == 16
 assert GPSTokenImageProcessor.from_pretrained("tester/tokenizer").crop_size["height"] == 64
@@ -39,16 +40,69 @@ def hub():
         yield hub
 
 
-def test_push_and_load(hub, tmp_path):
-    (tmp_path / "initg.pickle").write_bytes(pickle.dumps({3: [np.full((16, 21), 0.5, "f4")]}))
-    paths = os.pathsep.join(str(path) for path in (TESTS, TESTS.parent))
-    environment = {**os.environ, **hub.env, "HF_HOME": str(tmp_path / "cache"), "PYTHONPATH": paths}
+def run(program, hub_env, tmp_path):
+    """The output of a program in a process of its own, without the Hub's offline switches."""
+    paths = os.pathsep.join(filter(None, [str(TESTS), str(TESTS.parent), os.environ.get("PYTHONPATH")]))
+    environment = {**os.environ, **hub_env, "HF_HOME": str(tmp_path / "cache"), "PYTHONPATH": paths}
     for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_HUB_CACHE"):
         environment.pop(name, None)
-    command = [sys.executable, "-c", PUSH, str(GOLDEN), str(tmp_path)]
+    command = [sys.executable, "-c", program, str(GOLDEN), str(tmp_path)]
     result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stderr[-3000:]
-    assert result.stdout.count("pushed ") == 3
+    return result.stdout
+
+
+PUSH_FOLDER = """
+import sys
+from pathlib import Path
+from pipelines.shared.publishing import push_folder
+folder = Path(sys.argv[2]) / "model"
+folder.mkdir()
+(folder / "config.json").write_text("{}")
+for name, private in (("tester/open", False), ("tester/closed", True), ("tester/closed", False), ("a b/c", False)):
+    try:
+        print(push_folder(folder, name, private=private))
+    except (OSError, ValueError) as error:
+        print("ValueError" if isinstance(error, ValueError) else "OSError", error)
+"""
+
+
+def test_push_folder(hub, tmp_path):
+    lines = run(PUSH_FOLDER, hub.env, tmp_path).splitlines()
+    endpoint = hub.env["HF_ENDPOINT"]
+    assert lines[:3] == [f"{endpoint}/tester/open", f"{endpoint}/tester/closed", f"{endpoint}/tester/closed"]
+    assert lines[3].startswith("ValueError")
+    assert {name: repo.is_private for name, repo in hub.store.repos.items()} == {
+        "models/tester/open": False,
+        "models/tester/closed": True,
+    }
+    assert hub.files("tester/closed")["config.json"] == b"{}"
+
+
+def test_a_hub_out_of_reach_is_an_os_error(tmp_path):
+    lines = run(PUSH_FOLDER, {"HF_ENDPOINT": "http://127.0.0.1:1", "HF_TOKEN": "hf_x"}, tmp_path).splitlines()
+    assert all(line.startswith("OSError") and "could not be uploaded to tester/" in line for line in lines[:3])
+    assert lines[3].startswith("ValueError")
+
+
+def test_programs_import_no_other_program():
+    """What two programs need lies in a module without `main`."""
+    folder = TESTS.parent / "conversion"
+    programs = {path.stem for path in folder.glob("*.py") if "\ndef main(" in path.read_text()}
+    assert programs == {"convert_gpstoken", "convert_layout_bank", "convert_pipeline", "convert_sit"}
+    for path in folder.glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom) and node.module:
+                top, *rest = node.module.split(".")
+                assert top != "pipelines" or rest[0] == "shared", path
+                assert top != "training", path
+                assert top != "conversion" or rest[0] not in programs, path
+
+
+def test_push_and_load(hub, tmp_path):
+    (tmp_path / "initg.pickle").write_bytes(pickle.dumps({3: [np.full((16, 21), 0.5, "f4")]}))
+    output = run(PUSH, hub.env, tmp_path)
+    assert output.count("pushed ") == 3
     for repo, folder in (("tester/tokenizer", "vae"), ("tester/sit", "sit"), ("tester/bank", "bank")):
         pushed = hub.files(repo)
         for file in (tmp_path / folder).iterdir():

@@ -16,7 +16,7 @@ from pipelines.shared.programs import run_program
 
 OFFICIAL = GOLDEN / "sit_official.safetensors"
 ARRAYS = GOLDEN / "sit_io.safetensors"
-HEADS = ("--num-attention-heads", 4)
+HEADS = ("--num_attention_heads", 4)
 
 
 def run(*argv):
@@ -167,7 +167,7 @@ def test_torch_files_offer_both_kinds(official, tmp_path, capsys):
 def test_plain_checkpoints_without_a_condition(official, tmp_path):
     save_file(plain(official, condition=False), tmp_path / "sit.safetensors")
     argv = ["--checkpoint", tmp_path / "sit.safetensors", "--output", tmp_path / "out", *HEADS]
-    assert run(*argv, "--verify", "--gaussian-target", "logit") == 0
+    assert run(*argv, "--verify", "--gaussian_target", "logit") == 0
     model = SiTTransformer1DModel.from_pretrained(tmp_path / "out", torch_dtype=torch.float32).eval()
     assert model.config["condition_channels"] is None
     assert model.config["gaussian_target"] == "logit"
@@ -182,7 +182,7 @@ def test_plain_checkpoints_without_a_condition(official, tmp_path):
 def test_statistics_by_option(tmp_path):
     mean, std = [0.1 * index for index in range(9)], [1 + 0.1 * index for index in range(9)]
     argv = ["--checkpoint", OFFICIAL, "--output", tmp_path / "out", *HEADS]
-    assert run(*argv, "--latents-mean", *mean, "--latents-std", *std) == 0
+    assert run(*argv, "--latents_mean", *mean, "--latents_std", *std) == 0
     config = SiTTransformer1DModel.load_config(tmp_path / "out")
     assert config["latents_mean"] == mean
     assert config["latents_std"] == std
@@ -234,10 +234,10 @@ def test_unknown_keys_outside_of_the_weights_are_refused(official, tmp_path, cap
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        ([], "expected --num-attention-heads N"),
-        (["--num-attention-heads", 7], "must divide the width 64, got 7"),
+        ([], "expected --num_attention_heads N"),
+        (["--num_attention_heads", 7], "must divide the width 64, got 7"),
         ([*HEADS, "--weights", "online"], r"has the weights \['ema'\], got --weights online"),
-        ([*HEADS, "--latents-mean", 1, "--latents-std", 1], "latents"),
+        ([*HEADS, "--latents_mean", 1, "--latents_std", 1], "latents"),
     ],
 )
 def test_options_that_do_not_fit(tmp_path, capsys, argv, message):
@@ -261,5 +261,5 @@ def test_a_tokenizer_is_no_generator(tmp_path, capsys):
 
 def test_mean_without_std(tmp_path):
     with pytest.raises(SystemExit) as exit_info:
-        run("--checkpoint", OFFICIAL, "--output", tmp_path / "out", *HEADS, "--latents-mean", 1)
+        run("--checkpoint", OFFICIAL, "--output", tmp_path / "out", *HEADS, "--latents_mean", 1)
     assert exit_info.value.code == 2

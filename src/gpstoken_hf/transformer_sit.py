@@ -36,28 +36,6 @@ SIT_PRESETS: dict[str, dict[str, int]] = {
     "L": {"num_layers": 24, "num_attention_heads": 16, "attention_head_dim": 64},  # 458 M
     "XL": {"num_layers": 28, "num_attention_heads": 16, "attention_head_dim": 72},  # 675 M
 }
-# Modules of the authors' checkpoint (below `ema_model.`, N a block) and ours; `.weight` and `.bias` keep their names.
-# The convolution of x_embedder has a 1 x 1 kernel to be squeezed; qkv holds its three parts one below the other.
-ORIGINAL_MODULES: dict[str, str | tuple[str, str, str]] = {
-    "pos_embed": "pos_embed",
-    "x_embedder.proj": "proj_in",
-    "t_embedder.mlp.0": "time_embedder.linear_1",
-    "t_embedder.mlp.2": "time_embedder.linear_2",
-    "y_embedder.embedding_table": "class_embedder",
-    "cond_embedder.0": "condition_embedder.linear_1",
-    "cond_embedder.2": "condition_embedder.linear_2",
-    "blocks.N.adaLN_modulation.1": "transformer_blocks.N.modulation",
-    "blocks.N.attn.qkv": (
-        "transformer_blocks.N.attn.to_q",
-        "transformer_blocks.N.attn.to_k",
-        "transformer_blocks.N.attn.to_v",
-    ),
-    "blocks.N.attn.proj": "transformer_blocks.N.attn.to_out.0",
-    "blocks.N.mlp.fc1": "transformer_blocks.N.ff.net.0.proj",
-    "blocks.N.mlp.fc2": "transformer_blocks.N.ff.net.2",
-    "final_layer.adaLN_modulation.1": "modulation_out",
-    "final_layer.linear": "proj_out",
-}
 GAUSSIAN_TARGETS = ("offset", "absolute", "logit")
 CONDITION_INJECTIONS = ("input", "every_block")
 TIMESTEP_SCALE = 1000.0
