@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 import gpstoken_hf
 
@@ -183,6 +184,35 @@ def test_import_is_quiet_and_offline():
     result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stderr
     assert result.stdout == ""
+
+
+def test_the_whole_way_works_without_numba():
+    """`auto` takes the PyTorch paths: the partition, the splat, the calibration."""
+    program = (
+        "import sys\n"
+        "sys.modules['numba'] = None\n"
+        "import torch, gpstoken_hf\n"
+        "from gpstoken_hf import GPSTokenConfig, GPSTokenModel, calibrate_layout, partition_images\n"
+        "images = torch.rand(2, 3, 32, 40, generator=torch.Generator().manual_seed(0)) * 2 - 1\n"
+        "model = GPSTokenModel(GPSTokenConfig.preset('tiny'))\n"
+        "output = model(images, num_tokens=[6, 9])\n"
+        "output.sample.mean().backward()\n"
+        "layout = partition_images(images, 12, min_region_size=4)\n"
+        "assert torch.equal(calibrate_layout(layout.gaussians, (32, 40), 4).boxes, layout.boxes)\n"
+        "try:\n"
+        "    partition_images(images, 4, backend='numba')\n"
+        "except ValueError as error:\n"
+        "    assert 'not installed' in str(error), error\n"
+        "else:\n"
+        "    raise AssertionError('numba is not there')\n"
+        "print(layout.boxes.sum((0, 1)).tolist())\n"
+    )
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr
+    images = torch.rand(2, 3, 32, 40, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    assert result.stdout.strip() == str(
+        gpstoken_hf.partition_images(images, 12, min_region_size=4).boxes.sum((0, 1)).tolist()
+    )
 
 
 def test_every_file_carries_the_licence():
