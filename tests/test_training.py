@@ -16,6 +16,7 @@ import yaml
 from PIL import Image
 from torch.utils.data import DataLoader
 
+import gpstoken_hf
 from pipelines.shared.programs import ProgramError
 from training import cache_tokens, make_digits, train_sit, train_tokenizer
 from training.data import (
@@ -135,10 +136,20 @@ def test_bad_preset_files_are_refused(tmp_path, text, message):
 def test_shipped_presets_resolve():
     for name, parser in (
         ("nano", train_tokenizer),
+        ("nano_mixed", train_tokenizer),
+        ("s64", train_tokenizer),
+        ("m128", train_tokenizer),
+        ("l256", train_tokenizer),
+        ("layout_s", train_sit),
+        ("texture_xl", train_sit),
         ("digits_tokenizer", train_tokenizer),
         ("digits_sit", train_sit),
     ):
-        extra = ["--stage", "layout", "--tokens_dir", "t"] if parser is train_sit else []
+        extra = ["--tokens_dir", "t"] if parser is train_sit else []
+        if name == "digits_sit":
+            extra += ["--stage", "layout"]
+        if name == "nano_mixed":
+            extra += ["--pretrained_model_name_or_path", gpstoken_hf.bundled("gpstoken-nano")]
         options = parse_options(
             parser.make_parser(), ["--config", f"training/presets/{name}.yaml", "--output_dir", "out", *extra]
         )

@@ -63,7 +63,7 @@ class ExponentialMovingAverage:
     def save(self, path: Path) -> None:
         """Write the average as a safetensors file."""
         tensors = {name: value.cpu().contiguous() for name, value in self.shadow.items()}
-        save_file(tensors, path, metadata={"format": "pt", "num_updates": str(self.num_updates)})
+        save_file(tensors, path, metadata={"num_updates": str(self.num_updates)})
 
     def load(self, path: Path) -> None:
         """Read what `save` has written.

@@ -7,6 +7,10 @@
 The workers of the loader crop and partition the images. With `--min_tokens` and `--max_tokens` the number of tokens
 varies, with `--resolutions` every batch has its own size, so that one checkpoint serves all of them.
 
+The loss is the sum of absolute and squared errors, LPIPS, the distance of a frozen network's pooled features and an
+adversarial term (PatchGAN). Each has its weight, and all but the first two start at a step of their own. When the
+adversarial term has started, steps of discriminator and tokenizer alternate.
+
 Shapes: B images, H and W their sides in pixels, N validation images.
 """
 
@@ -26,7 +30,14 @@ from gpstoken_hf.configuration_gpstoken import GPSTokenConfig
 from gpstoken_hf.image_processing_gpstoken import GPSTokenImageProcessor
 from gpstoken_hf.metrics import psnr
 from gpstoken_hf.modeling_gpstoken import GPSTokenModel
-from pipelines.shared.programs import ProgramError, atomic_file, non_negative_float, run_program
+from pipelines.shared.programs import (
+    ProgramError,
+    atomic_file,
+    non_negative_float,
+    non_negative_int,
+    positive_float,
+    run_program,
+)
 from pipelines.shared.programs import positive_int as positive
 from training.data import (
     CROPS,
@@ -39,8 +50,9 @@ from training.data import (
     load_validation_images,
     partitioned_batch,
 )
+from training.discriminator import PatchDiscriminator
 from training.loop import TrainingTask, run_training
-from training.losses import PerceptualLoss, reconstruction_loss
+from training.losses import adaptive_weight, hinge_discriminator_loss, hinge_generator_loss, reconstruction_loss
 from training.options import (
     Switch,
     add_dataset_options,
@@ -53,6 +65,7 @@ from training.options import (
     parse_options,
     unit_interval,
 )
+from training.perceptual import FeatureLoss, PerceptualLoss
 
 PROGRAM = "training.train_tokenizer"
 
@@ -84,6 +97,9 @@ def make_parser() -> argparse.ArgumentParser:
         help="the central square of the shortest side, a random one, or a smaller random one; all are resized",
     )
     group.add_argument("--min_crop_scale", type=unit_interval, default=0.25, help="smallest area of random_resized")
+    group.add_argument(
+        "--native_crop_prob", type=unit_interval, default=0.0, help="share of images that are cropped without scaling"
+    )
     group.add_argument("--random_flip", action=Switch, default=True)
     group.add_argument(
         "--min_tokens", type=positive, help="at --resolution; other sizes scale it with the area; default: the model's"
@@ -100,6 +116,25 @@ def make_parser() -> argparse.ArgumentParser:
     group.add_argument("--l1_weight", type=non_negative_float, default=0.0)
     group.add_argument("--mse_weight", type=non_negative_float, default=1.0)
     group.add_argument("--lpips_weight", type=non_negative_float, default=0.0, help="of the perceptual loss with VGG")
+    group.add_argument("--lpips_start_step", type=non_negative_int, default=0)
+    group.add_argument("--lpips_weights_file", help="weights of torchvision's vgg16; default: cached or downloaded")
+    group.add_argument("--feature_weight", type=non_negative_float, default=0.0, help="of the pooled features")
+    group.add_argument("--feature_start_step", type=non_negative_int, default=0)
+    group.add_argument(
+        "--feature_network",
+        default="inception_v3",
+        help="a classifier of torchvision, timm/NAME, or efficientnet_lite0 (whose weights are a package)",
+    )
+    group.add_argument("--feature_weights_file", help="its weights; default: cached or downloaded")
+    group.add_argument("--feature_resolution", type=positive, help="side of its images; default: its own")
+    group.add_argument(
+        "--adversarial_weight",
+        type=non_negative_float,
+        default=0.0,
+        help="times the ratio of gradient norms at the decoder's last layer; the paper has 0.3",
+    )
+    group.add_argument("--adversarial_start_step", type=non_negative_int, default=0)
+    group.add_argument("--discriminator_learning_rate", type=positive_float, help="default: --learning_rate")
 
     group = parser.add_argument_group("validation")
     group.add_argument("--validation_data_files", nargs="+", help="files of held-out images")
@@ -159,19 +194,79 @@ class TokenizerTask(TrainingTask):
         if options.channels_last:
             model.to(memory_format=torch.channels_last)
         self.model = model
-        self.modules = {"model": Reconstruction(model, options.channels_last)}
-        self.perceptual = PerceptualLoss().to(accelerator.device) if options.lpips_weight else None
+        self.modules: dict[str, torch.nn.Module] = {"model": Reconstruction(model, options.channels_last)}
+        # The frozen networks are no part of `modules`, so that checkpoints do not hold them.
+        self.perceptual: PerceptualLoss | None = None
+        self.feature: FeatureLoss | None = None
+        if options.lpips_weight:
+            self.perceptual = PerceptualLoss(options.lpips_weights_file).to(accelerator.device)
+        if options.feature_weight:
+            self.feature = FeatureLoss(
+                options.feature_network, options.feature_weights_file, options.feature_resolution
+            ).to(accelerator.device)
+        if options.adversarial_weight:
+            discriminator = PatchDiscriminator()
+            if min(self.sizes.resolutions) < discriminator.min_resolution:
+                raise ProgramError(
+                    f"--resolutions must be at least {discriminator.min_resolution} with the adversarial loss, "
+                    f"got {min(self.sizes.resolutions)}"
+                )
+            self.modules["discriminator"] = discriminator
+
+    def turn(self, step: int) -> str:
+        """From `--adversarial_start_step` on, the discriminator and the model alternate; the discriminator begins."""
+        ahead = step - self.options.adversarial_start_step
+        return "discriminator" if "discriminator" in self.modules and ahead >= 0 and ahead % 2 == 0 else "model"
+
+    def learning_rate(self, name: str, options: argparse.Namespace) -> float:
+        if name == "discriminator" and options.discriminator_learning_rate is not None:
+            return options.discriminator_learning_rate
+        return options.learning_rate
 
     def losses(
         self, modules: dict[str, torch.nn.Module], batch: dict[str, torch.Tensor], step: int
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        images, reconstruction = batch["pixel_values"], modules["model"](batch)
-        loss = reconstruction_loss(reconstruction, images, self.options.l1_weight, self.options.mse_weight)
+        if self.turn(step) == "discriminator":
+            return self._discriminator_losses(modules, batch)
+        options, images = self.options, batch["pixel_values"]
+        reconstruction = modules["model"](batch)
+        loss = reconstruction_loss(reconstruction, images, options.l1_weight, options.mse_weight)
         values = {"mse": torch.nn.functional.mse_loss(reconstruction.detach().float(), images)}
-        if self.perceptual is not None:
-            values["lpips"] = self.perceptual(reconstruction, images).mean()
-            loss = loss + self.options.lpips_weight * values["lpips"]
+        with self.accelerator.autocast():
+            if self.perceptual is not None and step >= options.lpips_start_step:
+                values["lpips"] = self.perceptual(reconstruction, images).float().mean()
+                loss = loss + options.lpips_weight * values["lpips"]
+            if self.feature is not None and step >= options.feature_start_step:
+                values["feature"] = self.feature(reconstruction, images)
+                loss = loss + options.feature_weight * values["feature"]
+        if "discriminator" in modules and step >= options.adversarial_start_step:
+            # The module without its distributed wrapper: this step has no gradients of it to exchange.
+            discriminator = self.modules["discriminator"].requires_grad_(False)
+            values["adversarial"] = hinge_generator_loss(discriminator(reconstruction))
+            values["adversarial_weight"] = self._adversarial_weight(loss, values["adversarial"])
+            loss = loss + values["adversarial_weight"] * values["adversarial"]
         return loss, {"loss": loss, **values}
+
+    def _adversarial_weight(self, loss: torch.Tensor, adversarial: torch.Tensor) -> torch.Tensor:
+        """`--adversarial_weight` times the ratio of gradient norms, of the mean gradients over all processes."""
+        last_layer = self.model.decoder.conv_out.weight
+        gradients = [
+            self.accelerator.reduce(torch.autograd.grad(value, last_layer, retain_graph=True)[0], reduction="mean")
+            for value in (loss, adversarial)
+        ]
+        return self.options.adversarial_weight * adaptive_weight(*gradients)
+
+    def _discriminator_losses(
+        self, modules: dict[str, torch.nn.Module], batch: dict[str, torch.Tensor]
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        images = batch["pixel_values"]
+        with torch.no_grad():
+            reconstruction = modules["model"](batch)
+        self.modules["discriminator"].requires_grad_(True)
+        # One forward pass for both: a distributed module allows one for each backward pass.
+        real, fake = modules["discriminator"](torch.cat([images, reconstruction])).chunk(2)
+        loss = hinge_discriminator_loss(real, fake)
+        return loss, {"discriminator_loss": loss, "real_logit": real.mean(), "fake_logit": fake.mean()}
 
     def _check_token_counts(self) -> None:
         """Check that the partition can reach the numbers of tokens."""
@@ -226,6 +321,7 @@ class TokenizerTask(TrainingTask):
             flip="random" if options.random_flip else "never",
             token_counts=self.sizes.token_counts,
             partition=self.partition,
+            native_crop_prob=options.native_crop_prob,
         )
         return batch_loader(batches, plan, options.dataloader_num_workers, accelerator.device.type == "cuda")
 
@@ -236,6 +332,7 @@ class TokenizerTask(TrainingTask):
             name = "psnr" if index == 0 else f"psnr_{count}_tokens"
             values[name] = psnr(reconstruction, self.validation_images).mean().item()
             if index == 0:
+                values |= self._perceptual_distances(reconstruction)
                 shown = self.options.num_grid_images
                 save_comparison(
                     self.validation_images[:shown],
@@ -243,6 +340,18 @@ class TokenizerTask(TrainingTask):
                     directory / "images" / f"step-{step:07d}.png",
                 )
         return values
+
+    def _perceptual_distances(self, reconstruction: torch.Tensor) -> dict[str, float]:
+        """The means over the validation images of the perceptual losses that are in use."""
+        totals: dict[str, float] = {}
+        size = self.options.train_batch_size
+        for pair in zip(reconstruction.split(size), self.validation_images.split(size)):
+            parts = [part.to(self.accelerator.device) for part in pair]
+            if self.perceptual is not None:
+                totals["lpips"] = totals.get("lpips", 0.0) + self.perceptual(*parts).sum().item()
+            if self.feature is not None:
+                totals["feature"] = totals.get("feature", 0.0) + self.feature(*parts).item() * len(parts[0])
+        return {name: total / len(reconstruction) for name, total in totals.items()}
 
     def _reconstruct(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
         parts = []
@@ -345,6 +454,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the program; returns its exit code."""
     options = parse_options(make_parser(), argv)
     check_run_options(options)
+    if not options.l1_weight and not options.mse_weight:
+        raise ProgramError("--l1_weight or --mse_weight must be > 0, got 0 and 0")
     config = resolve_config(options)
     Sizes.of(options, config)
     if options.dry_run:
