@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from accelerate import Accelerator
 from PIL import Image
 from torch.utils.data import DataLoader
 
@@ -476,9 +477,10 @@ def test_meter_keeps_the_step_of_every_scalar():
     meter = Meter()
     meter.add(1, {"loss": torch.tensor(2.0), "mse": torch.tensor(1.0)})
     meter.add(2, {"loss": torch.tensor(4.0)})
-    assert meter.read() == {"loss": [(1, 2.0), (2, 4.0)], "mse": [(1, 1.0)]}
+    accelerator = Accelerator(cpu=True)
+    assert meter.read(accelerator) == {"loss": [(1, 2.0), (2, 4.0)], "mse": [(1, 1.0)]}
     meter.reset()
-    assert meter.read() == {}
+    assert meter.read(accelerator) == {}
 
 
 # ------------------------------------------------------------------------------------------------- condition noise

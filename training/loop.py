@@ -117,12 +117,13 @@ class Meter:
         for name, value in values.items():
             self.history.setdefault(name, []).append((step, value.detach().float()))
 
-    def read(self) -> dict[str, list[tuple[int, float]]]:
-        """`(step, value)` of every scalar."""
-        return {
-            name: list(zip([step for step, _ in entries], torch.stack([value for _, value in entries]).tolist()))
+    def read(self, accelerator: Accelerator) -> dict[str, list[tuple[int, float]]]:
+        """`(step, mean over the processes)` of every scalar. All processes must call it."""
+        means = {
+            name: accelerator.reduce(torch.stack([value for _, value in entries]), reduction="mean").tolist()
             for name, entries in self.history.items()
         }
+        return {name: [(step, mean) for (step, _), mean in zip(self.history[name], means[name])] for name in means}
 
     def reset(self) -> None:
         """Forget everything."""
@@ -324,7 +325,7 @@ class _Run:
         Raises:
             ProgramError: If a loss or a gradient is not finite. The state then contains NaN and must not be saved.
         """
-        history = self.meter.read()
+        history = self.meter.read(self.accelerator)
         # With float16 infinite gradients are normal. The loss scaler skips their steps.
         suffixes = ("loss",) if self.options.mixed_precision == "fp16" else ("loss", "gradient_norm")
         bad = [
