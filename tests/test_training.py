@@ -1,21 +1,25 @@
 # Copyright 2026 The gpstoken-hf authors. Licensed under the Apache License, Version 2.0.
-"""The parts of the training programs: options, data order, average, schedule, checkpoints."""
+"""The parts of the training programs: options, data order, average, schedule, signals, and what imports what."""
 
 import argparse
+import ast
 import itertools
 import json
 import math
 import signal
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import yaml
+from accelerate import Accelerator
 from PIL import Image
 from torch.utils.data import DataLoader
 
+import gpstoken_hf
 from pipelines.shared.programs import ProgramError
-from training import train_sit, train_tokenizer
+from training import cache_tokens, make_digits, train_sit, train_tokenizer
 from training.data import (
     BatchPlan,
     ImageBatches,
@@ -23,21 +27,18 @@ from training.data import (
     RowOrder,
     TokenCounts,
     batch_loader,
+    batches_of,
     center_crop,
-    close_loader,
     decode_image,
     image_to_array,
     load_image_dataset,
     load_validation_images,
+    native_crop,
     random_resized_crop,
 )
 from training.ema import ExponentialMovingAverage
-from training.loop import (
-    StopRequest,
-    checkpoint_to_resume,
-    learning_rate_factor,
-    run_progress,
-)
+from training.loop import Meter, StopRequest
+from training.optimization import learning_rate_factor, run_progress
 from training.options import parse_options
 from training.records import MetricLog, plot_metrics, read_metrics
 from training.train_sit import noised_condition
@@ -136,16 +137,57 @@ def test_bad_preset_files_are_refused(tmp_path, text, message):
 def test_shipped_presets_resolve():
     for name, parser in (
         ("nano", train_tokenizer),
+        ("nano_mixed", train_tokenizer),
+        ("s64", train_tokenizer),
+        ("m128", train_tokenizer),
+        ("l256", train_tokenizer),
+        ("layout_s", train_sit),
+        ("texture_xl", train_sit),
         ("digits_tokenizer", train_tokenizer),
         ("digits_sit", train_sit),
     ):
-        extra = ["--stage", "layout", "--tokens_dir", "t"] if parser is train_sit else []
+        extra = ["--tokens_dir", "t"] if parser is train_sit else []
+        if name == "digits_sit":
+            extra += ["--stage", "layout"]
+        if name == "nano_mixed":
+            extra += ["--pretrained_model_name_or_path", gpstoken_hf.bundled("gpstoken-nano")]
         options = parse_options(
             parser.make_parser(), ["--config", f"training/presets/{name}.yaml", "--output_dir", "out", *extra]
         )
         if parser is train_tokenizer:
             config = train_tokenizer.resolve_config(options)
             assert train_tokenizer.Sizes.of(options, config).validation_tokens
+
+
+def test_switches_have_one_spelling(tmp_path):
+    parser = train_tokenizer.make_parser()
+    command = ["--output_dir", str(tmp_path)]
+    assert parser.parse_args(command).random_flip is True
+    assert parser.parse_args([*command, "--no_random_flip"]).random_flip is False
+    assert parser.parse_args([*command, "--no_random_flip", "--random_flip"]).random_flip is True
+    for program in (train_tokenizer, train_sit, cache_tokens, make_digits):
+        options = [name for action in program.make_parser()._actions for name in action.option_strings]
+        # argparse makes --help; --dry-run is an alias.
+        assert [name for name in options if "-" in name.lstrip("-")] in ([], ["--dry-run"])
+
+
+def test_programs_import_no_other_program():
+    folder = Path(train_sit.__file__).parent
+    sources = {path.stem: ast.parse(path.read_text()) for path in folder.glob("*.py")}
+    programs = {
+        name
+        for name, tree in sources.items()
+        if any(isinstance(node, ast.FunctionDef) and node.name == "main" for node in tree.body)
+    }
+    assert programs == {"train_tokenizer", "train_sit", "cache_tokens", "make_digits"}
+    for name, tree in sources.items():
+        for node in ast.walk(tree):
+            modules = []
+            if isinstance(node, ast.ImportFrom):
+                modules = [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
+            elif isinstance(node, ast.Import):
+                modules = [alias.name for alias in node.names]
+            assert not {f"training.{program}" for program in programs} & set(modules), name
 
 
 def test_dry_run_prints_the_resolved_configuration_and_writes_nothing(tmp_path, capsys):
@@ -228,9 +270,8 @@ def test_batches_keep_their_pixels():
 def test_loader_gives_the_same_batches_whatever_its_workers():
     source = Rows(11)
     alone = take(batch_loader(image_batches(source), plan(source), 0, False), 5)
-    iterator = iter(batch_loader(image_batches(source), plan(source, first_batch=2), 2, False))
-    shared = [next(iterator) for _ in range(3)]
-    close_loader(iterator)
+    with batches_of(batch_loader(image_batches(source), plan(source, first_batch=2), 2, False)) as batches:
+        shared = take(batches, 3)
     for expected, got in zip(alone[2:], shared):
         assert expected.keys() == got.keys()
         for name, value in expected.items():
@@ -271,6 +312,32 @@ def test_flip_and_center_crop():
     expected = image_to_array(Image.fromarray(source.images[0][:, 4:44]).resize((16, 16), Image.Resampling.BICUBIC))
     # Worst error seen: one level of 255, in a few pixels; Pillow's resize of a box is not that of the cut-out.
     torch.testing.assert_close(plain[0], torch.from_numpy(expected), atol=1.01 / 127.5, rtol=0)
+
+
+def test_native_crops_are_parts_of_the_image():
+    pixels = stripes((40, 48))
+    rng = np.random.default_rng(0)
+    windows = np.lib.stride_tricks.sliding_window_view(pixels, (16, 16), axis=(0, 1)).reshape(-1, 3, 16, 16)
+    places = set()
+    for _ in range(20):
+        crop = np.asarray(native_crop(Image.fromarray(pixels), 16, rng)).transpose(2, 0, 1)
+        (found,) = np.nonzero((windows == crop).all(axis=(1, 2, 3)))
+        assert len(found)
+        places.add(int(found[0]))
+    assert len(places) > 10
+    # Smaller images are enlarged.
+    assert native_crop(Image.fromarray(pixels), 64, rng).size == (64, 64)
+
+
+def test_native_and_resized_crops_are_mixed():
+    source = Rows(1)
+    request = take(plan(source, resolutions=[16], weights=[1], batch_size=64), 1)[0]
+    mixed, resized = (
+        image_batches(source, crop="center", flip="never", native_crop_prob=prob)[request]["pixel_values"]
+        for prob in (0.25, 0.0)
+    )
+    share = (mixed != resized).flatten(1).any(1).float().mean().item()
+    assert 0.1 < share < 0.45
 
 
 def test_crops_stay_inside_of_narrow_images():
@@ -357,18 +424,20 @@ def test_average_follows_its_recursion_and_leaves_the_module_as_it_was():
     assert torch.equal(module.weight, own)
 
 
-def test_average_is_saved_and_loaded():
+def test_average_is_saved_and_loaded(tmp_path):
     module = torch.nn.Linear(3, 2)
     ema = ExponentialMovingAverage(module, decay=0.9)
     with torch.no_grad():
         module.weight.mul_(2)
     ema.update(module)
     other = ExponentialMovingAverage(torch.nn.Linear(3, 2), decay=0.9)
-    other.load_state_dict(ema.state_dict())
+    ema.save(tmp_path / "ema.safetensors")
+    other.load(tmp_path / "ema.safetensors")
     assert other.num_updates == 1
     assert torch.equal(other.shadow["weight"], ema.shadow["weight"])
-    with pytest.raises(ValueError, match="another module"):
-        ExponentialMovingAverage(torch.nn.Linear(3, 2, bias=False), 0.9).load_state_dict(ema.state_dict())
+    for module in (torch.nn.Linear(3, 2, bias=False), torch.nn.Linear(4, 2)):
+        with pytest.raises(ValueError, match="must be of this module"):
+            ExponentialMovingAverage(module, 0.9).load(tmp_path / "ema.safetensors")
 
 
 # ---------------------------------------------------------------------------------------------- records and signals
@@ -392,29 +461,26 @@ def test_curves_are_drawn(tmp_path):
     assert np.asarray(Image.open(tmp_path / "curves.png").convert("L")).std() > 5
 
 
-def test_stop_request_catches_the_first_signal_and_yields_to_the_second():
+def test_the_first_signal_asks_and_the_second_ends():
     before = signal.getsignal(signal.SIGTERM)
     with StopRequest().listening() as stop:
+        assert stop.signal is None
         signal.raise_signal(signal.SIGTERM)
-        signal.raise_signal(signal.SIGTERM)  # a launcher's echo
         assert stop.signal == signal.SIGTERM
-        stop.received -= 60
-        with pytest.raises(KeyboardInterrupt):
-            signal.raise_signal(signal.SIGINT)
+        for number in (signal.SIGINT, signal.SIGTERM):
+            with pytest.raises(KeyboardInterrupt):
+                signal.raise_signal(number)
     assert signal.getsignal(signal.SIGTERM) is before
 
 
-def test_which_checkpoint_is_resumed(tmp_path):
-    assert checkpoint_to_resume(tmp_path, "latest") is None
-    for name in ("checkpoint-9", "checkpoint-10", ".checkpoint-11.partial", "checkpoint-old"):
-        (tmp_path / name).mkdir()
-    (tmp_path / "checkpoint-9" / "random_states_0.pkl").touch()
-    assert checkpoint_to_resume(tmp_path, "latest") == tmp_path / "checkpoint-10"
-    assert checkpoint_to_resume(tmp_path, "checkpoint-9") == tmp_path / "checkpoint-9"
-    with pytest.raises(ProgramError, match="no checkpoint"):
-        checkpoint_to_resume(tmp_path, str(tmp_path / "checkpoint-old"))
-    with pytest.raises(ProgramError, match="holds checkpoints"):
-        checkpoint_to_resume(tmp_path, "none")
+def test_meter_keeps_the_step_of_every_scalar():
+    meter = Meter()
+    meter.add(1, {"loss": torch.tensor(2.0), "mse": torch.tensor(1.0)})
+    meter.add(2, {"loss": torch.tensor(4.0)})
+    accelerator = Accelerator(cpu=True)
+    assert meter.read(accelerator) == {"loss": [(1, 2.0), (2, 4.0)], "mse": [(1, 1.0)]}
+    meter.reset()
+    assert meter.read(accelerator) == {}
 
 
 # ------------------------------------------------------------------------------------------------- condition noise
@@ -459,5 +525,5 @@ def test_resolved_sit_configuration_needs_classes():
     options.config_overrides = [("num_classes", 3)]
     assert train_sit.resolve_config(options, statistics)["num_classes"] == 3
     options.gaussian_target = "offset"
-    with pytest.raises(ProgramError, match="needs a layout"):
+    with pytest.raises(ProgramError, match="needs --stage texture"):
         train_sit.resolve_config(options, statistics)

@@ -1,55 +1,50 @@
 # Copyright 2026 The gpstoken-hf authors. Licensed under the Apache License, Version 2.0.
 """The training programs, run for a few steps on tiny data: what they write, how they stop, go on and refuse."""
 
-import hashlib
 import json
-import os
 import signal
 import subprocess
 import sys
-import threading
 import time
 
+import datasets
 import numpy as np
 import pytest
 import torch
 import yaml
-from accelerate.test_utils.testing import AccelerateTestCase
 from PIL import Image
+from training_helpers import (
+    NUM_ROWS,
+    cache_command,
+    digest,
+    reset_accelerator,
+    signal_at_step,
+    sit_command,
+    tokenizer_command,
+    write_images,
+)
 
 from gpstoken_hf import GaussianLayout, GPSTokenImageProcessor, GPSTokenModel, SiTTransformer1DModel
 from pipelines.shared.programs import run_program
 from training import cache_tokens, make_digits, train_sit, train_tokenizer
-from training.loop import checkpoints_of
+from training.checkpoints import checkpoints_of
 from training.records import read_metrics
-
-datasets = pytest.importorskip("datasets")
-
-NUM_ROWS = 12
+from training.token_cache import STATISTICS
 
 
 @pytest.fixture(autouse=True)
 def fresh_accelerator_state(monkeypatch, tmp_path):
-    """Accelerate's state is one per process; each run here is a process of its own in earnest."""
     monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
     threads = torch.get_num_threads()
     yield
-    AccelerateTestCase().tearDown()
+    reset_accelerator()
     torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
 def images(tmp_path_factory):
     """A parquet file of small pictures with labels."""
-    rng = np.random.default_rng(0)
-    rows = []
-    for index in range(NUM_ROWS):
-        blocks = rng.integers(0, 255, size=(4, 5, 3), dtype=np.uint8).repeat(10, 0).repeat(10, 1)
-        rows.append({"image": Image.fromarray(blocks), "label": index % 3})
-    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["a", "b", "c"])})
-    path = tmp_path_factory.mktemp("images") / "train.parquet"
-    datasets.Dataset.from_list(rows, features=features).to_parquet(path)
-    return path
+    return write_images(tmp_path_factory.mktemp("images") / "train.parquet")
 
 
 @pytest.fixture(scope="module")
@@ -69,52 +64,6 @@ def tokens(images, tokenizer, tmp_path_factory):
     path = tmp_path_factory.mktemp("cache") / "tokens"
     assert cache_tokens.main(cache_command(images, tokenizer, path)) == 0
     return path
-
-
-def cache_command(images, tokenizer, output, *more):
-    return [
-        *("--tokenizer", str(tokenizer), "--train_data_files", str(images), "--output_dir", str(output)),
-        *("--shard_size", "5", "--batch_size", "3", "--dataloader_num_workers", "0", *more),
-    ]
-
-
-def tokenizer_command(images, output, steps, *more):
-    return [
-        *("--preset", "tiny", "--train_data_files", str(images), "--output_dir", str(output)),
-        *("--max_train_steps", str(steps), "--train_batch_size", "3", "--num_validation_images", "2"),
-        *("--resolutions", "32", "48", "--min_tokens", "4", "--max_tokens", "12", "--crop", "random_resized"),
-        *("--learning_rate", "1e-3", "--lr_scheduler", "cosine", "--lr_warmup_steps", "2", "--logging_steps", "1"),
-        *("--dataloader_num_workers", "0", "--report_to", "none", *more),
-    ]
-
-
-def sit_command(tokens, output, stage, steps, *more):
-    return [
-        *("--stage", stage, "--tokens_dir", str(tokens), "--output_dir", str(output), "--max_train_steps", str(steps)),
-        *("--train_batch_size", "4", "--num_validation_samples", "3", "--logging_steps", "1"),
-        *("--config_overrides", "num_layers=2", "num_attention_heads=2", "attention_head_dim=8"),
-        *("--learning_rate", "3e-3", "--dataloader_num_workers", "0", "--report_to", "none", *more),
-    ]
-
-
-def digest(directory):
-    """Of the weights in a folder."""
-    (path,) = directory.glob("*.safetensors")
-    return hashlib.sha256(path.read_bytes()).hexdigest()
-
-
-def signal_at_step(output, step, number):
-    """Send this process a signal as soon as the run in `output` has logged a step."""
-
-    def wait():
-        metrics = output / "metrics.jsonl"
-        while not metrics.exists() or not any(row["step"] >= step for row in read_metrics(metrics)):
-            time.sleep(0.002)
-        os.kill(os.getpid(), number)
-
-    thread = threading.Thread(target=wait, daemon=True)
-    thread.start()
-    return thread
 
 
 # ------------------------------------------------------------------------------------------------------- tokenizer
@@ -259,11 +208,11 @@ def test_tokenizer_killed_in_mid_step_goes_on_bit_for_bit(images, tmp_path):
         (["--min_tokens", "9", "--max_tokens", "5"], "--min_tokens must not exceed"),
         (["--resolution_weights", "1"], "one weight per resolution"),
         (["--image_column", "picture"], "no column 'picture'"),
-        (["--num_validation_images", "500"], "500 images are to be held out"),
-        (["--train_data_dir", "also"], "give one of"),
+        (["--num_validation_images", "500"], "must be less than the 12 images of the dataset, got 500"),
+        (["--train_data_dir", "also"], "one of --dataset_name"),
         (["--preset", "gigantic"], "gigantic"),
         (["--config_overrides", "hidden_sizes=3"], "hidden_sizes"),
-        (["--resume_from_checkpoint", "nowhere"], "no checkpoint"),
+        (["--resume_from_checkpoint", "nowhere"], "must be a whole checkpoint, got nowhere"),
         (["--pretrained_model_name_or_path", "x"], "one of --preset"),
     ],
 )
@@ -325,7 +274,7 @@ def test_channel_statistics_are_those_of_the_rows(tokens):
     rows = datasets.load_dataset(str(tokens), split="train").with_format("numpy")
     tokens_, layouts = rows["tokens"][:].astype(np.float64), rows["init_gaussians"][:].astype(np.float64)
     target = np.concatenate([tokens_[..., :5] - layouts, tokens_[..., 5:]], axis=-1).reshape(-1, tokens_.shape[-1])
-    channels = json.loads((tokens / cache_tokens.STATISTICS).read_text())["channels"]
+    channels = json.loads((tokens / STATISTICS).read_text())["channels"]
     np.testing.assert_allclose(channels["offset"]["mean"], target.mean(0), atol=1e-7)
     varying = target.std(0) > 1e-6
     np.testing.assert_allclose(np.array(channels["offset"]["std"])[varying], target.std(0)[varying], rtol=1e-4)
@@ -339,21 +288,21 @@ def test_cache_goes_on_with_the_missing_shard(images, tokenizer, tokens, tmp_pat
     written = kept.stat().st_mtime_ns
     (output / "sums" / "00001.json").unlink()
     (output / "data" / "train-00001.parquet").unlink()
-    (output / cache_tokens.STATISTICS).unlink()
+    (output / STATISTICS).unlink()
     assert cache_tokens.main(cache_command(images, tokenizer, output)) == 0
     assert kept.stat().st_mtime_ns == written
     assert (
-        json.loads((output / cache_tokens.STATISTICS).read_text())["channels"]
-        == (json.loads((tokens / cache_tokens.STATISTICS).read_text())["channels"])
+        json.loads((output / STATISTICS).read_text())["channels"]
+        == (json.loads((tokens / STATISTICS).read_text())["channels"])
     )
     assert run_program(cache_tokens.main, cache_command(images, tokenizer, output, "--num_tokens", "4")) == 2
-    assert "num_tokens 8 there, 4 now" in capsys.readouterr().err
+    assert "num_tokens must be 8, got 4" in capsys.readouterr().err
 
 
 def test_cache_with_flips_holds_both(images, tokenizer, tmp_path):
     output = tmp_path / "tokens"
     assert cache_tokens.main(cache_command(images, tokenizer, output, "--with_flips")) == 0
-    assert json.loads((output / cache_tokens.STATISTICS).read_text())["num_rows"] == 2 * NUM_ROWS
+    assert json.loads((output / STATISTICS).read_text())["num_rows"] == 2 * NUM_ROWS
 
 
 @pytest.mark.parametrize("stage", train_sit.STAGES)
@@ -385,8 +334,8 @@ def test_generator_stopped_by_a_signal_goes_on_bit_for_bit(tokens, tmp_path):
 def test_generator_refuses_in_one_line(tokens, tmp_path, capsys):
     for command, message in (
         (sit_command(tmp_path, tmp_path / "run", "layout", 1), "run cache_tokens"),
-        (sit_command(tokens, tmp_path / "run", "layout", 1, "--gaussian_target", "offset"), "needs a layout"),
-        (sit_command(tokens, tmp_path / "run", "layout", 1, "--num_validation_samples", "12"), "there are 12"),
+        (sit_command(tokens, tmp_path / "run", "layout", 1, "--gaussian_target", "offset"), "needs --stage texture"),
+        (sit_command(tokens, tmp_path / "run", "layout", 1, "--num_validation_samples", "12"), "less than 12, got 12"),
     ):
         assert run_program(train_sit.main, command) == 2
         assert message in capsys.readouterr().err.splitlines()[-1]

@@ -1,11 +1,11 @@
 # Copyright 2026 The gpstoken-hf authors. Licensed under the Apache License, Version 2.0.
 """Images for training: any dataset, in an order that is a pure function of (seed, position).
 
-Sample number p of the endless data order is row `permutation(seed, p // N)[p % N]`, and its crop and flip come from a
-generator seeded with (seed, p). Nothing about the order lives in a running object, so a resumed run asks for batch n
-and gets exactly the batch that it would have got, without reading the ones before it.
+Sample number p of the endless data order is row `permutation(seed, p // N)[p % N]`. Its crop and flip come from a
+generator seeded with (seed, p). No running object holds a part of the order, so a resumed run asks for batch n and
+gets the batch that an uninterrupted run gets, without reading the ones before it.
 
-Letters: B images of a batch, L tokens, H = W = resolution.
+Shapes: B images of a batch, L tokens, H = W = resolution.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ import itertools
 import math
 import os
 import signal
-import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,30 +28,31 @@ from torch.utils.data import DataLoader, Dataset
 
 from pipelines.shared.programs import ProgramError
 
-# What a random stream is for, beside the seed in the generator's key.
+# The purpose of a random stream, a part of its key beside the seed.
 ORDER, AUGMENTATION, RESOLUTION, TOKEN_COUNT = range(4)
 
-WORKER_GRACE_SECONDS = 10.0
+CROPS = ("center", "random", "random_resized")
 FILE_BUILDERS = {".parquet": "parquet", ".arrow": "arrow", ".tar": "webdataset"}
 
 
 def load_image_dataset(
     options: argparse.Namespace, files: Sequence[str] | None = None, split: str | None = None
 ) -> Any:
-    """The dataset that the options name, its images left encoded until they are wanted.
+    """Load the dataset that the options name. Its images stay encoded.
 
     Args:
-        files: take these files instead of the options' training data.
-        split: take this split instead of the options' one.
+        options (`argparse.Namespace`): Those of `add_dataset_options`.
+        files (`Sequence[str]`, *optional*): Load these files instead of the training data of the options.
+        split (`str`, *optional*): Load this split instead of `--train_split`.
 
     Raises:
-        ProgramError: not exactly one source is given, it cannot be loaded, or the image column is missing.
+        ProgramError: If not exactly one source is given, it cannot be loaded, or it lacks the image column.
     """
     import datasets
 
     sources = [options.dataset_name, options.train_data_files, options.train_data_dir]
     if files is None and sum(source is not None for source in sources) != 1:
-        raise ProgramError("give one of --dataset_name, --train_data_files and --train_data_dir")
+        raise ProgramError("one of --dataset_name, --train_data_files and --train_data_dir must be given")
     split = split or options.train_split
     shared = {"split": split, "streaming": options.streaming and files is None, "cache_dir": options.cache_dir}
     files = files or options.train_data_files
@@ -60,7 +61,7 @@ def load_image_dataset(
             suffixes = {os.path.splitext(name)[1] for name in files}
             builder = FILE_BUILDERS.get(suffixes.pop()) if len(suffixes) == 1 else None
             if builder is None:
-                raise ProgramError(f"data files must be all of one kind of {sorted(FILE_BUILDERS)}, got {list(files)}")
+                raise ProgramError(f"data files must share one suffix of {sorted(FILE_BUILDERS)}, got {list(files)}")
             missing = [name for name in files if not _is_pattern_or_url(name) and not os.path.exists(name)]
             if missing:
                 raise ProgramError(f"no such data file: {', '.join(missing)}")
@@ -73,10 +74,10 @@ def load_image_dataset(
             dataset = datasets.load_dataset(options.dataset_name, options.dataset_config_name, **shared)
     except ProgramError:
         raise
-    except Exception as error:  # datasets raises types of its own for what is bad input here
+    except Exception as error:  # datasets has many exception types for bad input
         raise ProgramError(f"cannot load the dataset: {error}") from error
     columns = dataset.column_names
-    if columns is None:  # a stream does not know its columns before its first row
+    if columns is None:  # unknown before the first row of a stream
         columns = list(next(iter(dataset)))
     if options.image_column not in columns:
         raise ProgramError(f"no column {options.image_column!r} in the dataset; it has {', '.join(columns)}")
@@ -94,13 +95,14 @@ def _is_pattern_or_url(name: str) -> bool:
 
 
 def decode_image(value: Any, where: str) -> Image.Image:
-    """An RGB image of what a dataset row holds: encoded bytes, a path, a PIL image or an array.
+    """The RGB image of a dataset row: encoded bytes, a path, a PIL image or an array.
 
     Args:
-        where: names the row in the error message.
+        value (`Any`): The row's entry in the image column.
+        where (`str`): The name of the row in the error message.
 
     Raises:
-        ProgramError: there is no readable image.
+        ProgramError: If it is not a readable image.
     """
     try:
         image: Image.Image
@@ -118,39 +120,51 @@ def decode_image(value: Any, where: str) -> Image.Image:
 
 
 def image_to_array(image: Image.Image) -> np.ndarray:
-    """RGB image -> float32 (3, H, W) in [-1, 1], as `x / 127.5 - 1`."""
+    """RGB image -> float32 array (3, H, W) in [-1, 1], `x / 127.5 - 1`."""
     return np.ascontiguousarray(np.asarray(image, dtype=np.float32).transpose(2, 0, 1)) / np.float32(127.5) - 1
 
 
 def center_crop(image: Image.Image, resolution: int) -> Image.Image:
-    """The central square, resized so that the shortest side becomes `resolution`."""
+    """The central square of the shortest side, resized to `resolution`."""
     width, height = image.size
     side = min(width, height)
-    left, top = (width - side) / 2, (height - side) / 2
-    return image.resize((resolution, resolution), Image.Resampling.BICUBIC, box=(left, top, left + side, top + side))
-
-
-def random_crop(image: Image.Image, resolution: int, rng: np.random.Generator) -> Image.Image:
-    """A random square of the shortest side's length, resized to `resolution`."""
-    width, height = image.size
-    side = min(width, height)
-    left, top = int(rng.integers(width - side + 1)), int(rng.integers(height - side + 1))
-    return image.resize((resolution, resolution), Image.Resampling.BICUBIC, box=(left, top, left + side, top + side))
+    return _resized_square(image, (width - side) / 2, (height - side) / 2, side, resolution)
 
 
 def random_resized_crop(
     image: Image.Image, resolution: int, rng: np.random.Generator, min_scale: float
 ) -> Image.Image:
-    """A random square of `min_scale` to 1 times the largest square's area, resized to `resolution`."""
+    """A random square of `min_scale` to 1 times the area of the largest one, resized to `resolution`."""
+    side = max(1, round(min(image.size) * math.sqrt(rng.uniform(min_scale, 1.0))))
+    return _random_square(image, side, resolution, rng)
+
+
+def native_crop(image: Image.Image, resolution: int, rng: np.random.Generator) -> Image.Image:
+    """A random square of `resolution` pixels, unscaled; the shortest side is resized where it is smaller than that."""
+    return _random_square(image, min(resolution, *image.size), resolution, rng)
+
+
+def _random_square(image: Image.Image, side: int, resolution: int, rng: np.random.Generator) -> Image.Image:
     width, height = image.size
-    side = max(1, round(min(width, height) * math.sqrt(rng.uniform(min_scale, 1.0))))
     left, top = int(rng.integers(width - side + 1)), int(rng.integers(height - side + 1))
+    return _resized_square(image, left, top, side, resolution)
+
+
+def _resized_square(image: Image.Image, left: float, top: float, side: int, resolution: int) -> Image.Image:
     return image.resize((resolution, resolution), Image.Resampling.BICUBIC, box=(left, top, left + side, top + side))
 
 
 @dataclass(frozen=True)
 class BatchRequest:
-    """What a worker needs to make one batch: rows to read, or the rows themselves when the dataset is a stream."""
+    """One batch to be made by a worker.
+
+    Args:
+        number (`int`): Position of the batch in the run.
+        rank (`int`): The process that it is for.
+        resolution (`int`): Side of its images in pixels.
+        positions (`list[int]`): Positions of its samples in the data order.
+        rows (`list[Any]`): Row indices, or the rows themselves if the dataset is a stream.
+    """
 
     number: int
     rank: int
@@ -160,16 +174,14 @@ class BatchRequest:
 
 
 class RowOrder:
-    """Row indices of the endless data order over `num_rows` rows."""
+    """Row indices of the endless data order over `num_rows` rows, shuffled anew in every epoch."""
 
-    def __init__(self, num_rows: int, seed: int, shuffle: bool = True) -> None:
-        self.num_rows, self.seed, self.shuffle = num_rows, seed, shuffle
+    def __init__(self, num_rows: int, seed: int) -> None:
+        self.num_rows, self.seed = num_rows, seed
         self._epoch, self._permutation = -1, np.empty(0, dtype=np.int64)
 
     def __getitem__(self, position: int) -> int:
         epoch, place = divmod(position, self.num_rows)
-        if not self.shuffle:
-            return place
         if epoch != self._epoch:
             self._epoch = epoch
             self._permutation = np.random.default_rng([self.seed, ORDER, epoch]).permutation(self.num_rows)
@@ -180,10 +192,16 @@ class BatchPlan:
     """The endless sequence of batches of one process, from `first_batch` on.
 
     Args:
-        source: a map-style dataset (has a length) or a stream of rows.
-        resolutions: side lengths to draw from, one per batch and the same in all processes; with them
-            `weights` (not necessarily summing to 1).
-        batch_size: images of a batch at `base_resolution`; other resolutions get as many pixels.
+        source (`Any`): A dataset with a length, or a stream of rows.
+        seed (`int`): Determines the order of the samples and the resolutions.
+        resolutions (`Sequence[int]`): Sides to draw from in pixels, one per batch and the same in all processes.
+        weights (`Sequence[float]`): How often each resolution is drawn, relative to the others.
+        base_resolution (`int`): The resolution that `batch_size` is meant for.
+        batch_size (`int`): Images of a batch at `base_resolution`; other resolutions get as many pixels.
+        first_batch (`int`, *optional*, defaults to 0): Where to start.
+        rank (`int`, *optional*, defaults to 0): This process.
+        world_size (`int`, *optional*, defaults to 1): Number of processes.
+        shuffle_buffer_size (`int`, *optional*, defaults to 2048): Rows to shuffle a stream in.
     """
 
     def __init__(
@@ -209,7 +227,7 @@ class BatchPlan:
         self.is_stream = not hasattr(source, "__len__")
 
     def images_at(self, resolution: int) -> int:
-        """Images of one batch at this resolution: the pixels of a batch stay the same."""
+        """Number of images of a batch at this resolution; the number of pixels is constant."""
         return max(1, round(self.batch_size * (self.base_resolution / resolution) ** 2))
 
     def _slots(self) -> Iterator[tuple[int, int, int, int]]:
@@ -236,12 +254,12 @@ class BatchPlan:
                 yield BatchRequest(number, self.rank, resolution, positions, [order[p] for p in positions])
 
     def _iterate_stream(self) -> Iterator[BatchRequest]:
-        """Rows travel to the workers still encoded, so the order does not depend on the number of workers."""
+        """The main process reads the rows, still encoded, so the order does not depend on the number of workers."""
         rows = self._stream_rows()
         for number, resolution, start, size in self._slots():
             positions = list(range(start, start + size))
             batch = list(itertools.islice(rows, size))
-            # A resumed stream is read up to its place; the rows stay encoded, so this costs reading alone.
+            # A resumed stream is read up to its place. The rows stay encoded, so this costs only the reading.
             if number >= self.first_batch:
                 yield BatchRequest(number, self.rank, resolution, positions, batch)
 
@@ -264,7 +282,7 @@ class BatchPlan:
 
 @dataclass(frozen=True)
 class PartitionSettings:
-    """What `partition_images` needs from a model's configuration."""
+    """The part of a model's configuration that `partition_images` needs."""
 
     complexity_exponent: float
     min_region_size: int
@@ -274,7 +292,13 @@ class PartitionSettings:
 
 @dataclass(frozen=True)
 class TokenCounts:
-    """How many tokens an image gets: log-uniform in [minimum, maximum] at `base_resolution`, scaled with the area."""
+    """Distribution of the number of tokens: log-uniform in [minimum, maximum], scaled with the area of the image.
+
+    Args:
+        minimum, maximum (`int`): At `base_resolution`.
+        base_resolution (`int`): In pixels.
+        per_image (`bool`): Draw a number for every image, or else one for the whole batch.
+    """
 
     minimum: int
     maximum: int
@@ -282,10 +306,12 @@ class TokenCounts:
     per_image: bool
 
     def bounds(self, resolution: int) -> tuple[int, int]:
+        """The smallest and the largest number at this resolution."""
         scale = (resolution / self.base_resolution) ** 2
         return max(1, round(self.minimum * scale)), max(1, round(self.maximum * scale))
 
     def draw(self, resolution: int, num_images: int, rng: np.random.Generator) -> list[int]:
+        """One number for each of `num_images` images."""
         low, high = self.bounds(resolution)
         exponents = rng.uniform(math.log(low), math.log(high), size=num_images if self.per_image else 1)
         counts = [min(high, max(low, round(math.exp(exponent)))) for exponent in exponents]
@@ -293,14 +319,24 @@ class TokenCounts:
 
 
 class ImageBatches(Dataset):
-    """`batches[request]` is one whole batch, cropped, partitioned and padded: the work of a DataLoader worker.
+    """`batches[request]` is a whole batch, cropped, partitioned and padded: the work of a DataLoader worker.
 
     Items are dicts of tensors: pixel_values (B, 3, H, W) in [-1, 1]; boxes (B, L, 4); init_gaussians (B, L, 5);
     attention_mask (B, L); with a label column also labels (B,).
 
     Args:
-        crop: "center", "random" or "random_resized".
-        flip: "never", "random" or "always".
+        source (`Any`): The dataset; None if the requests hold the rows.
+        image_column (`str`): Name of the column of images.
+        seed (`int`): Determines crops, flips and numbers of tokens.
+        crop (`str`): "center" (the largest central square), "random" (a random one) or "random_resized" (smaller
+            random ones).
+        min_crop_scale (`float`): Smallest area of "random_resized", relative to the largest square.
+        flip (`str`): "never", "random" or "always".
+        token_counts (`TokenCounts`): Distribution of the number of tokens.
+        partition (`PartitionSettings`): How images are partitioned.
+        label_column (`str`, *optional*): Name of the column of labels.
+        native_crop_prob (`float`, *optional*, defaults to 0.0): Share of the images that are cropped without scaling
+            instead.
     """
 
     def __init__(
@@ -315,10 +351,12 @@ class ImageBatches(Dataset):
         token_counts: TokenCounts,
         partition: PartitionSettings,
         label_column: str | None = None,
+        native_crop_prob: float = 0.0,
     ) -> None:
         self.source, self.image_column, self.label_column, self.seed = source, image_column, label_column, seed
         self.crop, self.min_crop_scale, self.flip = crop, min_crop_scale, flip
         self.token_counts, self.partition = token_counts, partition
+        self.native_crop_prob = native_crop_prob
 
     def __getitem__(self, request: BatchRequest) -> dict[str, torch.Tensor]:
         rows = [self.source[row] if isinstance(row, int) else row for row in request.rows]
@@ -339,12 +377,12 @@ class ImageBatches(Dataset):
     def _image(self, value: Any, position: int, resolution: int, name: str) -> np.ndarray:
         image = decode_image(value, f"{name} of the dataset")
         rng = np.random.default_rng([self.seed, AUGMENTATION, position])
-        if self.crop == "center":
+        if self.native_crop_prob and rng.random() < self.native_crop_prob:
+            image = native_crop(image, resolution, rng)
+        elif self.crop == "center":
             image = center_crop(image, resolution)
-        elif self.crop == "random":
-            image = random_crop(image, resolution, rng)
         else:
-            image = random_resized_crop(image, resolution, rng, self.min_crop_scale)
+            image = random_resized_crop(image, resolution, rng, 1.0 if self.crop == "random" else self.min_crop_scale)
         if self.flip == "always" or (self.flip == "random" and rng.random() < 0.5):
             image = ImageOps.mirror(image)
         return image_to_array(image)
@@ -353,7 +391,7 @@ class ImageBatches(Dataset):
 def partitioned_batch(
     images: torch.Tensor, num_tokens: int | list[int], settings: PartitionSettings
 ) -> dict[str, torch.Tensor]:
-    """Images (B, 3, H, W) in [-1, 1] with their regions, as the model's `encode` takes them."""
+    """Images (B, 3, H, W) in [-1, 1] with their layout, as `encode` takes it."""
     from gpstoken_hf.partition import partition_images
 
     regions = partition_images(
@@ -384,8 +422,8 @@ def load_validation_images(dataset: Any, image_column: str, num_images: int, res
     return torch.from_numpy(np.stack(images))
 
 
-def batch_loader(batches: Dataset, plan: BatchPlan, num_workers: int, pin_memory: bool) -> DataLoader:
-    """A loader whose workers make whole batches, in the order of the plan."""
+def batch_loader(batches: Dataset, plan: Iterable[BatchRequest], num_workers: int, pin_memory: bool) -> DataLoader:
+    """A loader whose workers make whole batches, in the order of the plan. Read it through `batches_of`."""
     return DataLoader(
         batches,
         batch_size=None,
@@ -394,30 +432,26 @@ def batch_loader(batches: Dataset, plan: BatchPlan, num_workers: int, pin_memory
         pin_memory=pin_memory,
         worker_init_fn=_prepare_worker if num_workers else None,
         prefetch_factor=4 if num_workers else None,
-        # Its own: a loader draws its workers' seed from the global one otherwise, and a resumed run would be one off.
+        # Without a generator of its own a loader draws from the global one, and a resumed run would differ.
         generator=torch.Generator(),
     )
 
 
-def close_loader(iterator: Any) -> None:
-    """End the workers of a loader's iterator now, not when the interpreter gets to it."""
-    shut_down = getattr(iterator, "_shutdown_workers", None)
-    if shut_down is not None:
-        shut_down()
+@contextmanager
+def batches_of(loader: Iterable[dict[str, torch.Tensor]]) -> Iterator[Iterator[dict[str, torch.Tensor]]]:
+    """The batches of a loader. Its workers end with the block, however the block ends."""
+    iterator = iter(loader)
+    try:
+        yield iterator
+    finally:
+        # The workers ignore the SIGTERM by which they would be ended at exit.
+        if (shut_down := getattr(iterator, "_shutdown_workers", None)) is not None:
+            shut_down()
 
 
 def _prepare_worker(worker_id: int) -> None:
-    """Let the main process decide when to stop: it still has a checkpoint to write.
-
-    Ctrl-C and a SIGTERM sent to the whole process group reach the workers too, and a worker that dies of one raises an
-    error in the main process wherever that is. So a worker stays for a while, and then leaves without a complaint.
-    """
     torch.set_num_threads(1)
+    # Ctrl-C and a SIGTERM to all processes of a job reach the workers too. The main process, which still writes a
+    # checkpoint then, would fail if one of them died.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-
-    def leave_later(signum: int, frame: Any) -> None:
-        timer = threading.Timer(WORKER_GRACE_SECONDS, os._exit, [0])
-        timer.daemon = True
-        timer.start()
-
-    signal.signal(signal.SIGTERM, leave_later)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)

@@ -5,19 +5,21 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from pathlib import Path
 
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 
 
 class ExponentialMovingAverage:
     """`shadow <- d shadow + (1 - d) parameter` after every optimizer step.
 
-    The rate is `d = min(decay, (1 + n) / (10 + n))` at update n, so that short runs are not held at their start.
+    The rate is `d = min(decay, (1 + n) / (10 + n))` at update n. So a short run is not held at its start.
 
     Args:
-        module: its trainable parameters are averaged; buffers are not.
-        decay: in [0, 1].
+        module (`torch.nn.Module`): Its trainable parameters are averaged, its buffers are not.
+        decay (`float`): The largest rate, in [0, 1].
     """
 
     def __init__(self, module: torch.nn.Module, decay: float) -> None:
@@ -31,7 +33,7 @@ class ExponentialMovingAverage:
 
     @torch.no_grad()
     def update(self, module: torch.nn.Module) -> None:
-        """Move towards the parameters that `module` has now."""
+        """Move the average towards the current parameters of `module`."""
         rate = min(self.decay, (1 + self.num_updates) / (10 + self.num_updates))
         self.num_updates += 1
         current = dict(module.named_parameters())
@@ -41,7 +43,7 @@ class ExponentialMovingAverage:
 
     @contextmanager
     def applied_to(self, module: torch.nn.Module) -> Iterator[None]:
-        """Within the block `module` holds the average; afterwards it has its own parameters back, bit for bit."""
+        """Give `module` the average for the length of the block, then its own parameters back, bit for bit."""
         parameters = {name: p for name, p in module.named_parameters() if name in self.shadow}
         own = {name: parameter.detach().clone() for name, parameter in parameters.items()}
         with torch.no_grad():
@@ -54,14 +56,27 @@ class ExponentialMovingAverage:
                 for name, parameter in parameters.items():
                     parameter.copy_(own[name])
 
-    def state_dict(self) -> dict[str, Any]:
-        return {"decay": self.decay, "num_updates": self.num_updates, "shadow": self.shadow}
+    def to(self, device: torch.device) -> None:
+        """Move the average to a device."""
+        self.shadow = {name: value.to(device) for name, value in self.shadow.items()}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        if state["shadow"].keys() != self.shadow.keys():
-            differing = sorted(state["shadow"].keys() ^ self.shadow.keys())
-            raise ValueError(f"the average was made for another module; parameters that differ: {differing[:4]}")
-        self.num_updates = state["num_updates"]
-        with torch.no_grad():
-            for name, value in state["shadow"].items():
-                self.shadow[name].copy_(value)
+    def save(self, path: Path) -> None:
+        """Write the average as a safetensors file."""
+        tensors = {name: value.cpu().contiguous() for name, value in self.shadow.items()}
+        save_file(tensors, path, metadata={"num_updates": str(self.num_updates)})
+
+    def load(self, path: Path) -> None:
+        """Read what `save` has written.
+
+        Raises:
+            ValueError: If the file holds other parameters, or parameters of other shapes.
+        """
+        with safe_open(path, framework="pt") as file:
+            stored = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+            expected = {name: tuple(value.shape) for name, value in self.shadow.items()}
+            if stored != expected:
+                differing = sorted(name for name, _ in stored.items() ^ expected.items())
+                raise ValueError(f"the average must be of this module; parameters that differ: {differing[:4]}")
+            for name, value in self.shadow.items():
+                value.copy_(file.get_tensor(name))
+            self.num_updates = int((file.metadata() or {})["num_updates"])

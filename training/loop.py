@@ -1,9 +1,9 @@
 # Copyright 2026 The gpstoken-hf authors. Licensed under the Apache License, Version 2.0.
-"""The loop that all training programs share: steps, schedule, average, checkpoints, resuming, logging, validation.
+"""The loop of all training programs: steps, schedule, weight average, checkpoints, resuming, logging, validation.
 
 A program describes what it trains as a `TrainingTask` and calls `run_training`. The state of a run is its step, the
-number of batches it has consumed and the seconds it has trained; batch n is a pure function of the seed and n (see
-`training.data`), so a resumed run does what the uninterrupted one would have done.
+number of batches it has consumed and the seconds it has trained. Batch n is a pure function of the seed and n (see
+`training.data`), so a resumed run does the same as an uninterrupted one.
 """
 
 from __future__ import annotations
@@ -11,126 +11,94 @@ from __future__ import annotations
 import argparse
 import math
 import os
-import re
-import shutil
 import signal
 import sys
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType, ProjectConfiguration, broadcast, set_seed
+from accelerate.utils import DistributedType, ProjectConfiguration, broadcast, broadcast_object_list, set_seed
 from tqdm.auto import tqdm
 
-from pipelines.shared.programs import ProgramError, atomic_directory
-from training.data import close_loader
+from pipelines.shared.programs import ProgramError
+from training.checkpoints import RunState, choose_checkpoint, load_checkpoint, save_checkpoint
+from training.data import batches_of
 from training.ema import ExponentialMovingAverage
+from training.optimization import learning_rate_factor, make_optimizer, run_progress
 from training.options import save_options
 from training.records import MetricLog, plot_metrics, read_metrics, training_card
+from training.run_folder import MARKER, check_replaceable, claimed_folder, replaced_folder, writing
 
-REPEAT_SECONDS = 2.0
 TORCH_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+# What a run writes into its folder, beside `model`.
+OUTPUTS = ("training_config.yaml", "metrics.jsonl", "curves.png", "checkpoint-*", "images/step-*.png")
 
 
 class TrainingTask(ABC):
-    """What is trained: a module that maps a batch to its losses, the batches, and how to judge and keep the result."""
+    """What is trained: the modules, their losses, the batches, and how to validate and save the result."""
 
     name: str
-    module: torch.nn.Module
-    """`module(batch)` returns a dict of scalars; "loss" is minimised, all are logged."""
+    modules: dict[str, torch.nn.Module]
+    """By name. "model" is averaged, validated and saved; other modules are trained in turns with it."""
+
+    def turn(self, step: int) -> str:
+        """The module that is trained at this step (0-based)."""
+        return "model"
+
+    def learning_rate(self, name: str, options: argparse.Namespace) -> float:
+        """The peak learning rate of a module."""
+        return options.learning_rate
 
     @abstractmethod
     def loader(self, first_batch: int, accelerator: Accelerator) -> Iterable[dict[str, torch.Tensor]]:
-        """This process's endless batches from number `first_batch` on."""
+        """The endless batches of this process, starting with number `first_batch`."""
+
+    @abstractmethod
+    def losses(
+        self, modules: dict[str, torch.nn.Module], batch: dict[str, torch.Tensor], step: int
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """What the module of this turn minimises, and scalars to log.
+
+        Args:
+            modules (`dict[str, torch.nn.Module]`): `self.modules` as accelerate has wrapped them.
+            batch (`dict[str, torch.Tensor]`): One of the loader's, on the right device.
+            step (`int`): Number of finished steps.
+        """
 
     @abstractmethod
     def validate(self, step: int, directory: Path) -> dict[str, float]:
-        """Measure `module` (it is in evaluation mode and on its device); may write pictures into `directory`."""
+        """Measure the model, which is in evaluation mode and on its device; may write pictures into `directory`."""
 
     @abstractmethod
     def save(self, directory: Path, dtype: torch.dtype) -> None:
-        """Write the trained model in Hugging Face's format, weights stored as `dtype`."""
+        """Write the trained model in the format of Hugging Face, its weights stored as `dtype`."""
 
     def describe(self) -> dict[str, Any]:
-        """Sections beside the options in the record of the run, such as the model's configuration."""
+        """Sections for the record of the run beside the options, such as the model's configuration."""
         return {}
 
 
-@dataclass
-class RunState:
-    """How far a run is; saved with every checkpoint."""
-
-    step: int = 0
-    batches: int = 0
-    num_images: int = 0
-    elapsed_seconds: float = 0.0
-
-    def state_dict(self) -> dict[str, Any]:
-        return asdict(self)
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        for field in fields(self):
-            setattr(self, field.name, state[field.name])
-
-
-def run_progress(
-    step: int, elapsed_seconds: float, max_train_steps: int | None, max_train_minutes: float | None
-) -> float:
-    """How much of the run is over, in [0, 1]: by steps or by time, whichever is further on."""
-    by_steps = step / max_train_steps if max_train_steps else 0.0
-    by_time = elapsed_seconds / (60 * max_train_minutes) if max_train_minutes else 0.0
-    return min(1.0, max(by_steps, by_time))
-
-
-def learning_rate_factor(schedule: str, step: int, progress: float, warmup_steps: int, final_ratio: float) -> float:
-    """The learning rate over its peak.
-
-    "constant" ignores the warmup; the others rise linearly over `warmup_steps`, then "constant_with_warmup" stays,
-    "linear" and "cosine" fall to `final_ratio` as `progress` goes from 0 to 1.
-    """
-    if schedule == "constant":
-        return 1.0
-    warmup = min(1.0, (step + 1) / warmup_steps) if warmup_steps else 1.0
-    if schedule == "constant_with_warmup":
-        return warmup
-    if schedule == "linear":
-        decay = 1 - progress
-    elif schedule == "cosine":
-        decay = 0.5 * (1 + math.cos(math.pi * progress))
-    else:
-        raise ValueError(f"expected constant, constant_with_warmup, linear or cosine, got {schedule!r}")
-    return warmup * (final_ratio + (1 - final_ratio) * decay)
-
-
 class StopRequest:
-    """Turns the first Ctrl-C or SIGTERM into a request that the loop answers with a checkpoint.
+    """Turns the first SIGINT or SIGTERM into a request for a checkpoint and a clean end. A second one ends at once."""
 
-    A later one interrupts. One that follows at once does not: a launcher passes on the Ctrl-C that the terminal has
-    sent to its children already.
-    """
-
-    def __init__(self) -> None:
-        self.signal: int | None = None
-        self.received = 0.0
+    signal: int | None = None
 
     @contextmanager
     def listening(self) -> Iterator[StopRequest]:
-        def on_signal(signum: int, frame: Any) -> None:
-            if self.signal is None:
-                self.signal, self.received = signum, time.monotonic()
-            elif time.monotonic() - self.received > REPEAT_SECONDS:
-                raise KeyboardInterrupt
+        """Listen for the length of the block."""
 
-        try:
-            previous = {number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
-        except ValueError:  # not the main thread: signals go elsewhere
-            previous = {}
+        def on_signal(number: int, frame: Any) -> None:
+            if self.signal is not None:
+                raise KeyboardInterrupt
+            self.signal = number
+
+        previous = {number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
         try:
             yield self
         finally:
@@ -138,84 +106,36 @@ class StopRequest:
                 signal.signal(number, handler)
 
 
-# ----------------------------------------------------------------------------------------------------- checkpoints
-
-
-def checkpoints_of(output_dir: Path) -> list[Path]:
-    """The whole checkpoints of a run, oldest first."""
-    found = [
-        (int(match[1]), path) for path in output_dir.glob("checkpoint-*") if (match := _STEP.fullmatch(path.name))
-    ]
-    return [path for _, path in sorted(found)]
-
-
-_STEP = re.compile(r"checkpoint-(\d+)")
-
-
-def checkpoint_to_resume(output_dir: Path, choice: str) -> Path | None:
-    """What `--resume_from_checkpoint` means.
-
-    Raises:
-        ProgramError: the folder is no checkpoint, or 'none' is asked for where checkpoints would be overwritten.
-    """
-    existing = checkpoints_of(output_dir)
-    if choice == "latest":
-        return existing[-1] if existing else None
-    if choice == "none":
-        if existing:
-            raise ProgramError(f"{output_dir} holds checkpoints of an earlier run; resume it or take another folder")
-        return None
-    path = Path(choice)
-    if not path.is_dir() and (output_dir / choice).is_dir():
-        path = output_dir / choice
-    if not any(path.glob("random_states_*")):
-        raise ProgramError(f"no checkpoint of a training run at {choice}")
-    return path
-
-
-def save_checkpoint(accelerator: Accelerator, output_dir: Path, step: int, total_limit: int) -> Path:
-    """Write checkpoint-{step}; it has that name only once it is whole. Runs on all processes."""
-    path = output_dir / f"checkpoint-{step}"
-    staging = output_dir / f".checkpoint-{step}.partial"
-    if accelerator.is_main_process:
-        shutil.rmtree(staging, ignore_errors=True)
-        staging.mkdir(parents=True)
-    accelerator.wait_for_everyone()
-    accelerator.save_state(str(staging))
-    accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
-        if path.exists():  # left by a run that was resumed from an earlier checkpoint
-            shutil.rmtree(path)
-        staging.rename(path)
-        for old in checkpoints_of(output_dir)[:-total_limit]:
-            shutil.rmtree(old)
-    accelerator.wait_for_everyone()
-    return path
-
-
-# ------------------------------------------------------------------------------------------------------------ loop
-
-
 class Meter:
-    """Means of scalars that stay on their device until they are read."""
+    """Scalars of the steps since the last reset. They stay on their device until they are read."""
 
     def __init__(self) -> None:
-        self.sums: dict[str, torch.Tensor] = {}
-        self.count = 0
+        self.history: dict[str, list[tuple[int, torch.Tensor]]] = {}
 
-    def add(self, values: dict[str, torch.Tensor]) -> None:
+    def add(self, step: int, values: dict[str, torch.Tensor]) -> None:
+        """Note the scalars of one step."""
         for name, value in values.items():
-            self.sums[name] = self.sums[name] + value.detach() if name in self.sums else value.detach().clone()
-        self.count += 1
+            self.history.setdefault(name, []).append((step, value.detach().float()))
 
-    def read(self) -> dict[str, float]:
-        means = {name: value.item() / self.count for name, value in self.sums.items()}
-        self.sums, self.count = {}, 0
-        return means
+    def read(self, accelerator: Accelerator) -> dict[str, list[tuple[int, float]]]:
+        """`(step, mean over the processes)` of every scalar. All processes must call it."""
+        means = {
+            name: accelerator.reduce(torch.stack([value for _, value in entries]), reduction="mean").tolist()
+            for name, entries in self.history.items()
+        }
+        return {name: [(step, mean) for (step, _), mean in zip(self.history[name], means[name])] for name in means}
+
+    def reset(self) -> None:
+        """Forget everything."""
+        self.history = {}
 
 
 def make_accelerator(options: argparse.Namespace) -> Accelerator:
-    """The accelerator that the options describe; with it the seed, the threads and TF32 are set."""
+    """The accelerator for the options. Also sets the seed, the number of threads and TF32.
+
+    Raises:
+        ProgramError: If accelerate is configured for sharded training.
+    """
     if options.threads is not None:
         torch.set_num_threads(options.threads)
     if options.allow_tf32:
@@ -229,104 +149,90 @@ def make_accelerator(options: argparse.Namespace) -> Accelerator:
     )
     if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):
         raise ProgramError(
-            f"expected one process or data-parallel ones, got {accelerator.distributed_type.value}: the averaged and "
-            "the final weights are not gathered from shards"
+            "the distributed type must be one process or data parallel, because weights are not gathered from "
+            f"shards, got {accelerator.distributed_type.value}"
         )
     set_seed(options.seed)
     return accelerator
 
 
-def make_optimizer(module: torch.nn.Module, options: argparse.Namespace) -> torch.optim.Optimizer:
-    """AdamW (Adam without weight decay); biases, norms and embeddings of one dimension are not decayed."""
-    parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
-    groups = [
-        {"params": [p for p in parameters if p.dim() > 1], "weight_decay": options.adam_weight_decay},
-        {"params": [p for p in parameters if p.dim() <= 1], "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW(
-        [group for group in groups if group["params"]],
-        lr=options.learning_rate,
-        betas=(options.adam_beta1, options.adam_beta2),
-        eps=options.adam_epsilon,
-        fused=all(parameter.device.type in ("cpu", "cuda") for parameter in parameters),
-    )
+def run_training(options: argparse.Namespace, make_task: Callable[[Accelerator], TrainingTask], program: str) -> int:
+    """Train until the end that the options give, and save the result in `output_dir/model`.
 
-
-def run_training(options: argparse.Namespace, make_task: Callable[[Accelerator], TrainingTask]) -> int:
-    """Train until the options say that it is over, and save the result in `output_dir/model`.
+    Args:
+        options (`argparse.Namespace`): Those of `add_run_options` and `add_optimizer_options`.
+        make_task (`Callable[[Accelerator], TrainingTask]`): Called once the folder is known to be free.
+        program (`str`): Name of the program, such as "training.train_sit"; it marks the output folder.
 
     Returns:
-        0 when the run is complete; 128 + the signal's number when it was asked to stop, with a checkpoint written.
+        `int`: 0 if the run is complete; 128 + the number of the signal if it was stopped, with a checkpoint.
 
     Raises:
-        ProgramError: bad options, or a loss that is not finite.
+        ProgramError: If the options are bad, the folder is in use or not ours, or a loss is not finite.
     """
     output_dir: Path = options.output_dir
-    resume = checkpoint_to_resume(output_dir, options.resume_from_checkpoint)
     accelerator = make_accelerator(options)
-    task = make_task(accelerator)
-    output_dir.mkdir(parents=True, exist_ok=True)
-    # From here on the processes draw different numbers, and others than the weights were made of.
-    set_seed(options.seed + 1, device_specific=True)
-
-    ema = ExponentialMovingAverage(task.module, options.ema_decay) if options.use_ema else None
-    # Prepared before the optimizer is made, so that the fused update sees the parameters where they will be.
-    module = accelerator.prepare(task.module)
-    optimizer = accelerator.prepare(make_optimizer(module, options))
-    state = RunState()
-    accelerator.register_for_checkpointing(state)
-    if ema is not None:
-        ema.shadow = {name: value.to(accelerator.device) for name, value in ema.shadow.items()}
-        accelerator.register_for_checkpointing(ema)
-    if resume is not None:
-        _load_checkpoint(accelerator, resume)
-        accelerator.print(f"resuming at step {state.step} from {resume}")
-    run = _Run(options, accelerator, task, module, optimizer, ema, state)
-    with StopRequest().listening() as stop:
-        finished = run.train(stop)
-    if not finished:
-        accelerator.print(f"stopped at step {state.step}, checkpoint written; the same command goes on from there")
+    with claimed_folder(output_dir, program, (*OUTPUTS, "model")) if accelerator.is_main_process else nullcontext():
+        resume: list[Path | None] = [None]
+        if accelerator.is_main_process:
+            check_replaceable(output_dir / "model", program)
+            resume[0], notes = choose_checkpoint(output_dir, options.resume_from_checkpoint)
+            for note in notes:
+                print(note, file=sys.stderr)
+        broadcast_object_list(resume)
+        task = make_task(accelerator)
+        # From here on each process has its own random stream, separate from initialisation.
+        set_seed(options.seed + 1, device_specific=True)
+        run = _Run(options, accelerator, task, resume[0], program)
+        with StopRequest().listening() as stop:
+            finished = run.train(stop)
+        if finished:
+            run.finish()
         accelerator.end_training()
-        return 128 + (stop.signal or signal.SIGTERM)
-    run.finish()
-    accelerator.end_training()
-    return 0
-
-
-def _load_checkpoint(accelerator: Accelerator, path: Path) -> None:
-    try:
-        accelerator.load_state(str(path))
-    except (RuntimeError, ValueError, KeyError) as error:
-        raise ProgramError(
-            f"{path} does not fit this run (was the model's configuration changed?): {error}"
-        ) from error
+    if finished:
+        return 0
+    accelerator.print(f"stopped at step {run.state.step} with a checkpoint; the same command resumes")
+    return 128 + (stop.signal or signal.SIGTERM)
 
 
 class _Run:
-    """The parts of one run in one place, for `run_training` alone."""
+    """The state of `run_training`."""
 
     def __init__(
         self,
         options: argparse.Namespace,
         accelerator: Accelerator,
         task: TrainingTask,
-        module: torch.nn.Module,
-        optimizer: torch.optim.Optimizer,
-        ema: ExponentialMovingAverage | None,
-        state: RunState,
+        resume: Path | None,
+        program: str,
     ) -> None:
-        self.options, self.accelerator, self.task = options, accelerator, task
-        self.module, self.optimizer, self.ema, self.state = module, optimizer, ema, state
+        self.options, self.accelerator, self.task, self.program = options, accelerator, task, program
         self.output_dir: Path = options.output_dir
+        self.peak_rates = {name: task.learning_rate(name, options) for name in task.modules}
+        # Prepared before the optimizers are made, so that a fused update sees the parameters on their device.
+        self.modules = {name: accelerator.prepare(module) for name, module in task.modules.items()}
+        self.optimizers = {
+            name: accelerator.prepare(make_optimizer(module, options, self.peak_rates[name]))
+            for name, module in self.modules.items()
+        }
+        self.average: ExponentialMovingAverage | None = None
+        if options.use_ema:
+            self.average = ExponentialMovingAverage(task.modules["model"], options.ema_decay)
+            self.average.to(accelerator.device)
+        self.state = RunState()
+        if resume is not None:
+            load_checkpoint(accelerator, resume, self.state, self.average)
+            accelerator.print(f"resuming at step {self.state.step} from {resume}")
+        self.last_checkpoint = resume
         self.clock = time.monotonic()
-        self.elapsed_before = state.elapsed_seconds
+        self.elapsed_before = self.state.elapsed_seconds
         self.validated_step = -1
-        self.saved_step = state.step  # 0 or what was resumed
-        self.last_values: dict[str, torch.Tensor] = {}
+        self.saved_step = self.state.step
+        self.meter = Meter()
         self.log: MetricLog | None = None
         if accelerator.is_main_process:
             save_options(self.output_dir / "training_config.yaml", options, **task.describe())
-            self.log = MetricLog(self.output_dir / "metrics.jsonl", state.step)
+            self.log = MetricLog(self.output_dir / "metrics.jsonl", self.state.step)
         if options.report_to != "none":
             plain = {k: v for k, v in vars(options).items() if isinstance(v, bool | int | float | str)}
             accelerator.init_trackers(task.name, config=plain)
@@ -334,24 +240,20 @@ class _Run:
     def train(self, stop: StopRequest) -> bool:
         """Take steps until the end of the run (True) or until a stop is requested (False)."""
         options, state = self.options, self.state
-        meter, window_start, window_images = Meter(), time.monotonic(), 0
-        self.module.train()
-        with self._bar() as bar, self._batches() as loader:
+        window_start, window_images = time.monotonic(), state.num_images
+        self.modules["model"].train()
+        with self._bar() as bar, batches_of(self.task.loader(state.batches, self.accelerator)) as batches:
             while (progress := self._progress()) < 1:
                 factor = learning_rate_factor(
                     options.lr_scheduler, state.step, progress, options.lr_warmup_steps, options.lr_final_ratio
                 )
-                for group in self.optimizer.param_groups:
-                    group["lr"] = options.learning_rate * factor
-                values, num_images = self._step(loader)
-                meter.add(values)
-                window_images += num_images
+                self._step(batches, factor)
                 if state.step % options.logging_steps == 0:
-                    means = meter.read()
-                    self._check_finite(means)
+                    means = self._checked_means()
+                    self.meter.reset()
                     now = time.monotonic()
-                    rate = window_images / (now - window_start)
-                    window_start, window_images = now, 0
+                    rate = (state.num_images - window_images) / (now - window_start)
+                    window_start, window_images = now, state.num_images
                     self._write(
                         {
                             **{f"train/{name}": value for name, value in means.items()},
@@ -359,11 +261,11 @@ class _Run:
                             "train/images_per_s": rate,
                         }
                     )
-                    bar.set_postfix(step=state.step, loss=f"{means['loss']:.4f}", img_s=f"{rate:.1f}", refresh=False)
+                    bar.set_postfix(step=state.step, img_s=f"{rate:.1f}", refresh=False)
                 self._advance(bar)
                 if state.step % options.validation_steps == 0:
                     paused = time.monotonic()
-                    self.validate(bar)
+                    self.validate()
                     window_start += time.monotonic() - paused
                 if self._asked_to_stop(stop):
                     self.checkpoint()
@@ -372,43 +274,38 @@ class _Run:
                     self.checkpoint()
         return True
 
-    @contextmanager
-    def _batches(self) -> Iterator[Iterator[dict[str, torch.Tensor]]]:
-        loader = iter(self.task.loader(self.state.batches, self.accelerator))
-        try:
-            yield loader
-        finally:
-            close_loader(loader)
-
-    def _step(self, loader: Iterator[dict[str, torch.Tensor]]) -> tuple[dict[str, torch.Tensor], int]:
-        """One optimizer step over its micro-batches: the mean of their losses, and the images in them."""
-        meter, num_images = Meter(), 0
-        parameters = [parameter for parameter in self.module.parameters() if parameter.requires_grad]
-        for _ in range(self.options.gradient_accumulation_steps):
+    def _step(self, batches: Iterator[dict[str, torch.Tensor]], rate_factor: float) -> None:
+        """One optimizer step of the module whose turn it is, over its micro-batches."""
+        turn = self.task.turn(self.state.step)
+        module, optimizer = self.modules[turn], self.optimizers[turn]
+        for group in optimizer.param_groups:
+            group["lr"] = self.peak_rates[turn] * rate_factor
+        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        count = self.options.gradient_accumulation_steps
+        means: dict[str, torch.Tensor] = {}
+        for _ in range(count):
             batch = {
-                name: value.to(self.accelerator.device, non_blocking=True) for name, value in next(loader).items()
+                name: value.to(self.accelerator.device, non_blocking=True) for name, value in next(batches).items()
             }
-            with self.accelerator.accumulate(self.module):
-                values = self.module(batch)
-                self.accelerator.backward(values["loss"])
+            with self.accelerator.accumulate(module):
+                loss, values = self.task.losses(self.modules, batch, self.state.step)
+                self.accelerator.backward(loss)
                 if self.accelerator.sync_gradients:
                     norm = self.accelerator.clip_grad_norm_(parameters, self.options.max_grad_norm)
-                    values = {**values, "gradient_norm": norm}
-                self.optimizer.step()
-                self.optimizer.zero_grad(set_to_none=True)
-            meter.add({name: value for name, value in values.items() if name != "gradient_norm"})
-            num_images += len(next(iter(batch.values()))) * self.accelerator.num_processes
+                optimizer.step()
+                optimizer.zero_grad(set_to_none=True)
+            for name, value in values.items():
+                means[name] = means.get(name, 0) + value.detach() / count
+            self.state.num_images += len(next(iter(batch.values()))) * self.accelerator.num_processes
             self.state.batches += 1
-        if self.ema is not None:
-            self.ema.update(self.accelerator.unwrap_model(self.module))
+        if self.average is not None and turn == "model":
+            self.average.update(self.task.modules["model"])
         self.state.step += 1
-        self.state.num_images += num_images
-        means = {name: value / meter.count for name, value in meter.sums.items()}
-        self.last_values = {**means, "gradient_norm": torch.as_tensor(norm)}
-        return self.last_values, num_images
+        prefix = "" if turn == "model" else f"{turn}_"
+        self.meter.add(self.state.step, {**means, f"{prefix}gradient_norm": torch.as_tensor(norm)})
 
     def _progress(self) -> float:
-        """The run's progress, the same number on all processes; moves the run's clock on."""
+        """The progress of the run, the same on all processes. Also updates the run's elapsed time."""
         elapsed = self.elapsed_before + time.monotonic() - self.clock
         if self.options.max_train_minutes and self.accelerator.num_processes > 1:
             elapsed = broadcast(torch.tensor(elapsed, device=self.accelerator.device)).item()
@@ -422,19 +319,37 @@ class _Run:
             self.accelerator.set_trigger()
         return self.accelerator.check_trigger()
 
-    def _check_finite(self, values: dict[str, float]) -> None:
-        """Refuse to go on with, and above all to save, what a NaN has gone through."""
-        # With float16 an infinite gradient is normal: its scaler leaves that step out.
-        names = ("loss",) if self.options.mixed_precision == "fp16" else ("loss", "gradient_norm")
-        for name in names:
-            if not math.isfinite(values[name]):
-                raise ProgramError(
-                    f"{name} is {values[name]} at step {self.state.step}; lower the learning rate or raise the "
-                    f"precision and resume from the last checkpoint in {self.output_dir}"
+    def _checked_means(self) -> dict[str, float]:
+        """Means of the scalars since the last log line.
+
+        Raises:
+            ProgramError: If a loss or a gradient is not finite. The state then contains NaN and must not be saved.
+        """
+        history = self.meter.read(self.accelerator)
+        # With float16 infinite gradients are normal. The loss scaler skips their steps.
+        suffixes = ("loss",) if self.options.mixed_precision == "fp16" else ("loss", "gradient_norm")
+        bad = [
+            (step, name, value)
+            for name, entries in history.items()
+            if name.endswith(suffixes)
+            for step, value in entries
+            if not math.isfinite(value)
+        ]
+        if bad:
+            step, name, value = min(bad)
+            raise ProgramError(
+                f"{name} is {value} at step {step}; "
+                + (
+                    f"the last good checkpoint is {self.last_checkpoint}"
+                    if self.last_checkpoint is not None
+                    else "there is no checkpoint yet"
                 )
+                + ": lower the learning rate or raise the precision, then give the same command"
+            )
+        return {name: sum(value for _, value in entries) / len(entries) for name, entries in history.items()}
 
     def _bar(self) -> tqdm:
-        """Counts steps, or seconds when time may end the run; quiet in log files."""
+        """Counts steps, or seconds if time may end the run."""
         options = self.options
         by_time = options.max_train_minutes is not None
         return tqdm(
@@ -459,20 +374,19 @@ class _Run:
         self.accelerator.log(values, step=self.state.step)
 
     def averaged(self) -> Any:
-        """A context in which the task's module holds the averaged weights, when there are any."""
-        module = self.accelerator.unwrap_model(self.module)
-        return self.ema.applied_to(module) if self.ema is not None else nullcontext()
+        """A context in which the model has the averaged weights, if there are any."""
+        return self.average.applied_to(self.task.modules["model"]) if self.average is not None else nullcontext()
 
-    def validate(self, bar: tqdm | None = None) -> None:
-        """Measure the (averaged) model; once per step, on the main process."""
+    def validate(self) -> None:
+        """Validate the averaged model on the main process, unless this step is validated already."""
         if self.validated_step == self.state.step:
             return
         self.validated_step = self.state.step
         if self.accelerator.is_main_process:
-            self.module.eval()
+            self.modules["model"].eval()
             with self.averaged(), torch.no_grad():
                 values = self.task.validate(self.state.step, self.output_dir)
-            self.module.train()
+            self.modules["model"].train()
             self._write({f"validation/{name}": value for name, value in values.items()})
             line = f"step {self.state.step}: " + ", ".join(f"{name} {value:.4g}" for name, value in values.items())
             line += f" after {self.state.elapsed_seconds / 60:.1f} min, {self.state.num_images} images"
@@ -480,36 +394,43 @@ class _Run:
         self.accelerator.wait_for_everyone()
 
     def checkpoint(self) -> None:
-        """Save the state of the run, unless this step's is saved already."""
+        """Save the state of the run, unless this step is saved already."""
         if self.saved_step == self.state.step:
             return
-        self._check_finite({name: value.item() for name, value in self.last_values.items()})
+        self._checked_means()
         self.saved_step = self.state.step
         self.state.elapsed_seconds = self.elapsed_before + time.monotonic() - self.clock
-        save_checkpoint(self.accelerator, self.output_dir, self.state.step, self.options.checkpoints_total_limit)
+        self.last_checkpoint = save_checkpoint(
+            self.accelerator, self.output_dir, self.state, self.average, self.options.checkpoints_total_limit
+        )
 
     def finish(self) -> None:
-        """The last validation, checkpoint, curves and the model itself."""
+        """Write the last validation, the checkpoint, the curves and the model."""
         self.validate()
         self.checkpoint()
         if not self.accelerator.is_main_process:
             return
         plot_metrics(read_metrics(self.output_dir / "metrics.jsonl"), self.output_dir / "curves.png")
-        final = self.output_dir / "model"
-        with self.averaged(), atomic_directory(final, overwrite=True) as staging:
+        model = self.output_dir / "model"
+        with writing(model), self.averaged(), replaced_folder(model, self.program) as staging:
             self.task.save(staging, TORCH_DTYPES[self.options.save_dtype])
-            card = training_card(self.task.name, final.parent.name, self.state, self.output_dir / "metrics.jsonl")
+            card = training_card(self.program, self.output_dir.name, self.state, self.output_dir / "metrics.jsonl")
             (staging / "README.md").write_text(card, encoding="utf-8")
-        self.accelerator.print(f"saved {final}")
+        self.accelerator.print(f"saved {model}")
         if self.options.push_to_hub:
-            push_folder(final, self.options.hub_model_id or self.output_dir.name, private=self.options.hub_private)
+            push_folder(model, self.options.hub_model_id or self.output_dir.name, private=self.options.hub_private)
 
 
-def push_folder(folder: Path, repo_id: str, private: bool) -> str:
-    """Upload a saved model; returns the repository's id."""
+def push_folder(folder: Path, repo_id: str, private: bool = False) -> str:
+    """Upload a saved model; returns the id of the repository."""
     from huggingface_hub import HfApi
 
     api = HfApi()
     repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-    api.upload_folder(repo_id=repo_id, folder_path=os.fspath(folder), commit_message="Upload the trained model")
+    api.upload_folder(
+        repo_id=repo_id,
+        folder_path=os.fspath(folder),
+        commit_message="Upload the trained model",
+        ignore_patterns=[MARKER],
+    )
     return repo_id

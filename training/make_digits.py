@@ -3,8 +3,10 @@
 
     python -m training.make_digits --work_dir runs/digits --output_dir src/gpstoken_hf/bundled/gpstoken-digits
 
-The data is scikit-learn's `load_digits`, upscaled to 32 x 32, white on black. Every step is skipped when its result is
-there and goes on where it was interrupted, so the same command may be given again.
+The data is scikit-learn's `load_digits`, upscaled to 32 x 32, white on black. A step whose result exists is skipped
+and an interrupted one resumes, so the same command can be given again.
+
+Shapes: N images or samples, M references, D values of a vector.
 """
 
 from __future__ import annotations
@@ -14,8 +16,10 @@ import io
 import json
 import shlex
 import shutil
+import signal
+import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,17 +36,20 @@ from gpstoken_hf.modeling_gpstoken import GPSTokenModel
 from gpstoken_hf.pipeline_gpstoken import GPSTokenPipeline
 from gpstoken_hf.transformer_sit import SiTTransformer1DModel
 from pipelines.shared.programs import (
-    atomic_directory,
     atomic_file,
     non_negative_float,
     non_negative_int,
     run_program,
 )
 from pipelines.shared.programs import positive_int as positive
-from training import cache_tokens, train_sit, train_tokenizer
-from training.loop import checkpoints_of
+from training.checkpoints import checkpoints_of, read_run_state
 from training.options import unit_interval
+from training.run_folder import check_replaceable, claimed_folder, replaced_folder
+from training.token_cache import STATISTICS
 
+PROGRAM = "training.make_digits"
+OUTPUTS = ("data/*.parquet", "results.json", "samples-*", "training-images.png", *("tokenizer", "tokens"))
+STAGES = ("layout", "texture", "one-stage")
 PRESETS = Path(__file__).parent / "presets"
 NUM_CLASSES = 10
 IMAGE_SIZE = 32
@@ -52,22 +59,23 @@ CLASS_NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "e
 
 
 def make_parser() -> argparse.ArgumentParser:
+    """The parser of this program."""
     parser = argparse.ArgumentParser(prog="make_digits", description=__doc__.splitlines()[0], allow_abbrev=False)
-    parser.add_argument("--work_dir", type=Path, required=True, help="data, checkpoints and pictures of the way there")
+    parser.add_argument("--work_dir", type=Path, required=True, help="data, checkpoints and pictures")
     parser.add_argument("--output_dir", type=Path, required=True, help="the finished pipeline")
     parser.add_argument("--tokenizer_steps", type=positive, help="default: the preset's")
-    parser.add_argument("--generator_steps", type=positive, help="default: the preset's; the same for all three")
+    parser.add_argument("--generator_steps", type=positive, help="of each of the three; default: the preset's")
     parser.add_argument("--samples_per_class", type=positive, default=50)
     parser.add_argument("--num_inference_steps", type=positive, default=50)
     parser.add_argument("--num_layout_steps", type=positive, default=5)
     parser.add_argument("--guidance_scale", type=non_negative_float, default=1.5)
     parser.add_argument("--guidance_interval", type=unit_interval, nargs=2, default=(0.2, 1.0))
     parser.add_argument("--seed", type=non_negative_int, default=0)
+    parser.add_argument("--sampling_seed", type=non_negative_int, help="of the measured samples; default: --seed")
+    parser.add_argument("--threads", type=positive, help="number of CPU threads; default: torch's choice")
     parser.add_argument(
-        "--sampling_seed", type=non_negative_int, help="noise of the measured samples; default: --seed"
+        "--overwrite", action="store_true", help="replace a pipeline that this program has written to --output_dir"
     )
-    parser.add_argument("--threads", type=positive, help="CPU threads of the arithmetic; default: torch's own choice")
-    parser.add_argument("--overwrite", action="store_true", help="replace a pipeline that is already at --output_dir")
     return parser
 
 
@@ -75,7 +83,7 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def load_digit_images() -> tuple[np.ndarray, np.ndarray]:
-    """All NUM_IMAGES digits: grey (N, 8, 8) in 0..16, labels (N,)."""
+    """All NUM_IMAGES digits: grey (N, 8, 8) in [0, 16], labels (N,)."""
     from sklearn.datasets import load_digits
 
     data = load_digits()
@@ -83,7 +91,7 @@ def load_digit_images() -> tuple[np.ndarray, np.ndarray]:
 
 
 def upscale(digits: np.ndarray) -> np.ndarray:
-    """(N, 8, 8) in 0..16 -> uint8 RGB (N, 32, 32, 3), bicubic, 16 -> 255."""
+    """(N, 8, 8) in [0, 16] -> uint8 RGB (N, 32, 32, 3), bicubic; 16 becomes 255."""
     images = []
     for digit in digits:
         grey = Image.fromarray((digit * (255 / 16)).astype(np.float32), mode="F")
@@ -93,7 +101,7 @@ def upscale(digits: np.ndarray) -> np.ndarray:
 
 
 def downscale(images: np.ndarray) -> np.ndarray:
-    """uint8 RGB (N, 32, 32, 3) -> (N, 64) in 0..16: what the classifier and the distances look at."""
+    """uint8 RGB (N, 32, 32, 3) -> (N, 64) in [0, 16], for the classifier and the distances."""
     grey = images.astype(np.float64).mean(axis=-1)
     factor = IMAGE_SIZE // 8
     blocks = grey.reshape(-1, 8, factor, 8, factor).mean(axis=(2, 4))
@@ -101,7 +109,7 @@ def downscale(images: np.ndarray) -> np.ndarray:
 
 
 def split_digits(seed: int) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """Upscaled images and labels, "train" and "test", every class in proportion."""
+    """Upscaled images and labels of "train" and "test", the classes in equal proportion."""
     from sklearn.model_selection import train_test_split
 
     digits, labels = load_digit_images()
@@ -113,7 +121,7 @@ def split_digits(seed: int) -> dict[str, tuple[np.ndarray, np.ndarray]]:
 
 
 def write_parquet(images: np.ndarray, labels: np.ndarray, path: Path) -> None:
-    """A dataset file with the columns image (PNG) and label (named classes)."""
+    """Write a dataset file with the columns image (PNG) and label (named classes)."""
     import datasets
 
     features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=list(CLASS_NAMES))})
@@ -129,8 +137,27 @@ def write_parquet(images: np.ndarray, labels: np.ndarray, path: Path) -> None:
 # -------------------------------------------------------------------------------------------------------- training
 
 
+def run_step(program: str, command: list[str]) -> int:
+    """Run another program of this folder in a process of its own; returns its exit code.
+
+    SIGINT and SIGTERM are left to that process, which writes a checkpoint and ends. (From a terminal Ctrl-C reaches
+    both processes, a SIGTERM is passed on.)
+    """
+    process = subprocess.Popen([sys.executable, "-m", f"training.{program}", *command])
+    handlers = {
+        signal.SIGINT: lambda number, frame: None,
+        signal.SIGTERM: lambda number, frame: process.send_signal(number),
+    }
+    previous = {number: signal.signal(number, handler) for number, handler in handlers.items()}
+    try:
+        return process.wait()
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
 def train(options: argparse.Namespace) -> int:
-    """Tokenizer, token cache and the three generators; returns the code of the first step that did not finish."""
+    """Train tokenizer and generators; returns the exit code of the first step that did not finish, or 0."""
     work = options.work_dir
     for name, (images, labels) in split_digits(options.seed).items():
         if not (path := work / "data" / f"{name}.parquet").exists():
@@ -138,37 +165,37 @@ def train(options: argparse.Namespace) -> int:
     shared = ["--seed", str(options.seed)]
     if options.threads is not None:
         shared += ["--threads", str(options.threads)]
-    steps: list[tuple[Path, Callable[[Sequence[str]], int], list[str]]] = []
+    steps: list[tuple[Path, str, list[str]]] = []
 
     command = ["--config", str(PRESETS / "digits_tokenizer.yaml"), "--output_dir", str(work / "tokenizer"), *shared]
     command += ["--train_data_files", str(work / "data" / "train.parquet")]
     command += ["--validation_data_files", str(work / "data" / "test.parquet")]
     if options.tokenizer_steps is not None:
         command += ["--max_train_steps", str(options.tokenizer_steps)]
-    steps.append((work / "tokenizer" / "model", train_tokenizer.main, command))
+    steps.append((work / "tokenizer" / "model", "train_tokenizer", command))
 
     command = ["--tokenizer", str(work / "tokenizer" / "model"), "--output_dir", str(work / "tokens")]
     command += ["--train_data_files", str(work / "data" / "train.parquet"), "--dataloader_num_workers", "0"]
-    steps.append((work / "tokens" / cache_tokens.STATISTICS, cache_tokens.main, command))
+    steps.append((work / "tokens" / STATISTICS, "cache_tokens", command))
 
-    for stage in ("layout", "texture", "one-stage"):
+    for stage in STAGES:
         command = ["--config", str(PRESETS / "digits_sit.yaml"), "--output_dir", str(work / stage), *shared]
         command += ["--stage", stage, "--tokens_dir", str(work / "tokens")]
         if options.generator_steps is not None:
             command += ["--max_train_steps", str(options.generator_steps)]
-        steps.append((work / stage / "model", train_sit.main, command))
+        steps.append((work / stage / "model", "train_sit", command))
 
     for result, program, command in steps:
-        if not result.exists() and (code := program(command)):
+        if not result.exists() and (code := run_step(program, command)):
             return code
     return 0
 
 
 def training_minutes(work: Path) -> dict[str, float]:
-    """How long each training took, its breaks not counted."""
+    """Duration of each training, interruptions not counted."""
     minutes = {}
-    for name in ("tokenizer", *train_sit.STAGES):
-        state = torch.load(checkpoints_of(work / name)[-1] / "custom_checkpoint_0.pkl", weights_only=True)
+    for name in ("tokenizer", *STAGES):
+        state = read_run_state(checkpoints_of(work / name)[-1])
         minutes[name] = round(state["elapsed_seconds"] / 60, 1)
     return minutes
 
@@ -177,15 +204,12 @@ def training_minutes(work: Path) -> dict[str, float]:
 
 
 def make_pipelines(work: Path) -> dict[str, GPSTokenPipeline]:
-    """The two-stage pipeline and the one-stage baseline, from what was trained."""
-    statistics = json.loads((work / "tokens" / cache_tokens.STATISTICS).read_text(encoding="utf-8"))
+    """The two-stage pipeline and the one-stage baseline of the trained models."""
+    statistics = json.loads((work / "tokens" / STATISTICS).read_text(encoding="utf-8"))
     vae = GPSTokenModel.from_pretrained(work / "tokenizer" / "model").eval()
     vae.config.latents_mean = statistics["channels"]["offset"]["mean"]
     vae.config.latents_std = statistics["channels"]["offset"]["std"]
-    generators = {
-        stage: SiTTransformer1DModel.from_pretrained(work / stage / "model").eval()
-        for stage in ("layout", "texture", "one-stage")
-    }
+    generators = {stage: SiTTransformer1DModel.from_pretrained(work / stage / "model").eval() for stage in STAGES}
     id2label = dict(enumerate(f"{name}, {digit}" for digit, name in enumerate(CLASS_NAMES)))
     shared = {"vae": vae, "image_processor": GPSTokenImageProcessor(), "id2label": id2label}
     return {
@@ -203,7 +227,7 @@ def make_pipelines(work: Path) -> dict[str, GPSTokenPipeline]:
 
 
 def forget_origin(directory: Path) -> None:
-    """Take the folders that the components were loaded from out of their configurations."""
+    """Remove from the configurations the folders that the components were loaded from."""
     for path in directory.rglob("*.json"):
         config = json.loads(path.read_text(encoding="utf-8"))
         if isinstance(config, dict) and config.pop("_name_or_path", None) is not None:
@@ -211,17 +235,17 @@ def forget_origin(directory: Path) -> None:
 
 
 def store_as_half(directory: Path) -> None:
-    """Rewrite all weights below a folder in float16; the configurations stay, so that they are used in float32."""
+    """Rewrite all weights below a folder in float16. The configurations stay, so they are loaded in float32."""
     for path in directory.rglob("*.safetensors"):
         tensors = {
             name: value.half() if value.is_floating_point() else value for name, value in load_file(path).items()
         }
         save_file(tensors, path, metadata={"format": "pt"})
-        shutil.copymode(directory / "model_index.json", path)  # safetensors writes for its owner alone
+        shutil.copymode(directory / "model_index.json", path)  # safetensors makes it readable for its owner only
 
 
 def sample(pipeline: GPSTokenPipeline, options: argparse.Namespace, name: str) -> tuple[np.ndarray, np.ndarray]:
-    """uint8 images (10 n, 32, 32, 3) and the labels (10 n,) that they were asked for, class by class."""
+    """Samples, class by class: uint8 images (N, 32, 32, 3) and the labels (N,) that they were generated for."""
     images = []
     seed = options.seed if options.sampling_seed is None else options.sampling_seed
     pipeline.set_progress_bar_config(disable=True)
@@ -243,13 +267,13 @@ def sample(pipeline: GPSTokenPipeline, options: argparse.Namespace, name: str) -
 
 
 def nearest_distances(queries: np.ndarray, references: np.ndarray) -> np.ndarray:
-    """Euclidean distance of every query (N, D) to its nearest reference (M, D): (N,)."""
+    """Euclidean distances (N,) of queries (N, D) to their nearest references (M, D)."""
     squared = (queries**2).sum(1)[:, None] - 2 * queries @ references.T + (references**2).sum(1)[None]
     return np.sqrt(np.maximum(squared, 0).min(axis=1))
 
 
 def frechet_distance(samples: np.ndarray, references: np.ndarray) -> float:
-    """Between the normal distributions fitted to two sets of vectors (N, D) and (M, D): 0 for equal ones."""
+    """Fréchet distance between normal distributions fitted to two sets of vectors, (N, D) and (M, D)."""
     a, b = np.cov(samples.T), np.cov(references.T)
     shift = samples.mean(0) - references.mean(0)
     root = np.sqrt(np.maximum(np.linalg.eigvals(a @ b).real, 0)).sum()
@@ -264,7 +288,7 @@ def fit_classifier(images: np.ndarray, labels: np.ndarray) -> Any:
 
 
 def evaluate(classifier: Any, images: np.ndarray, labels: np.ndarray, train_images: np.ndarray) -> dict[str, Any]:
-    """How many samples are recognised as their class, and how far they are from the training images."""
+    """The share of samples that is recognised as its class, and distances to the training images."""
     pixels = downscale(images)
     correct = classifier.predict(pixels) == labels
     distances = nearest_distances(pixels, downscale(train_images))
@@ -279,7 +303,7 @@ def evaluate(classifier: Any, images: np.ndarray, labels: np.ndarray, train_imag
 
 
 def measure(options: argparse.Namespace, pipelines: dict[str, GPSTokenPipeline]) -> dict[str, Any]:
-    """All numbers of the model card; leaves the samples and their contact sheets in the work folder."""
+    """All numbers of the model card. Writes the samples and their contact sheets into the work folder."""
     data = split_digits(options.seed)
     train_images, train_labels = data["train"]
     test_images, test_labels = data["test"]
@@ -320,7 +344,7 @@ def _to_bytes(images: torch.Tensor) -> np.ndarray:
 
 
 def save_sheet(images: np.ndarray, per_class: int, path: Path, shown: int = 20, scale: int = 2) -> None:
-    """A contact sheet, one row per class, the first `shown` images of each, grey lines between them."""
+    """Write a contact sheet: one row per class, the first `shown` images of each, grey lines between them."""
     columns, line = min(shown, per_class), 1
     side = IMAGE_SIZE + line
     sheet = np.full((NUM_CLASSES * side + line, columns * side + line, 3), 96, dtype=np.uint8)
@@ -423,35 +447,38 @@ Limits: few training images and ten classes; the guidance that makes classes cle
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    """Run the program; returns its exit code."""
     parser = make_parser()
     options = parser.parse_args(argv)
     if options.output_dir.exists() and any(options.output_dir.iterdir()) and not options.overwrite:
-        print(f"{options.output_dir} is there already; --overwrite makes it again", file=sys.stderr)
+        print(f"{options.output_dir} exists; --overwrite makes it again", file=sys.stderr)
         return 0
+    check_replaceable(options.output_dir, PROGRAM)
     if options.threads is not None:
         torch.set_num_threads(options.threads)
-    if code := train(options):
-        return code
-    with atomic_directory(options.output_dir, overwrite=options.overwrite) as staging:
-        pipelines = make_pipelines(options.work_dir)
-        pipelines["two-stage"].save_pretrained(staging)
-        store_as_half(staging)
-        forget_origin(staging)
-        # What is measured is what ships.
-        pipelines["two-stage"] = GPSTokenPipeline.from_pretrained(staging)
-        results = measure(options, pipelines)
-        command = "python -m training.make_digits " + shlex.join(
-            word for word in argv or sys.argv[1:] if word != "--overwrite"
-        )
-        card = model_card(options, results, training_minutes(options.work_dir), command)
-        shutil.copyfile(options.work_dir / "samples-two-stage.png", staging / "samples.png")
-        (staging / "README.md").write_text(card, encoding="utf-8")
-        size = sum(path.stat().st_size for path in staging.rglob("*") if path.is_file())
+    with claimed_folder(options.work_dir, PROGRAM, OUTPUTS):
+        if code := train(options):
+            return code
+        with replaced_folder(options.output_dir, PROGRAM) as staging:
+            pipelines = make_pipelines(options.work_dir)
+            pipelines["two-stage"].save_pretrained(staging)
+            store_as_half(staging)
+            forget_origin(staging)
+            # Measure what ships.
+            pipelines["two-stage"] = GPSTokenPipeline.from_pretrained(staging)
+            results = measure(options, pipelines)
+            command = "python -m training.make_digits " + shlex.join(
+                word for word in argv or sys.argv[1:] if word != "--overwrite"
+            )
+            card = model_card(options, results, training_minutes(options.work_dir), command)
+            shutil.copyfile(options.work_dir / "samples-two-stage.png", staging / "samples.png")
+            (staging / "README.md").write_text(card, encoding="utf-8")
+            size = sum(path.stat().st_size for path in staging.rglob("*") if path.is_file())
     for name in ("held-out digits", "two-stage", "one-stage"):
         values = results[name]
         print(
-            f"{name}: {100 * values['accuracy']:.1f} % recognised, nearest training image at "
-            f"{values['nearest_distance_median']:.1f} (median), {values['nearest_distance_min']:.1f} (least)"
+            f"{name}: {100 * values['accuracy']:.1f} % recognised, distance to the nearest training image "
+            f"{values['nearest_distance_median']:.1f} (median), {values['nearest_distance_min']:.1f} (minimum)"
         )
     print(f"{options.output_dir}: {size / 1e6:.1f} MB; contact sheets in {options.work_dir}")
     return 0

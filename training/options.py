@@ -1,10 +1,11 @@
 # Copyright 2026 The gpstoken-hf authors. Licensed under the Apache License, Version 2.0.
-"""The options that the training programs share, presets in YAML, and the record of what a run was told."""
+"""Options that the training programs share, presets in YAML, and the record of a run's settings."""
 
 from __future__ import annotations
 
 import argparse
 import json
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -29,58 +30,79 @@ def unit_interval(text: str) -> float:
     return value
 
 
+class Switch(argparse.Action):
+    """An option without a value: `--name` sets it to True, `--no_name` to False."""
+
+    def __init__(self, option_strings: Sequence[str], dest: str, default: bool, help: str | None = None) -> None:
+        names = [*option_strings, *(f"--no_{name.removeprefix('--')}" for name in option_strings)]
+        super().__init__(names, dest, nargs=0, default=default, help=help)
+
+    def __call__(
+        self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any, option: str | None = None
+    ) -> None:
+        setattr(namespace, self.dest, not (option or "").startswith("--no_"))
+
+
+def add_program_options(parser: argparse.ArgumentParser) -> None:
+    """Options of every program of this folder that reads a preset."""
+    parser.add_argument("--config", type=Path, help="YAML file of defaults for these options; the command line wins")
+    parser.add_argument("--threads", type=positive, help="number of CPU threads; default: torch's choice")
+    parser.add_argument(
+        "--dry_run", "--dry-run", action="store_true", help="print the resolved configuration and exit"
+    )
+
+
 def add_run_options(parser: argparse.ArgumentParser) -> None:
-    """Where a run is kept, how long it lasts and how it goes on after a break."""
+    """Where a run is kept, how long it lasts and how it is resumed."""
     group = parser.add_argument_group("run")
-    group.add_argument("--config", type=Path, help="YAML file of defaults for these options; the command line wins")
     group.add_argument(
         "--output_dir", type=Path, required=True, help="checkpoints, logs, pictures and the final model"
     )
     group.add_argument("--seed", type=non_negative_int, default=0)
-    group.add_argument("--dry_run", "--dry-run", action="store_true", help="print the resolved configuration and stop")
     group.add_argument("--max_train_steps", type=positive, help="optimizer steps of the whole run")
     group.add_argument(
         "--max_train_minutes",
         type=positive_float,
-        help="wall-clock budget of the whole run, breaks not counted; the schedule then follows whichever of time and "
-        "steps is further on, so that the learning rate has come down when the time is up",
+        help="training time of the whole run, interruptions not counted; the learning rate follows whichever of time "
+        "and steps is further on",
     )
     group.add_argument("--checkpointing_steps", type=positive, default=1000)
     group.add_argument("--checkpoints_total_limit", type=positive, default=2)
     group.add_argument(
         "--resume_from_checkpoint",
         default="latest",
-        help="'latest' (of --output_dir; starts anew when there is none), 'none' or a checkpoint folder",
+        help="'latest' (the newest whole checkpoint of --output_dir, or none), 'none', or a checkpoint folder",
     )
     group.add_argument("--validation_steps", type=positive, default=500)
     group.add_argument("--logging_steps", type=positive, default=10)
     group.add_argument("--report_to", default="tensorboard", help="tensorboard, wandb, ..., all or none")
     group.add_argument("--save_dtype", choices=DTYPES, default="fp32", help="storage type of the final weights")
-    group.add_argument("--threads", type=positive, help="CPU threads of the arithmetic; default: torch's own choice")
-    group.add_argument("--push_to_hub", action="store_true")
-    group.add_argument("--hub_model_id", help="default: the name of --output_dir")
-    group.add_argument("--hub_private", action="store_true")
+    group.add_argument("--push_to_hub", action="store_true", help="upload the final model")
+    group.add_argument("--hub_model_id", help="repository of --push_to_hub; default: the name of --output_dir")
+    group.add_argument("--hub_private", action="store_true", help="create that repository as a private one")
 
 
 def add_optimizer_options(
     parser: argparse.ArgumentParser, *, betas: tuple[float, float], learning_rate: float
 ) -> None:
-    """Optimizer, schedule, average and precision."""
+    """Optimizer, schedule, weight average and precision."""
     group = parser.add_argument_group("optimization")
     group.add_argument("--learning_rate", type=positive_float, default=learning_rate)
     group.add_argument("--lr_scheduler", choices=LR_SCHEDULERS, default="constant_with_warmup")
     group.add_argument("--lr_warmup_steps", type=non_negative_int, default=0)
-    group.add_argument("--lr_final_ratio", type=unit_interval, default=0.0, help="last / peak rate of the decays")
+    group.add_argument(
+        "--lr_final_ratio", type=unit_interval, default=0.0, help="last over peak learning rate, of cosine and linear"
+    )
     group.add_argument("--adam_beta1", type=unit_interval, default=betas[0])
     group.add_argument("--adam_beta2", type=unit_interval, default=betas[1])
     group.add_argument("--adam_epsilon", type=positive_float, default=1e-8)
     group.add_argument("--adam_weight_decay", type=non_negative_float, default=0.0)
     group.add_argument("--max_grad_norm", type=positive_float, default=1.0)
     group.add_argument("--gradient_accumulation_steps", type=positive, default=1)
-    group.add_argument("--gradient_checkpointing", action=argparse.BooleanOptionalAction, default=False)
+    group.add_argument("--gradient_checkpointing", action=Switch, default=False)
     group.add_argument("--mixed_precision", choices=("no", "fp16", "bf16"), default="no")
-    group.add_argument("--allow_tf32", action=argparse.BooleanOptionalAction, default=False)
-    group.add_argument("--use_ema", action=argparse.BooleanOptionalAction, default=True)
+    group.add_argument("--allow_tf32", action=Switch, default=False)
+    group.add_argument("--use_ema", action=Switch, default=True, help="validate and save averaged weights")
     group.add_argument("--ema_decay", type=unit_interval, default=0.9999)
     group.add_argument("--train_batch_size", type=positive, default=96, help="images per process and micro-batch")
     group.add_argument("--dataloader_num_workers", type=non_negative_int, default=2)
@@ -91,27 +113,35 @@ def add_dataset_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("data")
     group.add_argument("--dataset_name", help="a dataset of the Hub, or a folder that load_dataset understands")
     group.add_argument("--dataset_config_name")
-    group.add_argument("--train_data_files", nargs="+", help="parquet (or arrow, webdataset tar) files")
-    group.add_argument("--train_data_dir", help="a folder of images, with one subfolder per class or without")
+    group.add_argument("--train_data_files", nargs="+", help="parquet, arrow or webdataset tar files")
+    group.add_argument("--train_data_dir", help="a folder of images, with or without a subfolder per class")
     group.add_argument("--train_split", default="train")
-    group.add_argument("--streaming", action=argparse.BooleanOptionalAction, default=False)
-    group.add_argument("--shuffle_buffer_size", type=positive, default=2048, help="with --streaming")
+    group.add_argument("--streaming", action=Switch, default=False)
+    group.add_argument("--shuffle_buffer_size", type=positive, default=2048, help="of --streaming")
     group.add_argument("--image_column", default="image")
     group.add_argument("--label_column", default="label")
     group.add_argument("--max_train_samples", type=positive)
     group.add_argument("--cache_dir")
 
 
+def check_run_options(options: argparse.Namespace) -> None:
+    """Check what argparse cannot check one option at a time.
+
+    Raises:
+        ProgramError: If the run has no end.
+    """
+    if options.max_train_steps is None and options.max_train_minutes is None:
+        raise ProgramError("--max_train_steps or --max_train_minutes must be given, got neither")
+
+
 def parse_options(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argparse.Namespace:
     """Parse `argv` on top of the file that its `--config` names.
 
-    A file's entries are put in front of the command line, so they pass the same checks and lose against it.
+    The file's entries are put in front of the command line. So they pass the same checks, and the command line wins.
 
     Raises:
-        ProgramError: the file cannot be read, is no mapping, or names an option that does not exist.
+        ProgramError: If the file cannot be parsed, holds no mapping, or names an unknown option.
     """
-    import sys
-
     arguments = list(sys.argv[1:] if argv is None else argv)
     early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     early.add_argument("--config", type=Path)
@@ -138,12 +168,12 @@ def preset_arguments(parser: argparse.ArgumentParser, path: Path) -> list[str]:
         if value is None:
             continue
         if isinstance(value, bool):
-            if not isinstance(actions[name], argparse.BooleanOptionalAction | argparse._StoreTrueAction):
+            if not isinstance(actions[name], Switch | argparse._StoreTrueAction):
                 raise ProgramError(f"{path}: {name} takes a value, got {value}")
             if value:
                 arguments.append(flag)
-            elif isinstance(actions[name], argparse.BooleanOptionalAction):
-                arguments.append(f"--no-{name}")
+            elif isinstance(actions[name], Switch):
+                arguments.append(f"--no_{name}")
         elif isinstance(value, dict):
             arguments += [flag, *(f"{key}={json.dumps(item)}" for key, item in value.items())]
         elif isinstance(value, list):
@@ -165,13 +195,13 @@ def assignment(text: str) -> tuple[str, Any]:
 
 
 def describe_options(options: argparse.Namespace, **more: Any) -> str:
-    """The resolved configuration as YAML, with further sections (the model's configuration, say)."""
+    """The resolved options as YAML, followed by further sections such as the model's configuration."""
     plain = {name: _plain(value) for name, value in vars(options).items() if name not in ("config", "dry_run")}
     return yaml.safe_dump({**plain, **{name: _plain(value) for name, value in more.items()}}, sort_keys=False)
 
 
 def save_options(path: Path, options: argparse.Namespace, **more: Any) -> None:
-    """Write `describe_options` beside the run."""
+    """Write `describe_options(options, **more)` to a file."""
     with atomic_file(path) as staging:
         staging.write_text(describe_options(options, **more), encoding="utf-8")
 
@@ -184,13 +214,3 @@ def _plain(value: Any) -> Any:
             return {key: _plain(item) for key, item in value}
         return [_plain(item) for item in value]
     return value if isinstance(value, bool | int | float | str | None) else str(value)
-
-
-def check_run_options(options: argparse.Namespace) -> None:
-    """What argparse cannot check one option at a time.
-
-    Raises:
-        ProgramError: no end of the run is given, or a decaying schedule has nothing to follow.
-    """
-    if options.max_train_steps is None and options.max_train_minutes is None:
-        raise ProgramError("give the run an end: --max_train_steps or --max_train_minutes")

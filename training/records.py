@@ -1,5 +1,5 @@
 # Copyright 2026 The gpstoken-hf authors. Licensed under the Apache License, Version 2.0.
-"""What a training run leaves beside its weights: metrics, curves and a model card."""
+"""Records of a training run: metrics, curves and a model card."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from pipelines.shared.programs import atomic_file
 
 
 class Extent(Protocol):
-    """How long a run was."""
+    """The length of a run."""
 
     step: int
     num_images: int
@@ -25,7 +25,12 @@ class Extent(Protocol):
 
 
 class MetricLog:
-    """`metrics.jsonl` beside the run: one line per logged step, what the curves are drawn from."""
+    """`metrics.jsonl`: one line per logged step. Lines after the resumed step are dropped.
+
+    Args:
+        path (`Path`): The file; created if it does not exist.
+        resumed_step (`int`): The step at which the run starts or resumes.
+    """
 
     def __init__(self, path: Path, resumed_step: int) -> None:
         self.path = path
@@ -34,12 +39,13 @@ class MetricLog:
             staging.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
     def write(self, step: int, values: dict[str, float]) -> None:
+        """Append the values of one step."""
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps({"step": step, **values}) + "\n")
 
 
 def read_metrics(path: Path) -> list[dict[str, float]]:
-    """The rows of a metrics file; a line cut short by a crash is passed over."""
+    """The rows of a metrics file. A line that a crash has cut short is skipped."""
     rows = []
     for line in path.read_text(encoding="utf-8").splitlines():
         try:
@@ -50,7 +56,7 @@ def read_metrics(path: Path) -> list[dict[str, float]]:
 
 
 def plot_metrics(rows: list[dict[str, float]], path: Path) -> None:
-    """Every logged quantity over the steps, one panel each, as a PNG."""
+    """Draw every logged quantity over the steps, one panel each, as a PNG."""
     from matplotlib.figure import Figure
 
     names = sorted({name for row in rows for name in row} - {"step"})
@@ -72,7 +78,14 @@ def plot_metrics(rows: list[dict[str, float]], path: Path) -> None:
 
 
 def training_card(program: str, name: str, extent: Extent, metrics: Path) -> str:
-    """README.md of a trained model: the command, how long it ran on what, and the last validation."""
+    """README.md of a trained model: the command, its duration and device, and the last validation.
+
+    Args:
+        program (`str`): Name of the module that was run, such as "training.train_sit".
+        name (`str`): Title of the card.
+        extent (`Extent`): The length of the run.
+        metrics (`Path`): The file of `MetricLog`.
+    """
     validated = [row for row in read_metrics(metrics) if any(key.startswith("validation/") for key in row)]
     last = validated[-1] if validated else {}
     scores = "".join(
@@ -80,7 +93,7 @@ def training_card(program: str, name: str, extent: Extent, metrics: Path) -> str
     )
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU ({platform.machine()})"
     return f"""---
-library_name: {"transformers" if program == "train_tokenizer" else "diffusers"}
+library_name: {"transformers" if program == "training.train_tokenizer" else "diffusers"}
 tags:
 - gpstoken
 ---
@@ -90,7 +103,7 @@ Trained with `gpstoken-hf`, {extent.step} steps, {extent.num_images} images, {ex
 {device}, torch {torch.__version__}:
 
 ```
-python -m training.{program} {shlex.join(sys.argv[1:])}
+python -m {program} {shlex.join(sys.argv[1:])}
 ```
 
 | last validation, step {last.get("step", "-")} | |

@@ -6,6 +6,8 @@
 
 The data is what `training.cache_tokens` writes. The objective is velocity matching on the straight path between noise
 and data (paper Sec. 3.3).
+
+Shapes: B images, L tokens, C texture channels, C' channels that the generator models.
 """
 
 from __future__ import annotations
@@ -13,7 +15,6 @@ from __future__ import annotations
 import argparse
 import copy
 import inspect
-import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -33,12 +34,12 @@ from gpstoken_hf.transformer_sit import (
 )
 from pipelines.shared.programs import ProgramError, non_negative_float, run_program
 from pipelines.shared.programs import positive_int as positive
-from training.cache_tokens import STATISTICS
 from training.data import BatchPlan, BatchRequest, batch_loader
 from training.loop import TrainingTask, run_training
 from training.losses import linear_path, velocity_matching_loss
 from training.options import (
     add_optimizer_options,
+    add_program_options,
     add_run_options,
     assignment,
     check_run_options,
@@ -46,20 +47,24 @@ from training.options import (
     parse_options,
     unit_interval,
 )
+from training.token_cache import load_token_dataset, read_statistics
 
+PROGRAM = "training.train_sit"
 STAGES = ("layout", "texture", "one-stage")
 CONDITION_NOISE_UNITS = ("channel_std", "region", "absolute")
 
 
 def make_parser() -> argparse.ArgumentParser:
+    """The parser of this program."""
     parser = argparse.ArgumentParser(prog="train_sit", description=__doc__.splitlines()[0], allow_abbrev=False)
+    add_program_options(parser)
     add_run_options(parser)
     add_optimizer_options(parser, betas=(0.9, 0.999), learning_rate=1e-4)
 
     group = parser.add_argument_group("data")
-    group.add_argument("--tokens_dir", required=True, help="what cache_tokens wrote: a folder or a dataset of the Hub")
+    group.add_argument("--tokens_dir", required=True, help="output of cache_tokens: a folder or a dataset of the Hub")
     group.add_argument("--max_train_samples", type=positive)
-    group.add_argument("--num_validation_samples", type=positive, default=256, help="the last rows, held out")
+    group.add_argument("--num_validation_samples", type=positive, default=256, help="the last rows are held out")
 
     group = parser.add_argument_group("model")
     group.add_argument("--stage", choices=STAGES, required=True)
@@ -67,24 +72,24 @@ def make_parser() -> argparse.ArgumentParser:
     group.add_argument(
         "--config_overrides", type=assignment, nargs="+", default=[], help="fields of SiTTransformer1DModel, key=value"
     )
-    group.add_argument("--pretrained_model_name_or_path", help="go on from this generator")
+    group.add_argument("--pretrained_model_name_or_path", help="start from this generator")
     group.add_argument(
         "--gaussian_target",
         choices=GAUSSIAN_TARGETS,
-        help="what the Gaussian channels are; default: offset for texture, absolute otherwise",
+        help="meaning of the Gaussian channels; default: offset for texture, absolute otherwise",
     )
     group.add_argument("--condition_injection", choices=("input", "every_block"), default="input")
     group.add_argument("--class_dropout_prob", type=unit_interval, default=0.1)
 
     group = parser.add_argument_group("objective")
     group.add_argument("--timestep_sampling", choices=("uniform", "logit_normal"), default="uniform")
-    group.add_argument("--condition_noise", type=non_negative_float, default=0.5, help="for --stage texture")
+    group.add_argument("--condition_noise", type=non_negative_float, default=0.5, help="of --stage texture")
     group.add_argument(
         "--condition_noise_unit",
         choices=CONDITION_NOISE_UNITS,
         default="channel_std",
-        help="of --condition_noise: each channel's standard deviation over the data; the token's own sigma (for sigma "
-        "and mu, none for rho); or normalized units as they are",
+        help="unit of --condition_noise: the standard deviation of each channel over the data; the sigma of the token "
+        "(for sigma and mu; rho gets no noise); or 1 in normalised coordinates",
     )
     return parser
 
@@ -92,20 +97,24 @@ def make_parser() -> argparse.ArgumentParser:
 def noised_condition(
     layout: torch.Tensor, noise: torch.Tensor, amount: float, unit: str, channel_std: torch.Tensor
 ) -> torch.Tensor:
-    """The condition of the texture model with Gaussian noise, as in training (paper App. B).
+    """Add Gaussian noise to the condition of the texture model, as in training (paper App. B).
 
     The paper says "noise of 0.5" and leaves the unit open.
 
     Args:
-        layout: initial Gaussians (B, L, 5).
-        noise: standard normal, (B, L, 5).
-        amount: standard deviation of what is added, in units of
-        unit: "channel_std": the channels' standard deviations over the data; "region": the token's own sigma_x and
-            sigma_y, for sigma and mu of that axis, rho unchanged; "absolute": 1 in normalized coordinates.
-        channel_std: (5,).
+        layout (`torch.Tensor`): Initial Gaussians, (B, L, 5).
+        noise (`torch.Tensor`): Standard normal, (B, L, 5).
+        amount (`float`): Standard deviation of the added noise, in `unit`.
+        unit (`str`): "channel_std": the standard deviation of each channel over the data. "region": sigma_x and
+            sigma_y of the token, for sigma and mu of that axis; rho is unchanged. "absolute": 1 in normalised
+            coordinates.
+        channel_std (`torch.Tensor`): (5,).
+
+    Returns:
+        `torch.Tensor`: (B, L, 5).
 
     Raises:
-        ValueError: an unknown unit.
+        ValueError: If the unit is unknown.
     """
     if unit == "absolute":
         scale = torch.ones_like(layout)
@@ -135,12 +144,13 @@ class TokenBatches(Dataset):
 
 
 class VelocityMatching(torch.nn.Module):
-    """A SiT with its objective: batch of tokens -> losses.
+    """A SiT with its objective: batch of tokens -> loss.
 
     Args:
-        model: speaks diffusers' time and sign.
-        stage: one of `STAGES`.
-        layout_std: (5,), of the initial Gaussians over the data.
+        model (`SiTTransformer1DModel`): With the time and the sign of diffusers.
+        stage (`str`): One of `STAGES`.
+        layout_std (`list[float]`): Standard deviations of the 5 channels of the initial Gaussians over the data.
+        options (`argparse.Namespace`): Those of `make_parser`.
     """
 
     def __init__(
@@ -160,7 +170,7 @@ class VelocityMatching(torch.nn.Module):
     def draw(
         self, tokens: torch.Tensor, generator: torch.Generator | None = None
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """For tokens (B, L, 5 + C): sigma (B,), the path's noise (B, L, C') and the condition's (B, L, 5)."""
+        """Draw, for tokens (B, L, 5 + C): sigma (B,), noise of the path (B, L, C') and of the condition (B, L, 5)."""
         channels = self.model.config.in_channels
         kind: dict[str, Any] = {"device": tokens.device, "generator": generator}
         if self.timestep_sampling == "uniform":
@@ -170,10 +180,10 @@ class VelocityMatching(torch.nn.Module):
         noise = torch.randn(*tokens.shape[:2], channels, **kind)
         return sigma, noise, torch.randn(*tokens.shape[:2], NUM_GAUSSIAN_PARAMS, **kind)
 
-    def losses(
+    def loss(
         self, batch: dict[str, torch.Tensor], sigma: torch.Tensor, noise: torch.Tensor, condition_noise: torch.Tensor
-    ) -> dict[str, torch.Tensor]:
-        """The objective for given draws."""
+    ) -> torch.Tensor:
+        """The objective for given draws, a scalar."""
         layout = batch["init_gaussians"]
         target = self.model.config.gaussian_target
         data = tokens_to_latents(
@@ -194,14 +204,19 @@ class VelocityMatching(torch.nn.Module):
             class_labels=batch["labels"],
             encoder_condition=condition,
         ).sample
-        return {"loss": velocity_matching_loss(prediction, data, noise)}
+        return velocity_matching_loss(prediction, data, noise)
 
-    def forward(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        return self.losses(batch, *self.draw(batch["tokens"]))
+    def forward(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        """The objective for new draws, a scalar."""
+        return self.loss(batch, *self.draw(batch["tokens"]))
 
 
 class SiTTask(TrainingTask):
-    """What `run_training` needs to know about training a generator."""
+    """A generator as `run_training` trains it.
+
+    Raises:
+        ProgramError: If there are too few samples, or the pretrained generator does not fit the stage and the data.
+    """
 
     name = "train_sit"
 
@@ -209,10 +224,10 @@ class SiTTask(TrainingTask):
         self, options: argparse.Namespace, statistics: dict[str, Any], config: dict[str, Any], accelerator: Accelerator
     ) -> None:
         self.options, self.config, self.accelerator = options, config, accelerator
-        rows = load_token_dataset(Path(options.tokens_dir))
+        rows = load_token_dataset(options.tokens_dir)
         held_out = options.num_validation_samples
         if len(rows) <= held_out:
-            raise ProgramError(f"{held_out} samples are to be held out for validation, there are {len(rows)}")
+            raise ProgramError(f"--num_validation_samples must be less than {len(rows)}, got {held_out}")
         validation = rows.select(range(len(rows) - held_out, len(rows)))
         num_train = min(len(rows) - held_out, options.max_train_samples or len(rows))
         self.train_data = rows.select(range(num_train))
@@ -225,6 +240,13 @@ class SiTTask(TrainingTask):
         if options.gradient_checkpointing:
             model.enable_gradient_checkpointing()
         self.module = VelocityMatching(model, options.stage, statistics["channels"]["layout"]["std"], options)
+        self.modules = {"model": self.module}
+
+    def losses(
+        self, modules: dict[str, torch.nn.Module], batch: dict[str, torch.Tensor], step: int
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        loss = modules["model"](batch)
+        return loss, {"loss": loss}
 
     def describe(self) -> dict[str, Any]:
         return {"model_config": self.config}
@@ -250,22 +272,21 @@ class SiTTask(TrainingTask):
 
     def validate(self, step: int, directory: Path) -> dict[str, float]:
         """The loss on held-out tokens, with the same draws every time."""
-        module: VelocityMatching = self.module
         generator = torch.Generator().manual_seed(self.options.seed)
-        draws = module.draw(self.validation_batch["tokens"], generator)
+        draws = self.module.draw(self.validation_batch["tokens"], generator)
         total, count = 0.0, 0
         for start in range(0, len(draws[0]), self.options.train_batch_size):
             part = slice(start, start + self.options.train_batch_size)
             batch = {name: value[part].to(self.accelerator.device) for name, value in self.validation_batch.items()}
             with self.accelerator.autocast():
-                values = module.losses(batch, *(draw[part].to(self.accelerator.device) for draw in draws))
-            total += values["loss"].item() * len(batch["labels"])
+                loss = self.module.loss(batch, *(draw[part].to(self.accelerator.device) for draw in draws))
+            total += loss.item() * len(batch["labels"])
             count += len(batch["labels"])
         return {"loss": total / count}
 
     def save(self, directory: Path, dtype: torch.dtype) -> None:
         model = self.module.model
-        # diffusers loads in float32 unless told otherwise, whatever the weights are stored in.
+        # diffusers loads in float32 by default, whatever the storage type.
         (model if dtype == torch.float32 else copy.deepcopy(model).to(dtype)).save_pretrained(directory)
 
 
@@ -274,49 +295,21 @@ def _check_pretrained(model: SiTTransformer1DModel, config: dict[str, Any]) -> N
     differing = [name for name in names if model.config[name] != config[name]]
     if differing:
         raise ProgramError(
-            "the pretrained generator does not fit this stage and data: "
-            + ", ".join(f"{name} {model.config[name]} there, {config[name]} here" for name in differing)
+            "the pretrained generator must fit the stage and the data: "
+            + ", ".join(f"{name} must be {config[name]}, got {model.config[name]}" for name in differing)
         )
 
 
-def load_token_dataset(directory: Path) -> Any:
-    """The rows that cache_tokens wrote, as NumPy arrays, memory-mapped."""
-    import datasets
-
-    files = sorted(map(str, (directory / "data").glob("train-*.parquet")))
-    return datasets.load_dataset("parquet", data_files=files, split="train").with_format("numpy")
-
-
-def read_statistics(tokens_dir: str) -> tuple[dict[str, Any], str]:
-    """What cache_tokens says about its tokens, and the local folder they are in.
-
-    Raises:
-        ProgramError: there is no finished token cache at that place.
-    """
-    directory = Path(tokens_dir)
-    if not directory.is_dir():
-        from huggingface_hub import snapshot_download
-        from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-        try:
-            directory = Path(snapshot_download(tokens_dir, repo_type="dataset"))
-        except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
-            raise ProgramError(f"{tokens_dir} is neither a folder nor a dataset of the Hub: {error}") from error
-    path = directory / STATISTICS
-    if not path.is_file():
-        raise ProgramError(f"{directory} holds no finished token cache ({STATISTICS} is missing): run cache_tokens")
-    return json.loads(path.read_text(encoding="utf-8")), str(directory)
-
-
 def resolve_config(options: argparse.Namespace, statistics: dict[str, Any]) -> dict[str, Any]:
-    """Arguments of SiTTransformer1DModel for this stage and these tokens.
+    """Arguments of SiTTransformer1DModel for the stage and the tokens.
 
     Raises:
-        ProgramError: a Gaussian target that the stage cannot have.
+        ProgramError: If the stage cannot have the Gaussian target, an override is no argument of the model, or the
+            number of classes is unknown.
     """
     target = options.gaussian_target or ("offset" if options.stage == "texture" else "absolute")
     if target == "offset" and options.stage != "texture":
-        raise ProgramError(f"--gaussian_target offset needs a layout: not possible with --stage {options.stage}")
+        raise ProgramError(f"--gaussian_target offset needs --stage texture, got --stage {options.stage}")
     channels = {"absolute": "layout", "logit": "layout_logit"}[target] if options.stage == "layout" else target
     statistic = statistics["channels"][channels]
     names = statistics.get("class_names")
@@ -342,6 +335,7 @@ def resolve_config(options: argparse.Namespace, statistics: dict[str, Any]) -> d
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    """Run the program; returns its exit code."""
     options = parse_options(make_parser(), argv)
     check_run_options(options)
     statistics, options.tokens_dir = read_statistics(options.tokens_dir)
@@ -349,7 +343,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if options.dry_run:
         print(describe_options(options, model_config=config), end="")
         return 0
-    return run_training(options, lambda accelerator: SiTTask(options, statistics, config, accelerator))
+    return run_training(options, lambda accelerator: SiTTask(options, statistics, config, accelerator), PROGRAM)
 
 
 if __name__ == "__main__":

@@ -4,8 +4,14 @@
     python -m training.train_tokenizer --config training/presets/nano.yaml --train_data_files images.parquet \\
         --output_dir runs/nano
 
-Images are cropped and partitioned by the loader's workers. With `--min_tokens`/`--max_tokens` every image gets its
-own number of tokens and with `--resolutions` every batch its own size, so that one checkpoint serves any of them.
+The workers of the loader crop and partition the images. With `--min_tokens` and `--max_tokens` the number of tokens
+varies, with `--resolutions` every batch has its own size, so that one checkpoint serves all of them.
+
+The loss is the sum of absolute and squared errors, LPIPS, the distance of a frozen network's pooled features and an
+adversarial term (PatchGAN). Each has its weight, and all but the first two start at a step of their own. When the
+adversarial term has started, steps of discriminator and tokenizer alternate.
+
+Shapes: B images, H and W their sides in pixels, N validation images.
 """
 
 from __future__ import annotations
@@ -25,9 +31,17 @@ from gpstoken_hf.image_processing_gpstoken import GPSTokenImageProcessor
 from gpstoken_hf.layout import GaussianLayout
 from gpstoken_hf.metrics import psnr
 from gpstoken_hf.modeling_gpstoken import GPSTokenModel
-from pipelines.shared.programs import ProgramError, atomic_file, non_negative_float, run_program
+from pipelines.shared.programs import (
+    ProgramError,
+    atomic_file,
+    non_negative_float,
+    non_negative_int,
+    positive_float,
+    run_program,
+)
 from pipelines.shared.programs import positive_int as positive
 from training.data import (
+    CROPS,
     BatchPlan,
     ImageBatches,
     PartitionSettings,
@@ -37,11 +51,14 @@ from training.data import (
     load_validation_images,
     partitioned_batch,
 )
+from training.discriminator import PatchDiscriminator
 from training.loop import TrainingTask, run_training
-from training.losses import PerceptualLoss, reconstruction_loss
+from training.losses import adaptive_weight, hinge_discriminator_loss, hinge_generator_loss, reconstruction_loss
 from training.options import (
+    Switch,
     add_dataset_options,
     add_optimizer_options,
+    add_program_options,
     add_run_options,
     assignment,
     check_run_options,
@@ -49,113 +66,124 @@ from training.options import (
     parse_options,
     unit_interval,
 )
+from training.perceptual import FeatureLoss, PerceptualLoss
+
+PROGRAM = "training.train_tokenizer"
 
 
 def make_parser() -> argparse.ArgumentParser:
+    """The parser of this program."""
     parser = argparse.ArgumentParser(prog="train_tokenizer", description=__doc__.splitlines()[0], allow_abbrev=False)
+    add_program_options(parser)
     add_run_options(parser)
     add_dataset_options(parser)
     add_optimizer_options(parser, betas=(0.5, 0.9), learning_rate=5e-5)
 
     group = parser.add_argument_group("model")
-    group.add_argument("--pretrained_model_name_or_path", help="go on from this tokenizer")
+    group.add_argument("--pretrained_model_name_or_path", help="start from this tokenizer")
     group.add_argument("--preset", help="start from random weights of this configuration preset")
     group.add_argument(
         "--config_overrides", type=assignment, nargs="+", default=[], help="fields of the preset, as key=value"
     )
-    group.add_argument("--channels_last", action=argparse.BooleanOptionalAction, default=False)
+    group.add_argument("--channels_last", action=Switch, default=False, help="memory format of images and weights")
 
     group = parser.add_argument_group("images and tokens")
     group.add_argument("--resolution", type=positive, help="side of the square crops; default: the model's image_size")
-    group.add_argument("--resolutions", type=positive, nargs="+", help="draw each batch's side from these instead")
-    group.add_argument("--resolution_weights", type=non_negative_float, nargs="+", help="one per --resolutions")
+    group.add_argument("--resolutions", type=positive, nargs="+", help="draw the side of every batch from these")
+    group.add_argument("--resolution_weights", type=non_negative_float, nargs="+", help="one for each resolution")
     group.add_argument(
         "--crop",
-        choices=("center", "random", "random_resized"),
+        choices=CROPS,
         default="center",
-        help="squares of the shortest side, or smaller random ones",
+        help="the central square of the shortest side, a random one, or a smaller random one; all are resized",
     )
     group.add_argument("--min_crop_scale", type=unit_interval, default=0.25, help="smallest area of random_resized")
-    group.add_argument("--random_flip", action=argparse.BooleanOptionalAction, default=True)
     group.add_argument(
-        "--min_tokens", type=positive, help="at --resolution, scaled with the area; default: the model's"
+        "--native_crop_prob", type=unit_interval, default=0.0, help="share of images that are cropped without scaling"
     )
-    group.add_argument("--max_tokens", type=positive, help="likewise")
+    group.add_argument("--random_flip", action=Switch, default=True)
+    group.add_argument(
+        "--min_tokens", type=positive, help="at --resolution; other sizes scale it with the area; default: the model's"
+    )
+    group.add_argument("--max_tokens", type=positive, help="the number is log-uniform between the two")
     group.add_argument(
         "--token_counts_per",
         choices=("image", "batch"),
         default="image",
-        help="draw one count for every image (padded and masked) or one for the batch (no padding)",
+        help="draw a number for every image (padded and masked) or one for the batch (no padding)",
     )
 
     group = parser.add_argument_group("loss")
     group.add_argument("--l1_weight", type=non_negative_float, default=0.0)
     group.add_argument("--mse_weight", type=non_negative_float, default=1.0)
-    group.add_argument("--lpips_weight", type=non_negative_float, default=0.0, help="needs the VGG weights at hand")
+    group.add_argument("--lpips_weight", type=non_negative_float, default=0.0, help="of the perceptual loss with VGG")
+    group.add_argument("--lpips_start_step", type=non_negative_int, default=0)
+    group.add_argument("--lpips_weights_file", help="weights of torchvision's vgg16; default: cached or downloaded")
+    group.add_argument("--feature_weight", type=non_negative_float, default=0.0, help="of the pooled features")
+    group.add_argument("--feature_start_step", type=non_negative_int, default=0)
+    group.add_argument(
+        "--feature_network",
+        default="inception_v3",
+        help="a classifier of torchvision, timm/NAME, or efficientnet_lite0 (whose weights are a package)",
+    )
+    group.add_argument("--feature_weights_file", help="its weights; default: cached or downloaded")
+    group.add_argument("--feature_resolution", type=positive, help="side of its images; default: its own")
+    group.add_argument(
+        "--adversarial_weight",
+        type=non_negative_float,
+        default=0.0,
+        help="times the ratio of gradient norms at the decoder's last layer; the paper has 0.3",
+    )
+    group.add_argument("--adversarial_start_step", type=non_negative_int, default=0)
+    group.add_argument("--discriminator_learning_rate", type=positive_float, help="default: --learning_rate")
 
     group = parser.add_argument_group("validation")
-    group.add_argument("--validation_data_files", nargs="+", help="parquet files of held-out images")
+    group.add_argument("--validation_data_files", nargs="+", help="files of held-out images")
     group.add_argument("--validation_split", help="a held-out split of the training dataset")
-    group.add_argument("--num_validation_images", type=positive, default=64, help="the first ones; else held out")
-    group.add_argument("--validation_tokens", type=positive, nargs="+", help="token counts; default: the model's")
+    group.add_argument("--num_validation_images", type=positive, default=64, help="the first ones")
+    group.add_argument("--validation_tokens", type=positive, nargs="+", help="numbers of tokens; default: the model's")
     group.add_argument("--num_grid_images", type=positive, default=12)
     return parser
 
 
-class TokenizerLosses(torch.nn.Module):
-    """GPSTokenModel with its objective: batch -> losses, one forward pass for whatever wraps the module."""
+class Reconstruction(torch.nn.Module):
+    """A tokenizer as accelerate wraps it: batch of `ImageBatches` -> reconstructed images (B, 3, H, W)."""
 
-    def __init__(self, model: GPSTokenModel, options: argparse.Namespace) -> None:
+    def __init__(self, model: GPSTokenModel, channels_last: bool) -> None:
         super().__init__()
-        self.model = model
-        self.perceptual = PerceptualLoss() if options.lpips_weight else None
-        self.l1_weight, self.mse_weight = options.l1_weight, options.mse_weight
-        self.lpips_weight = options.lpips_weight
-        self.channels_last = options.channels_last
+        self.model, self.channels_last = model, channels_last
 
-    def reconstruct(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-        """Batch of `ImageBatches` -> (B, 3, H, W)."""
-        images = batch["pixel_values"]
+    def forward(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        """Encode and decode."""
+        images, mask = batch["pixel_values"], batch["attention_mask"]
         if self.channels_last:
             images = images.contiguous(memory_format=torch.channels_last)
-        encoded = self.model.encode(
-            images,
-            layout=GaussianLayout(batch["init_gaussians"], batch["boxes"], batch["attention_mask"]),
-        )
-        return self.model.decode(
-            encoded.tokens, image_size=tuple(images.shape[-2:]), attention_mask=batch["attention_mask"]
-        ).sample
-
-    def forward(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        images = batch["pixel_values"]
-        reconstruction = self.reconstruct(batch)
-        loss = reconstruction_loss(reconstruction, images, self.l1_weight, self.mse_weight)
-        values = {"mse": torch.nn.functional.mse_loss(reconstruction.detach().float(), images)}
-        if self.perceptual is not None:
-            values["lpips"] = self.perceptual(reconstruction, images).mean()
-            loss = loss + self.lpips_weight * values["lpips"]
-        return {"loss": loss, **values}
+        encoded = self.model.encode(images, layout=GaussianLayout(batch["init_gaussians"], batch["boxes"], mask))
+        return self.model.decode(encoded.tokens, image_size=tuple(images.shape[-2:]), attention_mask=mask).sample
 
 
 class TokenizerTask(TrainingTask):
-    """What `run_training` needs to know about training a tokenizer."""
+    """A tokenizer as `run_training` trains it.
+
+    Raises:
+        ProgramError: If the data cannot be read, or an image cannot be split into so many tokens.
+    """
 
     name = "train_tokenizer"
 
     def __init__(self, options: argparse.Namespace, config: GPSTokenConfig, accelerator: Accelerator) -> None:
         self.options, self.config, self.accelerator = options, config, accelerator
-        settings = Sizes.of(options, config)
-        self.sizes = settings
+        self.sizes = Sizes.of(options, config)
         self.partition = PartitionSettings(
             config.complexity_exponent, config.min_region_size, config.sigma_scale, config.align_corners
         )
         self._check_token_counts()
         self.train_data, validation_data = self._datasets()
         self.validation_images = load_validation_images(
-            validation_data, options.image_column, options.num_validation_images, settings.resolution
+            validation_data, options.image_column, options.num_validation_images, self.sizes.resolution
         )
         self.validation_batches = [
-            partitioned_batch(self.validation_images, count, self.partition) for count in settings.validation_tokens
+            partitioned_batch(self.validation_images, count, self.partition) for count in self.sizes.validation_tokens
         ]
         if options.pretrained_model_name_or_path is not None:
             model = GPSTokenModel.from_pretrained(options.pretrained_model_name_or_path, dtype=torch.float32)
@@ -166,10 +194,83 @@ class TokenizerTask(TrainingTask):
             getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
         if options.channels_last:
             model.to(memory_format=torch.channels_last)
-        self.module = TokenizerLosses(model, options)
+        self.model = model
+        self.modules: dict[str, torch.nn.Module] = {"model": Reconstruction(model, options.channels_last)}
+        # The frozen networks are no part of `modules`, so that checkpoints do not hold them.
+        self.perceptual: PerceptualLoss | None = None
+        self.feature: FeatureLoss | None = None
+        if options.lpips_weight:
+            self.perceptual = PerceptualLoss(options.lpips_weights_file).to(accelerator.device)
+        if options.feature_weight:
+            self.feature = FeatureLoss(
+                options.feature_network, options.feature_weights_file, options.feature_resolution
+            ).to(accelerator.device)
+        if options.adversarial_weight:
+            discriminator = PatchDiscriminator()
+            if min(self.sizes.resolutions) < discriminator.min_resolution:
+                raise ProgramError(
+                    f"--resolutions must be at least {discriminator.min_resolution} with the adversarial loss, "
+                    f"got {min(self.sizes.resolutions)}"
+                )
+            self.modules["discriminator"] = discriminator
+
+    def turn(self, step: int) -> str:
+        """From `--adversarial_start_step` on, the discriminator and the model alternate; the discriminator begins."""
+        ahead = step - self.options.adversarial_start_step
+        return "discriminator" if "discriminator" in self.modules and ahead >= 0 and ahead % 2 == 0 else "model"
+
+    def learning_rate(self, name: str, options: argparse.Namespace) -> float:
+        if name == "discriminator" and options.discriminator_learning_rate is not None:
+            return options.discriminator_learning_rate
+        return options.learning_rate
+
+    def losses(
+        self, modules: dict[str, torch.nn.Module], batch: dict[str, torch.Tensor], step: int
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        if self.turn(step) == "discriminator":
+            return self._discriminator_losses(modules, batch)
+        options, images = self.options, batch["pixel_values"]
+        reconstruction = modules["model"](batch)
+        loss = reconstruction_loss(reconstruction, images, options.l1_weight, options.mse_weight)
+        values = {"mse": torch.nn.functional.mse_loss(reconstruction.detach().float(), images)}
+        with self.accelerator.autocast():
+            if self.perceptual is not None and step >= options.lpips_start_step:
+                values["lpips"] = self.perceptual(reconstruction, images).float().mean()
+                loss = loss + options.lpips_weight * values["lpips"]
+            if self.feature is not None and step >= options.feature_start_step:
+                values["feature"] = self.feature(reconstruction, images)
+                loss = loss + options.feature_weight * values["feature"]
+        if "discriminator" in modules and step >= options.adversarial_start_step:
+            # The module without its distributed wrapper: this step has no gradients of it to exchange.
+            discriminator = self.modules["discriminator"].requires_grad_(False)
+            values["adversarial"] = hinge_generator_loss(discriminator(reconstruction))
+            values["adversarial_weight"] = self._adversarial_weight(loss, values["adversarial"])
+            loss = loss + values["adversarial_weight"] * values["adversarial"]
+        return loss, {"loss": loss, **values}
+
+    def _adversarial_weight(self, loss: torch.Tensor, adversarial: torch.Tensor) -> torch.Tensor:
+        """`--adversarial_weight` times the ratio of gradient norms, of the mean gradients over all processes."""
+        last_layer = self.model.decoder.conv_out.weight
+        gradients = [
+            self.accelerator.reduce(torch.autograd.grad(value, last_layer, retain_graph=True)[0], reduction="mean")
+            for value in (loss, adversarial)
+        ]
+        return self.options.adversarial_weight * adaptive_weight(*gradients)
+
+    def _discriminator_losses(
+        self, modules: dict[str, torch.nn.Module], batch: dict[str, torch.Tensor]
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        images = batch["pixel_values"]
+        with torch.no_grad():
+            reconstruction = modules["model"](batch)
+        self.modules["discriminator"].requires_grad_(True)
+        # One forward pass for both: a distributed module allows one for each backward pass.
+        real, fake = modules["discriminator"](torch.cat([images, reconstruction])).chunk(2)
+        loss = hinge_discriminator_loss(real, fake)
+        return loss, {"discriminator_loss": loss, "real_logit": real.mean(), "fake_logit": fake.mean()}
 
     def _check_token_counts(self) -> None:
-        """Refuse counts that the partition cannot reach, before anything is trained."""
+        """Check that the partition can reach the numbers of tokens."""
         wanted = [(size, self.sizes.token_counts.bounds(size)[1]) for size in self.sizes.resolutions]
         wanted += [(self.sizes.resolution, count) for count in self.sizes.validation_tokens]
         for resolution, count in wanted:
@@ -179,7 +280,7 @@ class TokenizerTask(TrainingTask):
                 raise ProgramError(f"{count} tokens at {resolution} x {resolution}: {error}") from error
 
     def _datasets(self) -> tuple[Any, Any]:
-        """Training and validation data; without a validation set, the first images are held out."""
+        """Training and validation data. Without validation data, the first images are held out."""
         options = self.options
         train = load_image_dataset(options)
         if options.validation_data_files is not None:
@@ -190,7 +291,9 @@ class TokenizerTask(TrainingTask):
         if not hasattr(train, "__len__"):
             return train.skip(held_out), train.take(held_out)
         if len(train) <= held_out:
-            raise ProgramError(f"{held_out} images are to be held out for validation, the dataset has {len(train)}")
+            raise ProgramError(
+                f"--num_validation_images must be less than the {len(train)} images of the dataset, got {held_out}"
+            )
         return train.select(range(held_out, len(train))), train.select(range(held_out))
 
     def describe(self) -> dict[str, Any]:
@@ -219,6 +322,7 @@ class TokenizerTask(TrainingTask):
             flip="random" if options.random_flip else "never",
             token_counts=self.sizes.token_counts,
             partition=self.partition,
+            native_crop_prob=options.native_crop_prob,
         )
         return batch_loader(batches, plan, options.dataloader_num_workers, accelerator.device.type == "cuda")
 
@@ -229,6 +333,7 @@ class TokenizerTask(TrainingTask):
             name = "psnr" if index == 0 else f"psnr_{count}_tokens"
             values[name] = psnr(reconstruction, self.validation_images).mean().item()
             if index == 0:
+                values |= self._perceptual_distances(reconstruction)
                 shown = self.options.num_grid_images
                 save_comparison(
                     self.validation_images[:shown],
@@ -236,6 +341,18 @@ class TokenizerTask(TrainingTask):
                     directory / "images" / f"step-{step:07d}.png",
                 )
         return values
+
+    def _perceptual_distances(self, reconstruction: torch.Tensor) -> dict[str, float]:
+        """The means over the validation images of the perceptual losses that are in use."""
+        totals: dict[str, float] = {}
+        size = self.options.train_batch_size
+        for pair in zip(reconstruction.split(size), self.validation_images.split(size)):
+            parts = [part.to(self.accelerator.device) for part in pair]
+            if self.perceptual is not None:
+                totals["lpips"] = totals.get("lpips", 0.0) + self.perceptual(*parts).sum().item()
+            if self.feature is not None:
+                totals["feature"] = totals.get("feature", 0.0) + self.feature(*parts).item() * len(parts[0])
+        return {name: total / len(reconstruction) for name, total in totals.items()}
 
     def _reconstruct(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
         parts = []
@@ -245,19 +362,26 @@ class TokenizerTask(TrainingTask):
                 for name, value in batch.items()
             }
             with self.accelerator.autocast():
-                parts.append(self.module.reconstruct(part).float().clamp(-1, 1).cpu())
+                parts.append(self.modules["model"](part).float().clamp(-1, 1).cpu())
         return torch.cat(parts)
 
     def save(self, directory: Path, dtype: torch.dtype) -> None:
-        model = self.module.model
-        # The configuration goes on saying float32, so what is stored in 16 bits is loaded and used in 32.
-        state = {name: value.detach().to("cpu", dtype) for name, value in model.state_dict().items()}
-        model.save_pretrained(directory, state_dict=state)
+        # The configuration keeps float32, so weights that are stored in 16 bits are loaded in 32.
+        state = {name: value.detach().to("cpu", dtype) for name, value in self.model.state_dict().items()}
+        self.model.save_pretrained(directory, state_dict=state)
         GPSTokenImageProcessor().save_pretrained(directory)
 
 
 class Sizes:
-    """Resolutions and token counts of a run, from the options and the model's configuration."""
+    """Resolutions and numbers of tokens of a run.
+
+    Args:
+        resolution (`int`): Side of the validation images; numbers of tokens and the batch size are meant for it.
+        resolutions (`list[int]`): Sides of the training images.
+        weights (`list[float]`): How often each of them is drawn.
+        token_counts (`TokenCounts`): Distribution of the number of tokens in training.
+        validation_tokens (`list[int]`): Numbers of tokens in validation.
+    """
 
     def __init__(
         self,
@@ -272,13 +396,17 @@ class Sizes:
 
     @classmethod
     def of(cls, options: argparse.Namespace, config: GPSTokenConfig) -> Sizes:
-        """Raises ProgramError where the options contradict each other."""
+        """From the options and the model's configuration.
+
+        Raises:
+            ProgramError: If the options contradict each other.
+        """
         resolution = options.resolution or config.image_size
         resolutions = options.resolutions or [resolution]
         weights = options.resolution_weights or [1.0] * len(resolutions)
         if len(weights) != len(resolutions) or not sum(weights) > 0:
             raise ProgramError(
-                f"--resolution_weights must give one weight per resolution, not all 0; got {weights} for {resolutions}"
+                f"--resolution_weights must hold one weight per resolution, not all 0, got {weights} for {resolutions}"
             )
         low = options.min_tokens or options.max_tokens or config.num_tokens
         high = options.max_tokens or max(low, config.num_tokens)
@@ -289,7 +417,7 @@ class Sizes:
 
 
 def save_comparison(images: torch.Tensor, reconstructions: torch.Tensor, path: Path) -> None:
-    """A PNG with originals in the odd rows and their reconstructions below them; both (N, 3, H, W) in [-1, 1]."""
+    """Write a PNG: rows of images, each with a row of their reconstructions below; both (N, 3, H, W) in [-1, 1]."""
     columns = min(6, len(images))
     rows = []
     for start in range(0, len(images), columns):
@@ -306,32 +434,35 @@ def resolve_config(options: argparse.Namespace) -> GPSTokenConfig:
     """The configuration of the model to train.
 
     Raises:
-        ProgramError: neither or both of a preset and a pretrained model are given.
+        ProgramError: If not exactly one of a preset and a pretrained model is given, or an override is unknown.
     """
     if (options.preset is None) == (options.pretrained_model_name_or_path is None):
-        raise ProgramError("give one of --preset and --pretrained_model_name_or_path")
+        raise ProgramError("one of --preset and --pretrained_model_name_or_path must be given")
     if options.preset is not None:
         overrides = dict(options.config_overrides)
-        # A configuration of transformers takes any further attribute, so a misspelt one would go unnoticed.
+        # A configuration of transformers accepts any attribute, so it would accept a misspelt one.
         if unknown := overrides.keys() - GPSTokenConfig.preset(options.preset).to_dict().keys():
             raise ProgramError(
                 f"--config_overrides: no such fields of the configuration: {', '.join(sorted(unknown))}"
             )
         return GPSTokenConfig.preset(options.preset, **overrides)
     if options.config_overrides:
-        raise ProgramError("--config_overrides go with --preset; a pretrained model keeps its configuration")
+        raise ProgramError("--config_overrides needs --preset, because a pretrained model keeps its configuration")
     return GPSTokenConfig.from_pretrained(options.pretrained_model_name_or_path)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    """Run the program; returns its exit code."""
     options = parse_options(make_parser(), argv)
     check_run_options(options)
+    if not options.l1_weight and not options.mse_weight:
+        raise ProgramError("--l1_weight or --mse_weight must be > 0, got 0 and 0")
     config = resolve_config(options)
     Sizes.of(options, config)
     if options.dry_run:
         print(describe_options(options, model_config=config.to_diff_dict()), end="")
         return 0
-    return run_training(options, lambda accelerator: TokenizerTask(options, config, accelerator))
+    return run_training(options, lambda accelerator: TokenizerTask(options, config, accelerator), PROGRAM)
 
 
 if __name__ == "__main__":
