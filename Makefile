@@ -16,7 +16,7 @@ $(STAMP): pyproject.toml
 
 # A photograph to tokens and back, then a sheet of generated digits; the pictures are in out/.
 demo: $(STAMP)
-	$(BIN)/python -m pipelines.reconstruct --max-side 256 --output out/reconstruct
+	$(BIN)/python -m pipelines.reconstruct --max_side 256 --output out/reconstruct
 	$(BIN)/python -m pipelines.generate --output out/generate
 
 # One thread per worker: more would only take turns on the same cores. Offline, transformers' own suites are skipped.
