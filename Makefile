@@ -20,7 +20,7 @@ $(STAMP): pyproject.toml
 	touch $@
 
 demo: $(STAMP) ## Reconstruct a photograph and generate digits, into out/
-	$(BIN)/python -m pipelines.reconstruct --max-side 256 --output out/reconstruct
+	$(BIN)/python -m pipelines.reconstruct --max_side 256 --output out/reconstruct
 	$(BIN)/python -m pipelines.generate --output out/generate
 
 # Offline, transformers' own suites are skipped.

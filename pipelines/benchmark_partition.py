@@ -17,7 +17,6 @@ mirrored at its borders to larger sizes. Into the output folder go
 
 from __future__ import annotations
 
-import argparse
 import ctypes
 import importlib.util
 import json
@@ -40,7 +39,7 @@ import gpstoken_hf
 from gpstoken_hf.image_processing_gpstoken import open_image
 from gpstoken_hf.partition import partition_images
 from gpstoken_hf.triton_support import is_available
-from pipelines.shared.programs import atomic_directory, positive_int, run_program
+from pipelines.shared.programs import atomic_directory, make_parser, positive_int, run_program
 
 REFERENCE = Path(__file__).resolve().parent.parent / "tests" / "partition_reference.py"
 # (pixels along a side, tokens)
@@ -272,7 +271,7 @@ def machine() -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser("pipelines.benchmark_partition", __doc__)
     parser.add_argument("--output", required=True, help="folder for the tables and the plot; must not exist yet")
     parser.add_argument("--overwrite", action="store_true", help="replace the output folder")
     parser.add_argument("--image", help="a picture to use in the place of the astronaut")

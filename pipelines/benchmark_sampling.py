@@ -29,7 +29,7 @@ from gpstoken_hf.modeling_gpstoken import GPSTokenModel
 from gpstoken_hf.pipeline_gpstoken import GPSTokenPipeline
 from gpstoken_hf.scheduling_flow_match_sde import FlowMatchSDEScheduler
 from gpstoken_hf.transformer_sit import SiTTransformer1DModel
-from pipelines.shared.programs import atomic_file, positive_float, positive_int, run_program
+from pipelines.shared.programs import atomic_file, make_parser, positive_float, positive_int, run_program
 
 SCHEDULERS = {
     "sde": FlowMatchSDEScheduler,
@@ -112,16 +112,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m pipelines.benchmark_sampling",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = make_parser("pipelines.benchmark_sampling", __doc__)
     parser.add_argument("--layers", type=positive_int, default=4, help="of the texture transformer")
     parser.add_argument("--width", type=positive_int, default=256)
     parser.add_argument("--heads", type=positive_int, default=4)
     parser.add_argument("--tokens", type=positive_int, default=64)
-    parser.add_argument("--batch-size", type=positive_int, default=8)
+    parser.add_argument("--batch_size", type=positive_int, default=8)
     parser.add_argument("--steps", type=positive_int, default=20)
     parser.add_argument("--repeats", type=positive_int, default=5)
     parser.add_argument("--schedulers", nargs="+", choices=SCHEDULERS, default=list(SCHEDULERS))

@@ -12,7 +12,6 @@ tokens, backward by autograd.
 
 from __future__ import annotations
 
-import argparse
 import heapq
 import itertools
 import json
@@ -33,7 +32,7 @@ from tqdm.auto import tqdm
 
 from gpstoken_hf import splatting_triton, triton_support
 from gpstoken_hf.splatting import splat_gaussians, splat_reference
-from pipelines.shared.programs import ProgramError, atomic_directory, positive_int, run_program
+from pipelines.shared.programs import ProgramError, atomic_directory, make_parser, positive_int, run_program
 
 # (gaussians, features, size, support, mask) -> maps
 Splat = Callable[..., torch.Tensor]
@@ -464,7 +463,7 @@ def draw(curves: dict[str, list[dict[str, float]]], path: Path) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser("pipelines.benchmark_splatting", __doc__)
     parser.add_argument(
         "--output", type=Path, required=True, help="new folder for results.md, results.json and growth.png"
     )

@@ -34,6 +34,7 @@ from pipelines.shared.programs import (
     ProgramError,
     atomic_directory,
     atomic_file,
+    make_parser,
     non_negative_float,
     non_negative_int,
     positive_float,
@@ -49,8 +50,8 @@ SHEET_LAYOUTS = 16
 SHEET_SIDE = 192
 
 
-def make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="build_layout_bank", description=__doc__.splitlines()[0], allow_abbrev=False)
+def _parser() -> argparse.ArgumentParser:
+    parser = make_parser("pipelines.build_layout_bank", __doc__)
     parser.add_argument("--config", type=Path, help="YAML file of defaults for these options; the command line wins")
     parser.add_argument("--output_dir", type=Path, required=True, help="folder to write")
     parser.add_argument(
@@ -71,7 +72,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--seed", type=non_negative_int, default=0)
     parser.add_argument("--batch_size", type=positive_int, default=32)
     parser.add_argument("--part_size", type=positive_int, default=1024, help="images between two saved parts")
-    parser.add_argument("--dry_run", "--dry-run", action="store_true", help="print the resolved options and stop")
+    parser.add_argument("--dry_run", action="store_true", help="print the resolved options and stop")
     parser.add_argument("--push_to_hub", metavar="REPO", help="upload the written folder to this model repository")
     add_dataset_options(parser)
     return parser
@@ -183,7 +184,7 @@ def draw_layouts(bank: GaussianLayoutBank) -> PIL.Image.Image:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    options = parse_options(make_parser(), argv)
+    options = parse_options(_parser(), argv)
     resolve_settings(options)
     if options.dry_run:
         print(describe_options(options), end="")

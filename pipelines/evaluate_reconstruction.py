@@ -42,7 +42,7 @@ from gpstoken_hf.metrics import psnr, ssim
 from gpstoken_hf.modeling_gpstoken import GPSTokenModel
 from gpstoken_hf.visualization import contact_sheet, tensor_to_pil
 from pipelines.reconstruct import DEFAULT_MODEL, Box, load_model, parse_box, weights_digest
-from pipelines.shared.programs import atomic_file, non_negative_float, positive_int, run_program
+from pipelines.shared.programs import atomic_file, make_parser, non_negative_float, positive_int, run_program
 
 PER_IMAGE_FILE = "per_image.jsonl"
 NUM_EXAMPLES = 6
@@ -100,21 +100,17 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m pipelines.evaluate_reconstruction",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = make_parser("pipelines.evaluate_reconstruction", __doc__)
     parser.add_argument("data", nargs="+", type=Path, help="parquet files, image files, and folders of images")
-    parser.add_argument("--image-column", default="image", help="column of the parquet files")
+    parser.add_argument("--image_column", default="image", help="column of the parquet files")
     parser.add_argument("--resolution", type=positive_int, default=64)
     parser.add_argument("--resample", choices=("bicubic", "bilinear", "lanczos", "box"), default="bicubic")
     parser.add_argument("--tokens", type=positive_int, nargs="+", help="default: the model's own number")
-    parser.add_argument("--max-images", type=positive_int, help="the first so many only")
-    parser.add_argument("--batch-size", type=positive_int, default=16)
+    parser.add_argument("--max_images", type=positive_int, help="the first so many only")
+    parser.add_argument("--batch_size", type=positive_int, default=16)
     parser.add_argument("--model", default=DEFAULT_MODEL, help="folder, Hub repository, or the bundled checkpoint")
     parser.add_argument("--focus", type=parse_box, metavar="x0,y0,x1,y1", help="box in pixels of the cropped images")
-    parser.add_argument("--focus-weight", type=non_negative_float, default=30.0, help="importance per pixel there")
+    parser.add_argument("--focus_weight", type=non_negative_float, default=30.0, help="importance per pixel there")
     parser.add_argument("--output", type=Path, default=Path("out/evaluate_reconstruction"))
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--overwrite", action="store_true", help="start anew when the output is of other settings")

@@ -54,6 +54,7 @@ from gpstoken_hf.scheduling_flow_match_sde import FlowMatchSDEScheduler
 from gpstoken_hf.visualization import contact_sheet, draw_gaussians
 from pipelines.shared.programs import (
     atomic_file,
+    make_parser,
     non_negative_float,
     non_negative_int,
     positive_int,
@@ -136,11 +137,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m pipelines.generate",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = make_parser("pipelines.generate", __doc__)
     parser.add_argument(
         "--pipeline",
         default=DEFAULT_PIPELINE,
@@ -150,10 +147,10 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--count", type=positive_int, default=8, help="images of each class")
     parser.add_argument("--seed", type=non_negative_int, default=0)
     parser.add_argument("--steps", type=positive_int, default=250, help="steps of the texture stage")
-    parser.add_argument("--layout-steps", type=positive_int, default=5, help="steps of the layout stage")
-    parser.add_argument("--guidance-scale", type=non_negative_float, default=1.5, help="1: no guidance")
+    parser.add_argument("--layout_steps", type=positive_int, default=5, help="steps of the layout stage")
+    parser.add_argument("--guidance_scale", type=non_negative_float, default=1.5, help="1: no guidance")
     parser.add_argument(
-        "--guidance-interval",
+        "--guidance_interval",
         type=non_negative_float,
         nargs=2,
         default=(0.2, 1.0),
@@ -167,7 +164,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         help="'generated', 'bank', an image whose layout is borrowed, or a .safetensors file with a layout; "
         "default: generated if the pipeline can, else from its bank",
     )
-    parser.add_argument("--batch-size", type=positive_int, default=16)
+    parser.add_argument("--batch_size", type=positive_int, default=16)
     parser.add_argument("--dtype", choices=DTYPES, default="float32")
     parser.add_argument("--device", help="default: the accelerator of this process, or the CPU")
     parser.add_argument("--output", type=Path, default=Path("out"))

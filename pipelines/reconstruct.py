@@ -3,7 +3,7 @@
 
     python -m pipelines.reconstruct photo.jpg more.png folder/ --tokens 256 --output out/
     python -m pipelines.reconstruct photo.jpg --focus 120,40,260,200 --output out/
-    python -m pipelines.reconstruct --from-tokens out/photo/tokens.safetensors --output out/
+    python -m pipelines.reconstruct --from_tokens out/photo/tokens.safetensors --output out/
 
 Without an image it takes four sample photographs that scikit-image ships with. Every image gets a folder of its own:
 
@@ -12,7 +12,7 @@ Without an image it takes four sample photographs that scikit-image ships with. 
     refined_gaussians.png       the same after refinement by the encoder
     error.png                   where the reconstruction errs, in 8-bit levels
     panel.png                   all of these side by side
-    tokens.safetensors          tokens, initial Gaussians and regions; --from-tokens decodes them again
+    tokens.safetensors          tokens, initial Gaussians and regions; --from_tokens decodes them again
     scores.json                 PSNR, SSIM, tokens, floats and the settings
 
 A folder appears only when it is complete. Running the same command again goes on where it was stopped: images that
@@ -50,6 +50,7 @@ from pipelines.shared.programs import (
     EXIT_BAD_INPUT,
     atomic_directory,
     atomic_file,
+    make_parser,
     non_negative_float,
     non_negative_int,
     one_line,
@@ -94,7 +95,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.from_tokens:
         if args.images or args.focus or args.importance or args.tokens:
             raise ValueError(
-                "--from-tokens decodes what is stored: expected no images, --tokens, --focus, --importance"
+                "--from_tokens decodes what is stored: expected no images, --tokens, --focus, --importance"
             )
         return _decode_files(args)
 
@@ -133,11 +134,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m pipelines.reconstruct",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = make_parser("pipelines.reconstruct", __doc__)
     parser.add_argument("images", nargs="*", type=Path, help="image files and folders of them (searched recursively)")
     parser.add_argument(
         "--tokens", type=positive_int, help="tokens of an image; default: as many per pixel as in the model's training"
@@ -152,7 +149,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--importance", metavar="MASK", help="image of the size of the photograph: white, more tokens")
     parser.add_argument(
-        "--focus-weight",
+        "--focus_weight",
         type=non_negative_float,
         default=30.0,
         help="importance per pixel of a focus box or a white mask; much more splits its flat parts, too",
@@ -161,12 +158,12 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--model", default=DEFAULT_MODEL, help=f"folder or Hub repository; default: the bundled {DEFAULT_MODEL}"
     )
-    parser.add_argument("--tile-size", type=positive_int, help="encode and decode in tiles of this side, in pixels")
+    parser.add_argument("--tile_size", type=positive_int, help="encode and decode in tiles of this side, in pixels")
     parser.add_argument(
-        "--max-side", type=non_negative_int, default=640, help="reduce larger images to this side; 0: keep every size"
+        "--max_side", type=non_negative_int, default=640, help="reduce larger images to this side; 0: keep every size"
     )
     parser.add_argument(
-        "--from-tokens", type=Path, nargs="+", metavar=TOKENS_FILE, help="decode stored tokens; needs no image"
+        "--from_tokens", type=Path, nargs="+", metavar=TOKENS_FILE, help="decode stored tokens; needs no image"
     )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--overwrite", action="store_true", help="make outputs anew that are there already")
@@ -337,7 +334,7 @@ def _reconstruct_source(
     photograph = read_photograph(source.read(), args.max_side)
     if photograph.size != photograph.original_size:
         (old_h, old_w), (new_h, new_w) = photograph.original_size, photograph.size
-        tqdm.write(f"{source.label}: reduced from {old_w} x {old_h} to {new_w} x {new_h} (--max-side {args.max_side})")
+        tqdm.write(f"{source.label}: reduced from {old_w} x {old_h} to {new_w} x {new_h} (--max_side {args.max_side})")
     importance = importance_map(photograph, mask, args.focus, args.focus_weight)
     num_tokens = args.tokens or default_num_tokens(model, photograph.size)
     pixel_values = photograph.pixel_values.to(model.device)

@@ -8,7 +8,7 @@ import pytest
 from pipelines.benchmark_sampling import SCHEDULERS, main
 from pipelines.shared.programs import run_program
 
-TINY = ["--layers", "1", "--width", "32", "--heads", "2", "--tokens", "4", "--batch-size", "1", "--steps", "2"]
+TINY = ["--layers", "1", "--width", "32", "--heads", "2", "--tokens", "4", "--batch_size", "1", "--steps", "2"]
 TINY += ["--repeats", "1", "--device", "cpu"]
 
 

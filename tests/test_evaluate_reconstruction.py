@@ -83,7 +83,7 @@ def test_thumbnail_of_the_whole_size_is_the_image():
 
 
 def test_scores_are_the_means_over_the_images(run, folder, tmp_path, capsys, model_folder):
-    assert run(folder, "--tokens", 12, 4, "--batch-size", 2) == 0
+    assert run(folder, "--tokens", 12, 4, "--batch_size", 2) == 0
     assert {file.name for file in (tmp_path / "results").iterdir()} == OUTPUTS
     report = json.loads((tmp_path / "results/results.json").read_text())
     assert [entry["tokens"] for entry in report["results"]] == [4, 12]

@@ -33,7 +33,7 @@ def generate(saved, tmp_path):
     """Runs the program on the tiny pipeline; returns its exit code."""
 
     def run(*arguments: object, output: Path = tmp_path / "out") -> int:
-        fixed = ["--pipeline", saved, "--output", output, "--steps", 3, "--layout-steps", 2, "--device", "cpu"]
+        fixed = ["--pipeline", saved, "--output", output, "--steps", 3, "--layout_steps", 2, "--device", "cpu"]
         return run_program(main, [str(argument) for argument in (*fixed, *arguments)])
 
     return run
@@ -47,7 +47,7 @@ def images(output: Path) -> dict[str, np.ndarray]:
 
 
 def test_images_layouts_sheets_and_settings(generate, tmp_path, capsys):
-    assert generate("--classes", "dog", 3, "1", "--count", 3, "--batch-size", 4) == 0
+    assert generate("--classes", "dog", 3, "1", "--count", 3, "--batch_size", 4) == 0
     output = tmp_path / "out"
     names = [f"{label:04d}/{index:05d}" for label in (1, 3) for index in range(3)]
     assert list(images(output)) == [f"images/{name}.png" for name in names]
@@ -72,8 +72,8 @@ def test_images_layouts_sheets_and_settings(generate, tmp_path, capsys):
 
 
 def test_an_image_depends_on_seed_class_and_index_alone(generate, tmp_path, saved):
-    assert generate("--classes", 1, 3, "--count", 2, "--seed", 5, "--batch-size", 4) == 0
-    assert generate("--classes", 3, "--count", 3, "--seed", 5, "--batch-size", 1, output=tmp_path / "alone") == 0
+    assert generate("--classes", 1, 3, "--count", 2, "--seed", 5, "--batch_size", 4) == 0
+    assert generate("--classes", 3, "--count", 3, "--seed", 5, "--batch_size", 1, output=tmp_path / "alone") == 0
     first, second = images(tmp_path / "out"), images(tmp_path / "alone")
     for name in ("images/0003/00000.png", "images/0003/00001.png"):
         difference = np.abs(first[name].astype(int) - second[name].astype(int)).max()
@@ -130,21 +130,21 @@ def test_an_interrupted_run_leaves_whole_images_and_goes_on(generate, tmp_path, 
         real(*arguments)
 
     monkeypatch.setattr(program, "make_images", stop_at_the_second)
-    assert generate("--classes", 1, "--count", 4, "--batch-size", 2) == 130
+    assert generate("--classes", 1, "--count", 4, "--batch_size", 2) == 130
     assert len(images(tmp_path / "out")) == 2
     assert not list((tmp_path / "out").rglob(".*"))
     monkeypatch.setattr(program, "make_images", real)
-    assert generate("--classes", 1, "--count", 4, "--batch-size", 2) == 0
+    assert generate("--classes", 1, "--count", 4, "--batch_size", 2) == 0
     assert len(images(tmp_path / "out")) == 4
 
 
 def test_other_settings_are_an_error_unless_overwritten(generate, tmp_path, capsys):
     assert generate("--classes", 1, 2, "--count", 1) == 0
     before = images(tmp_path / "out")
-    assert generate("--classes", 1, "--count", 1, "--guidance-scale", 3) == 2
+    assert generate("--classes", 1, "--count", 1, "--guidance_scale", 3) == 2
     assert "images of other settings: guidance_scale 1.5 (now 3.0)" in capsys.readouterr().err
     assert all(np.array_equal(image, before[name]) for name, image in images(tmp_path / "out").items())
-    assert generate("--classes", 1, "--count", 1, "--guidance-scale", 3, "--overwrite") == 0
+    assert generate("--classes", 1, "--count", 1, "--guidance_scale", 3, "--overwrite") == 0
     after = images(tmp_path / "out")
     assert list(after) == ["images/0001/00000.png"]
     assert not np.array_equal(after["images/0001/00000.png"], before["images/0001/00000.png"])
@@ -185,7 +185,7 @@ def test_layouts_from_a_file_an_image_and_the_bank(generate, tmp_path):
         (["--classes", "cot"], "class names, such as ['cat'], got 'cot'"),
         (["--classes", "10"], "class ids are 0 to 9, got 10"),
         (["--classes", "-1"], "class ids are 0 to 9, got -1"),
-        (["--guidance-interval", "0.9", "0.1"], "low <= high"),
+        (["--guidance_interval", "0.9", "0.1"], "low <= high"),
         (["--pipeline", "nowhere"], "a pipeline folder or a Hub repository owner/name, got nowhere"),
         (["--pipeline", "."], "model_index.json"),
         (["--layout", "missing.png"], "found no such file: missing.png"),
@@ -233,7 +233,7 @@ def test_processes_share_the_work_and_no_image_is_made_twice(generate, tmp_path,
     record.mkdir()
     # What `accelerate launch` runs for several processes.
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    arguments = ["--pipeline", saved, "--output", output, "--steps", 3, "--layout-steps", 2, "--batch-size", 2]
+    arguments = ["--pipeline", saved, "--output", output, "--steps", 3, "--layout_steps", 2, "--batch_size", 2]
     arguments += ["--classes", 1, 2, 4, "--count", 3, "--device", "cpu"]
     environment = {**os.environ, "RECORD": str(record), "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     command = [*launch, str(tmp_path / "launched.py"), *map(str, arguments)]

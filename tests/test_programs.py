@@ -2,8 +2,11 @@
 """What programs share: one-line errors, and output that is whole or absent."""
 
 import argparse
+import importlib
 import os
+import re
 import stat
+from pathlib import Path
 
 import pytest
 
@@ -17,6 +20,9 @@ from pipelines.shared.programs import (
     positive_int,
     run_program,
 )
+
+PIPELINES = Path(__file__).resolve().parents[1] / "pipelines"
+PROGRAMS = sorted(path.stem for path in PIPELINES.glob("*.py") if path.name != "__init__.py")
 
 
 def fail_with(error):
@@ -162,3 +168,21 @@ def test_argument_types(kind, good, bad):
     for text in bad:
         with pytest.raises(argparse.ArgumentTypeError, match=f"expected .*, got {text!r}"):
             kind(text)
+
+
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_options_are_spelled_one_way(name, capsys):
+    if name == "build_layout_bank":
+        pytest.importorskip("datasets")
+    main = importlib.import_module(f"pipelines.{name}").main
+    with pytest.raises(SystemExit) as caught:
+        main(["--help"])
+    assert caught.value.code == 0
+    printed = capsys.readouterr().out
+    # argparse itself makes `--no-` of an on/off option.
+    options = {word.removeprefix("--no-").removeprefix("--") for word in re.findall(r"--[\w-]+", printed)}
+    assert {"help", "device"} & options
+    assert not [option for option in options if "-" in option]
+    with pytest.raises(SystemExit) as caught:  # no second spelling by abbreviation either
+        main(["--hel"])
+    assert caught.value.code == 2

@@ -90,9 +90,9 @@ def test_one_photograph(run, tmp_path, capsys):
 
 def test_stored_tokens_decode_to_the_same_picture(run, tmp_path, capsys):
     photograph(size=(37, 45)).save(tmp_path / "photo.png")
-    for options in ((), ("--tile-size", 16)):
+    for options in ((), ("--tile_size", 16)):
         assert run("photo.png", "--tokens", 17, *options, "--overwrite") == 0
-        assert run("--from-tokens", "out/photo/tokens.safetensors", "--overwrite") == 0
+        assert run("--from_tokens", "out/photo/tokens.safetensors", "--overwrite") == 0
         with (
             PIL.Image.open(tmp_path / "out/photo/reconstruction.png") as first,
             PIL.Image.open(tmp_path / "out/photo-from-tokens/reconstruction.png") as second,
@@ -114,10 +114,10 @@ def test_tokens_follow_the_size_by_default(run, tmp_path):
 
 def test_large_photographs_are_reduced_and_say_so(run, tmp_path, capsys):
     photograph(size=(90, 120)).save(tmp_path / "photo.png")
-    assert run("photo.png", "--max-side", 60, "--tokens", 8) == 0
-    assert "reduced from 120 x 90 to 60 x 45 (--max-side 60)" in capsys.readouterr().out
+    assert run("photo.png", "--max_side", 60, "--tokens", 8) == 0
+    assert "reduced from 120 x 90 to 60 x 45 (--max_side 60)" in capsys.readouterr().out
     assert scores_of(tmp_path / "out/photo")["height"] == 45
-    assert run("photo.png", "--max-side", 0, "--tokens", 8, "--output", "whole") == 0
+    assert run("photo.png", "--max_side", 0, "--tokens", 8, "--output", "whole") == 0
     assert scores_of(tmp_path / "whole/photo")["height"] == 90
 
 
@@ -142,13 +142,13 @@ def test_focus_and_mask_bring_tokens(run, tmp_path, capsys):
     assert inside["mask"] == inside["focus"]  # the mask is white where the box is
     assert len(scores_of(tmp_path / "focus/photo")["psnr_in_focus"]) == 1
     # a reduced image keeps the box where it was in the original
-    assert run("photo.png", "--tokens", 24, "--output", "small", "--focus", "0,0,31,31", "--max-side", 48) == 0
+    assert run("photo.png", "--tokens", 24, "--output", "small", "--focus", "0,0,31,31", "--max_side", 48) == 0
     assert tokens_inside(tmp_path / "small/photo", (0, 0, 23, 23)) >= 2 * inside["plain"]
 
 
 def test_samples_without_an_argument(run, tmp_path, capsys, monkeypatch):
     pytest.importorskip("skimage")
-    assert run("--tokens", 8, "--max-side", 48) == 0
+    assert run("--tokens", 8, "--max_side", 48) == 0
     for name in reconstruct.SAMPLES:
         assert {file.name for file in (tmp_path / "out" / name).iterdir()} == OUTPUTS
     assert (tmp_path / "out/overview.png").exists()
@@ -209,11 +209,11 @@ def test_the_same_command_goes_on_where_it_stopped(run, tmp_path, capsys):
         (["photo.png", "--importance", "mask.png"], "56 x 40 pixels, got 30 x 20"),
         (["photo.png", "--importance", "absent.png"], "absent.png"),
         (["photo.png", "--model", "absent-model"], "absent-model"),
-        (["photo.png", "--tile-size", "3"], "tile_size"),
-        (["photo.png", "--from-tokens", "t.safetensors"], "expected no images"),
-        (["--from-tokens", "t.safetensors"], "no such file: t.safetensors"),
-        (["--from-tokens", "photo.png"], "cannot read photo.png"),
-        (["--from-tokens", "bad.safetensors"], "sigma"),
+        (["photo.png", "--tile_size", "3"], "tile_size"),
+        (["photo.png", "--from_tokens", "t.safetensors"], "expected no images"),
+        (["--from_tokens", "t.safetensors"], "no such file: t.safetensors"),
+        (["--from_tokens", "photo.png"], "cannot read photo.png"),
+        (["--from_tokens", "bad.safetensors"], "sigma"),
     ],
 )
 def test_one_line_and_exit_code_2(run, tmp_path, capsys, arguments, message):

@@ -44,6 +44,16 @@ def one_line(error: BaseException) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
 
+def make_parser(program: str, description: str) -> argparse.ArgumentParser:
+    """A parser for `python -m program`: the description as it is written, and no abbreviated options."""
+    return argparse.ArgumentParser(
+        prog=f"python -m {program}",
+        description=description,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+
+
 @contextmanager
 def atomic_directory(path: str | os.PathLike[str], overwrite: bool = False) -> Iterator[Path]:
     """A new folder that appears at `path` only when the block ends without an error.
