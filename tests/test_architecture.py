@@ -68,7 +68,7 @@ ARROWS = {
         "tiling",
     },
     "autoencoder_gpstoken": {"configuration_gpstoken", "gaussians", "loading", "modeling_gpstoken", "tiling"},
-    "transformer_sit": {"gaussians"},
+    "transformer_sit": {"configuration_gpstoken", "gaussians"},
     "scheduling_flow_match_sde": set(),
     "layout_bank": {"gaussians", "layout"},
     "hub": set(),

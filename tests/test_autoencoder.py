@@ -1,6 +1,9 @@
 # Copyright 2026 The gpstoken-hf authors. Licensed under the Apache License, Version 2.0.
 """AutoencoderGPSToken: the tokenizer behind AutoencoderKL's interface, and inside a pipeline of diffusers."""
 
+import inspect
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -10,13 +13,13 @@ from safetensors.torch import load_file, save_file
 
 from gpstoken_hf.autoencoder_gpstoken import (
     MODEL_FIELDS,
+    RENAMED_FIELDS,
     AutoencoderGPSToken,
     grid_positions,
     grid_to_tokens,
     token_grid,
     tokens_to_grid,
 )
-from gpstoken_hf.configuration_gpstoken import GPSTokenConfig
 from gpstoken_hf.gaussians import check_gaussians
 
 # Through logits and standardisation and back, in float32. Measured 3e-6 in pixels.
@@ -76,7 +79,8 @@ def test_no_tokens_have_no_grid():
 
 
 def test_config_carries_every_field_of_the_tokenizer():
-    assert set(MODEL_FIELDS) >= set(GPSTokenConfig.__annotations__) - {"model_type"}
+    arguments = set(inspect.signature(AutoencoderGPSToken).parameters)
+    assert {RENAMED_FIELDS.get(name, name) for name in MODEL_FIELDS} <= arguments
     count = 9
     model = make_model(latents_mean=[0.5] * count, latents_std=[2.0] * count, tile_decode="stitched")
     vae = AutoencoderGPSToken.from_gpstoken(model)
@@ -290,7 +294,7 @@ def test_signatures_are_those_of_autoencoder_kl(vae, images):
         (torch.zeros(1, 9, 3, 4), r"multiples of the 2 x 4 grid of 8 tokens, got \(1, 9, 3, 4\)"),
         (torch.zeros(9, 2, 4), r"got \(9, 2, 4\)"),
         (torch.zeros(1, 9, 0, 4), r"got \(1, 9, 0, 4\)"),
-        (torch.full((1, 9, 2, 4), float("nan")), "latents must be finite"),
+        (torch.full((1, 9, 2, 4), float("nan")), "z must be finite"),
     ],
 )
 def test_decode_refuses(vae, latents, message):
@@ -301,16 +305,24 @@ def test_decode_refuses(vae, latents, message):
 def test_refuses(vae):
     with pytest.raises(ValueError, match=r"\(B, 3, H, W\), got \(1, 4, 32, 32\)"):
         vae.encode(torch.zeros(1, 4, 32, 32))
-    with pytest.raises(ValueError, match=r"2 x 2 tiles need an image of as many tiles .* got image_size \(32, 32\)"):
+    with pytest.raises(ValueError, match=r"image_size must have 2 x 2 tiles .* got \(32, 32\)"):
         vae.decode(torch.zeros(1, 9, 4, 8), image_size=32)
     with pytest.raises(ValueError, match=r"latent_channels must be 5 \+ texture_channels = 21, got 4"):
         AutoencoderGPSToken(latent_channels=4)
     tiny = {name: vae.config[name] for name in ("texture_channels", "hidden_size", "num_attention_heads")}
-    with pytest.raises(ValueError, match="must be given together"):
+    with pytest.raises(ValueError, match="must be given together, got only latents_channel_mean"):
         AutoencoderGPSToken(**tiny, latents_channel_mean=[0.0] * 9)
-    with pytest.raises(ValueError, match="= 9 numbers, got 8 and 9"):
+    with pytest.raises(ValueError, match=r"latents_channel_mean must be a list of 9 numbers, .* got 8"):
         AutoencoderGPSToken(**tiny, latents_channel_mean=[0.0] * 8, latents_channel_std=[1.0] * 9)
-    with pytest.raises(ValueError, match="finite and above 0"):
-        AutoencoderGPSToken(**tiny, latents_channel_mean=[0.0] * 9, latents_channel_std=[0.0] * 9)
-    with pytest.raises(ValueError, match="at least two tokens, got 0"):
+    for mean, std, message in (
+        ([0.0] * 9, [0.0] * 9, "latents_channel_std must be finite and above 0 .* got 0.0"),
+        ([0.0] * 9, [math.inf] * 9, "latents_channel_std must be finite and above 0 .* got inf"),
+        ([math.nan] * 9, [1.0] * 9, "latents_channel_mean must be finite, got nan"),
+        (torch.zeros(9), torch.ones(9), "latents_channel_mean must be a list of 9 numbers, .* got a Tensor"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            AutoencoderGPSToken(**tiny, latents_channel_mean=mean, latents_channel_std=std)
+    with pytest.raises(ValueError, match="pixel_values must give at least two tokens, got 0"):
         vae.measure_statistics([])
+    with pytest.raises(TypeError, match="latents_channel_means"):
+        AutoencoderGPSToken.from_gpstoken(vae.to_gpstoken(), latents_channel_means=[0.0] * 9)

@@ -2,8 +2,10 @@
 """GPSTokenConfig: presets, what is refused, and the round trip through a file."""
 
 import json
+import math
 
 import pytest
+import torch
 from conversion_helpers import GOLDEN
 from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig
@@ -58,8 +60,14 @@ def test_every_preset_is_saved_and_loaded_unchanged(name, tmp_path):
 
 def test_overrides_and_unknown_presets():
     assert GPSTokenConfig.preset("tiny", num_tokens=5).num_tokens == 5
-    with pytest.raises(ValueError, match=r"presets are \[.*'tiny'\], got 'huge'"):
+    with pytest.raises(ValueError, match=r"name must be one of the presets \[.*'tiny'\], got 'huge'"):
         GPSTokenConfig.preset("huge")
+
+
+def test_a_misspelt_override_is_an_error():
+    with pytest.raises(TypeError, match="unexpected keyword argument 'num_token'"):
+        GPSTokenConfig.preset("tiny", num_token=5)
+    assert GPSTokenConfig.preset("tiny", dtype="bfloat16", id2label={0: "cat"}).id2label == {0: "cat"}
 
 
 def test_latent_statistics():
@@ -84,12 +92,19 @@ def test_latent_statistics():
             "conditioner_channels must be a positive multiple of norm_num_groups=8, got 12",
         ),
         ({"decoder_base_channels": 0}, "decoder_base_channels must be a positive multiple of .*, got 0"),
-        ({"decoder_channel_multipliers": []}, "one integer >= 1 per level, got"),
-        ({"decoder_channel_multipliers": [1, 0]}, "one integer >= 1 per level, got"),
+        ({"decoder_channel_multipliers": []}, "one integer of at least 1 per level, got"),
+        ({"decoder_channel_multipliers": [1, 0]}, "one integer of at least 1 per level, got"),
         ({"tile_decode": "blended"}, "'merged' or 'stitched', got 'blended'"),
-        ({"latents_mean": [0.0] * 9}, "must be given together"),
-        ({"latents_mean": [0.0] * 8, "latents_std": [1.0] * 8}, "5 \\+ texture_channels = 9 numbers, got 8 and 8"),
-        ({"latents_mean": [0.0] * 9, "latents_std": [0.0] * 9}, "latents_std must be above 0"),
+        ({"latents_mean": [0.0] * 9}, "must be given together, got only latents_mean"),
+        ({"latents_std": [1.0] * 9}, "must be given together, got only latents_std"),
+        ({"latents_mean": [0.0] * 8, "latents_std": [1.0] * 8}, "latents_mean must be a list of 9 numbers, .* got 8"),
+        ({"latents_mean": [0.0] * 9, "latents_std": [0.0] * 9}, "latents_std must be finite and above 0 .* got 0.0"),
+        (
+            {"latents_mean": [0.0] * 9, "latents_std": [math.inf] * 9},
+            "latents_std must be finite and above 0 .* got inf",
+        ),
+        ({"latents_mean": [math.nan] * 9, "latents_std": [1.0] * 9}, "latents_mean must be finite, got nan"),
+        ({"latents_mean": torch.zeros(9), "latents_std": torch.ones(9)}, "latents_mean"),
         ({"num_tokens": "many"}, "num_tokens"),
         ({"num_tokens": 2.5}, "num_tokens"),
         ({"decoder_channel_multipliers": 4}, "decoder_channel_multipliers"),

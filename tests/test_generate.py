@@ -188,7 +188,7 @@ def test_layouts_from_a_file_an_image_and_the_bank(generate, tmp_path):
         (["--guidance_interval", "0.9", "0.1"], "low <= high"),
         (["--pipeline", "nowhere"], "a pipeline folder or a Hub repository owner/name, got nowhere"),
         (["--pipeline", "."], "model_index.json"),
-        (["--layout", "missing.png"], "found no such file: missing.png"),
+        (["--layout", "missing.png"], "no such file: missing.png"),
         (["--layout", "missing.safetensors"], "missing.safetensors"),
     ],
 )

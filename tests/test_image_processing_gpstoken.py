@@ -269,11 +269,11 @@ def test_nan_and_infinite_pixels(processor, value):
 @pytest.mark.parametrize(
     ("image", "message"),
     [
-        (np.full((4, 4, 3), 1.5), r"\[0, 1\], got values in \[1.5, 1.5\]"),
-        (np.full((4, 4, 3), -0.1, dtype=np.float32), r"\[0, 1\], got values in \[-0.1"),
-        (np.full((4, 4, 3), 256), r"\[0, 255\], got values in \[256"),
-        (np.full((4, 4, 3), -1, dtype=np.int8), r"\[0, 255\], got values in \[-1"),
-        (PIL.Image.fromarray(np.full((4, 4), 70000, dtype=np.int32)), r"\[0, 65535\], got \[70000"),
+        (np.full((4, 4, 3), 1.5), r"\[0, 1\], got values from 1.5 to 1.5"),
+        (np.full((4, 4, 3), -0.1, dtype=np.float32), r"\[0, 1\], got values from -0.1"),
+        (np.full((4, 4, 3), 256), r"\[0, 255\], got values from 256"),
+        (np.full((4, 4, 3), -1, dtype=np.int8), r"\[0, 255\], got values from -1"),
+        (PIL.Image.fromarray(np.full((4, 4), 70000, dtype=np.int32)), r"\[0, 65535\], got values from 70000"),
         (np.full((4, 4, 3), 1j), "complex128"),
         (np.full((4, 4, 3), "a"), "boolean, integer or floating"),
         (np.zeros((0, 4, 3), dtype=np.uint8), "empty"),
@@ -400,7 +400,7 @@ def test_resize_is_undone(processor):
         ({"images": torch.zeros(1, 4, 4, 4)}, r"\(3, H, W\), got \(4, 4, 4\)"),
         ({"images": torch.zeros(4, 4)}, r"\(B, 3, H, W\)"),
         ({"images": torch.full((1, 3, 4, 4), torch.nan)}, "NaN"),
-        ({"images": torch.zeros(2, 3, 4, 4), "target_sizes": [(4, 4)]}, "expected 2 target sizes, .* got 1"),
+        ({"images": torch.zeros(2, 3, 4, 4), "target_sizes": [(4, 4)]}, "target_sizes must hold 2 sizes, .* got 1"),
     ],
 )
 def test_bad_output(processor, arguments, message):

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -333,7 +334,7 @@ def test_tuple_output():
         ({"attention_mask": torch.ones(BATCH, 7)}, r"attention_mask must be \(3, 8\), got \(3, 7\)"),
         (
             {"encoder_condition": None, "hidden_states": torch.zeros(BATCH, 7, CHANNELS)},
-            r"exactly 8 tokens, got 7",
+            r"sample_size = 8 tokens without encoder_condition, got 7",
         ),
     ],
 )
@@ -354,9 +355,18 @@ def test_a_condition_needs_a_model_made_for_it():
         ({"gaussian_target": "log"}, "'offset', 'absolute', 'logit'.*'log'"),
         ({"in_channels": 4}, "at least 5.*4"),
         ({"class_dropout_prob": 1.5}, r"\[0, 1\], got 1.5"),
-        ({"latents_mean": [0.0] * CHANNELS}, "belong together"),
-        ({"latents_mean": [0.0] * 2, "latents_std": [1.0] * 2}, "in_channels = 9 values, got 2 and 2"),
-        ({"latents_mean": [0.0] * CHANNELS, "latents_std": [0.0] * CHANNELS}, "must be positive"),
+        ({"latents_mean": [0.0] * CHANNELS}, "must be given together, got only latents_mean"),
+        ({"latents_mean": [0.0] * 2, "latents_std": [1.0] * 2}, "latents_mean must be a list of 9 numbers, .* got 2"),
+        (
+            {"latents_mean": [0.0] * CHANNELS, "latents_std": [0.0] * CHANNELS},
+            "latents_std must be finite and above 0",
+        ),
+        ({"latents_mean": [0.0] * CHANNELS, "latents_std": [math.inf] * CHANNELS}, "latents_std must be .* got inf"),
+        ({"latents_mean": [math.nan] * CHANNELS, "latents_std": [1.0] * CHANNELS}, "latents_mean must be finite"),
+        (
+            {"latents_mean": torch.zeros(9), "latents_std": torch.ones(9)},
+            "must be a list of 9 numbers, .* got a Tensor",
+        ),
     ],
 )
 def test_config_errors(config, message):
@@ -391,7 +401,7 @@ def test_target_errors():
     with pytest.raises(ValueError, match="'log'"):
         tokens_to_latents(tokens, ones, ones, "log")
     for function in (tokens_to_latents, latents_to_tokens):
-        with pytest.raises(ValueError, match="a layout belongs to"):
+        with pytest.raises(ValueError, match="layout must be a tensor with gaussian_target='offset', got None"):
             function(tokens, ones, ones, "offset")
-        with pytest.raises(ValueError, match="a layout belongs to"):
+        with pytest.raises(ValueError, match="layout must be None with gaussian_target='absolute', got a tensor"):
             function(tokens, ones, ones, "absolute", tokens)

@@ -1,9 +1,10 @@
 # Copyright 2026 The gpstoken-hf authors. Licensed under the Apache License, Version 2.0.
-"""The convolutional half of GPSToken: residual blocks, and the decoder from a splatted map to an image.
+"""The decoder of GPSToken: a splatted map -> an image (paper Sec. 3.2), and the residual blocks it shares.
 
-Letters: B batch, C channels, H x W positions of a map, G norm groups, R x S rows and columns of tiles.
+Shapes: B batch, C channels, H x W positions of a map, G norm groups, R x S rows and columns of tiles.
 
-A map that several tiles share is decoded in one piece, but its statistics stay those of the tiles: see `TileGrid`.
+A map of several tiles is decoded in one piece, but its norms and attention take their statistics per tile: see
+`TileGrid`.
 """
 
 from __future__ import annotations
@@ -21,16 +22,16 @@ NORM_EPS = 1e-6
 
 
 class GroupNorm(nn.GroupNorm):
-    """Group normalisation in float32, with the option of statistics per tile.
+    """Group normalisation in float32, optionally with statistics per tile.
 
-    With tiles, mean and standard deviation are those of each tile and group, interpolated bicubically from the grid of
-    tiles to every position, so that no seam shows where tiles meet (the authors' merged decode).
+    With tiles, mean and standard deviation are computed per tile and group, then interpolated bicubically from the
+    grid of tiles to every position. So tiles meet without a seam (the authors' merged decode).
     """
 
     def forward(self, hidden_states: torch.Tensor, tiles: TileGrid | None = None) -> torch.Tensor:
         weight, bias = self.weight.float(), self.bias.float()
         if tiles is None or tiles.shape == (1, 1):
-            # On the CPU a bfloat16 input with float32 weights is reduced in float32 inside the kernel: the same values
+            # On the CPU the kernel takes bfloat16 input with float32 weights and computes in float32: the same values
             # as after a cast, without the copies.
             mixed = hidden_states.device.type == "cpu" and hidden_states.dtype == torch.bfloat16
             x = hidden_states if mixed else hidden_states.float()
@@ -46,7 +47,7 @@ class GroupNorm(nn.GroupNorm):
 
 
 def tile_statistics(x: torch.Tensor, tiles: TileGrid, num_groups: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mean and standard deviation of every tile and group: `(B, C, H, W)` -> two of `(B, G, R, S)`."""
+    """Mean and standard deviation per tile and group: `(B, C, H, W)` -> two tensors `(B, G, R, S)`."""
     rows, columns = tiles.shape
     means, stds = [], []
     for y0, x0, h, w in tiles.boxes():
@@ -60,8 +61,8 @@ def tile_statistics(x: torch.Tensor, tiles: TileGrid, num_groups: int) -> tuple[
 def interpolate_tiles(values: torch.Tensor, size: Sequence[int], floor: float | None = None) -> torch.Tensor:
     """Bicubic interpolation from the grid of tiles to every position: `(B, G, R, S)` -> `(B, G, 1, H, W)`.
 
-    Bicubic interpolation undershoots between a quiet and a busy tile, and a standard deviation near or below 0 would
-    blow the map up there: with `floor` the result stays above `floor` times the smallest tile's value.
+    Bicubic interpolation undershoots between a quiet and a busy tile. A standard deviation near or below 0 would blow
+    up the map there, so `floor` keeps the result at or above `floor` times the smallest value of a tile.
     """
     result = F.interpolate(values, size=tuple(size), mode="bicubic", align_corners=False)
     if floor is not None:
@@ -70,7 +71,7 @@ def interpolate_tiles(values: torch.Tensor, size: Sequence[int], floor: float | 
 
 
 class ResidualBlock(GradientCheckpointingLayer):
-    """GroupNorm, SiLU, conv 3x3, twice, plus the input (through a 1x1 conv when the channels change)."""
+    """Twice GroupNorm, SiLU, 3x3 convolution, plus the input (through a 1x1 convolution if the channels change)."""
 
     def __init__(self, in_channels: int, out_channels: int, num_groups: int):
         super().__init__()
@@ -88,7 +89,7 @@ class ResidualBlock(GradientCheckpointingLayer):
 
 
 class MapAttention(nn.Module):
-    """Single-head self-attention over all positions of a map; with tiles, over the positions of each tile."""
+    """Single-head self-attention over the positions of a map, or over those of each tile."""
 
     def __init__(self, channels: int, num_groups: int):
         super().__init__()
@@ -108,10 +109,10 @@ class MapAttention(nn.Module):
         return hidden_states + output
 
     def attend(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """`(B, C, H, W)` -> the same shape."""
+        """Attention over all positions, `(B, C, H, W)` -> the same shape."""
         size = hidden_states.shape[-2:]
         normed = self.norm(hidden_states)
-        # Contiguous, or the fused kernels decline and all (H W)² weights are stored, gigabytes for a large image.
+        # The fused kernels need contiguous input. The fallback stores all (H W)² weights, gigabytes for a large image.
         query, key, value = (
             projection(normed).flatten(2).transpose(1, 2).unsqueeze(1).contiguous()  # (B, 1, H W, C)
             for projection in (self.q_proj, self.k_proj, self.v_proj)
@@ -121,7 +122,7 @@ class MapAttention(nn.Module):
 
 
 class Upsample(nn.Module):
-    """Nearest 2x upsampling and a conv 3x3."""
+    """Nearest-neighbour upsampling by 2 and a 3x3 convolution."""
 
     def __init__(self, channels: int):
         super().__init__()
@@ -132,7 +133,7 @@ class Upsample(nn.Module):
 
 
 class DecoderLevel(nn.Module):
-    """The residual blocks of one resolution, then upsampling to the next (except at full resolution)."""
+    """The residual blocks of one resolution, then upsampling to the next, except at full resolution."""
 
     def __init__(self, in_channels: int, out_channels: int, num_blocks: int, num_groups: int, upsample: bool):
         super().__init__()
@@ -152,11 +153,11 @@ class GPSTokenDecoder(nn.Module):
     """Splatted map `(B, C, h, w)` -> image `(B, 3, h s, w s)`, s = `2^(levels - 1)` (paper Sec. 3.2, after VQGAN).
 
     Args:
-        texture_channels: C.
-        base_channels: channels at full resolution.
-        channel_multipliers: channels of each level over the base, full resolution first.
-        layers_per_block: each level has one residual block more.
-        num_groups: groups of every norm.
+        texture_channels (`int`): C, channels of the map.
+        base_channels (`int`): channels at full resolution.
+        channel_multipliers (`Sequence[int]`): channels of each level over `base_channels`, full resolution first.
+        layers_per_block (`int`): each level has one residual block more.
+        num_groups (`int`): groups of every norm.
     """
 
     def __init__(
@@ -174,7 +175,7 @@ class GPSTokenDecoder(nn.Module):
         self.mid_block1 = ResidualBlock(deepest, deepest, num_groups)
         self.mid_attention = MapAttention(deepest, num_groups)
         self.mid_block2 = ResidualBlock(deepest, deepest, num_groups)
-        # levels[0] is the lowest resolution, so that the list reads in the order of computation.
+        # In the order of computation: levels[0] has the lowest resolution.
         incoming = [deepest, *channels[:0:-1]]
         self.levels = nn.ModuleList(
             DecoderLevel(width_in, width, layers_per_block + 1, num_groups, upsample=index > 0)
@@ -184,7 +185,15 @@ class GPSTokenDecoder(nn.Module):
         self.conv_out = nn.Conv2d(channels[0], 3, 3, padding=1)
 
     def forward(self, maps: torch.Tensor, tiles: TileGrid | None = None) -> torch.Tensor:
-        """Args: maps `(B, C, h, w)`; tiles: the grid of tiles on that map, None for one tile."""
+        """Map -> image.
+
+        Args:
+            maps (`torch.Tensor` of shape `(B, C, h, w)`): splatted features.
+            tiles (`TileGrid`, *optional*): the tiles of the map; `None` for a single one.
+
+        Returns:
+            `torch.Tensor` of shape `(B, 3, h s, w s)`: about [-1, 1], not clamped.
+        """
         hidden_states = self.conv_in(maps.to(self.conv_in.weight.dtype))
         hidden_states = self.mid_block1(hidden_states, tiles)
         hidden_states = self.mid_attention(hidden_states, tiles)

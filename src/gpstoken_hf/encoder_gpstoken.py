@@ -1,7 +1,7 @@
 # Copyright 2026 The gpstoken-hf authors. Licensed under the Apache License, Version 2.0.
-"""The encoder half of GPSToken: an image, its regions and their Gaussians -> tokens.
+"""The encoder of GPSToken: an image, its regions and their Gaussians -> tokens (paper Sec. 3.2).
 
-Letters: B batch, L tokens, C texture channels, D hidden size, R RoI size, H x W pixels.
+Shapes: B batch, L tokens, C texture channels, c conditioner channels, D hidden size, R RoI size, H x W pixels.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from .gaussians import NUM_GAUSSIAN_PARAMS, join_tokens, refine_gaussians
 
 
 class LayerNorm(nn.LayerNorm):
-    """Layer normalisation in float32, whatever the dtype of its input and weights."""
+    """Layer normalisation, computed in float32 for any dtype of input and weights."""
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         normed = F.layer_norm(
@@ -34,7 +34,7 @@ class LayerNorm(nn.LayerNorm):
 
 
 class Float32Linear(nn.Linear):
-    """A linear layer computed in float32: five numbers of a Gaussian need more than the 8 bits of bfloat16."""
+    """A linear layer, computed in float32: the values of a Gaussian need more than the 8 bits of bfloat16."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         with torch.autocast(x.device.type, enabled=False):
@@ -42,7 +42,7 @@ class Float32Linear(nn.Linear):
 
 
 class GPSTokenConditioner(nn.Module):
-    """Full-resolution image features, `(B, 3, H, W)` -> `(B, conditioner_channels, H, W)`."""
+    """Image features at full resolution, `(B, 3, H, W)` -> `(B, c, H, W)`."""
 
     def __init__(self, config: GPSTokenConfig):
         super().__init__()
@@ -58,7 +58,7 @@ class GPSTokenConditioner(nn.Module):
 
 
 class GPSTokenRegionFeatures(nn.Module):
-    """RoIAlign of every region and a 1x1 conv: features and boxes -> `(B, L, D, R R)`."""
+    """Features of every region: RoIAlign, then a 1x1 convolution, `(B, c, H, W)` -> `(B, L, D, R R)`."""
 
     def __init__(self, config: GPSTokenConfig):
         super().__init__()
@@ -67,11 +67,11 @@ class GPSTokenRegionFeatures(nn.Module):
         self.projection = nn.Conv2d(config.conditioner_channels, config.hidden_size, 1)
 
     def forward(self, features: torch.Tensor, boxes: torch.Tensor) -> torch.Tensor:
-        """Args: features `(B, c, H, W)`; boxes `(B, L, 4)` inclusive pixels."""
+        """Sample `features` `(B, c, H, W)` in `boxes` `(B, L, 4)`, inclusive pixels."""
         batch_size, num_tokens = boxes.shape[:2]
         corners = boxes.to(torch.float32)
         if self.align_corners:
-            # The authors take the inclusive indices as they are. A region one pixel wide then has no extent, for which
+            # The authors use the inclusive indices as corners. A region one pixel wide then has no extent, for which
             # RoIAlign would return zeros.
             thin = (corners[..., 2:] == corners[..., :2]) * 0.25
             corners = torch.cat([corners[..., :2] - thin, corners[..., 2:] + thin], dim=-1)
@@ -98,7 +98,7 @@ def eager_attention_forward(
     dropout: float = 0.0,
     **kwargs: Unpack[TransformersKwargs],
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Softmax attention written out: query, key, value `(B, heads, L, d)` -> `(B, L, heads, d)` and the weights."""
+    """Softmax attention: query, key, value `(B, heads, L, d)` -> `(B, L, heads, d)` and weights `(B, heads, L, L)`."""
     scores = torch.matmul(query, key.transpose(2, 3)) * scaling
     if attention_mask is not None:
         scores = scores + attention_mask
@@ -108,7 +108,7 @@ def eager_attention_forward(
 
 
 class GPSTokenAttention(nn.Module):
-    """Multi-head self-attention with a fused, biased projection of query, key and value."""
+    """Multi-head self-attention with one projection, with bias, for query, key and value."""
 
     def __init__(self, config: GPSTokenConfig):
         super().__init__()
@@ -148,7 +148,7 @@ class GPSTokenMLP(nn.Module):
 
 
 class GPSTokenEncoderLayer(GradientCheckpointingLayer):
-    """Add one linear reading of the token's region, then pre-norm attention and MLP."""
+    """Adds a linear projection of the token's region, then applies pre-norm attention and MLP."""
 
     def __init__(self, config: GPSTokenConfig):
         super().__init__()
@@ -165,7 +165,7 @@ class GPSTokenEncoderLayer(GradientCheckpointingLayer):
         attention_mask: torch.Tensor | None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> torch.Tensor:
-        """Args: hidden_states `(B, L, D)`; region_features `(B, L, D, R R)`."""
+        """`hidden_states` `(B, L, D)` and `region_features` `(B, L, D, R R)` -> `(B, L, D)`."""
         hidden_states = hidden_states + self.region_reader(region_features).squeeze(-1)
         attended, _ = self.self_attn(self.norm1(hidden_states), attention_mask, **kwargs)
         hidden_states = hidden_states + attended
@@ -173,7 +173,7 @@ class GPSTokenEncoderLayer(GradientCheckpointingLayer):
 
 
 class GPSTokenEncoder(nn.Module):
-    """Image, regions and their Gaussians -> refined Gaussians and texture (paper Sec. 3.2)."""
+    """Image, regions and their initial Gaussians -> refined Gaussians and texture (paper Sec. 3.2)."""
 
     def __init__(self, config: GPSTokenConfig):
         super().__init__()
@@ -195,10 +195,16 @@ class GPSTokenEncoder(nn.Module):
         attention_mask: torch.Tensor | None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> torch.Tensor:
-        """Args: pixel_values `(B, 3, H, W)`; boxes `(B, L, 4)`; init_gaussians `(B, L, 5)`; attention_mask `(B, L)`.
+        """Image -> tokens.
+
+        Args:
+            pixel_values (`torch.Tensor` of shape `(B, 3, H, W)`): RGB in [-1, 1].
+            boxes (`torch.Tensor` of shape `(B, L, 4)`): regions, inclusive pixels `[x0, y0, x1, y1]`.
+            init_gaussians (`torch.Tensor` of shape `(B, L, 5)`): the Gaussians of the regions.
+            attention_mask (`torch.Tensor` of shape `(B, L)`, *optional*): 1 for a token, 0 for padding.
 
         Returns:
-            `(B, L, 5 + C)` tokens in float32.
+            `torch.Tensor` of shape `(B, L, 5 + C)`: tokens in float32.
         """
         region_features = self.region_features(self.conditioner(pixel_values), boxes)
         embedded = F.gelu(self.gaussian_embedding1(init_gaussians)).to(self.query.dtype)

@@ -25,7 +25,10 @@ DEVICES_WITHOUT_FLOAT64 = frozenset({"mps"})
 
 def to_float64(tensor: torch.Tensor) -> torch.Tensor:
     """`tensor` in float64, moved to the CPU if its device has no float64."""
-    return tensor.to("cpu" if tensor.device.type in DEVICES_WITHOUT_FLOAT64 else tensor.device, torch.float64)
+    if tensor.device.type in DEVICES_WITHOUT_FLOAT64:
+        # Move first: a copy that also casts would cast on the device.
+        tensor = tensor.to("cpu")
+    return tensor.to(torch.float64)
 
 
 def pixel_coordinates(

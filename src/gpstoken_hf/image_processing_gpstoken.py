@@ -1,7 +1,7 @@
 # Copyright 2026 The gpstoken-hf authors. Licensed under the Apache License, Version 2.0.
-"""Images of any kind in, `pixel_values` in [-1, 1] out, and back again.
+"""GPSTokenImageProcessor: images of any kind -> `pixel_values` in [-1, 1], and back.
 
-Letters used in shapes: B images, C channels, H and W the height and width in pixels.
+Shapes: B images, C channels, H x W pixels of an image.
 """
 
 from __future__ import annotations
@@ -18,46 +18,45 @@ import PIL.Image
 import PIL.ImageOps
 import torch
 
-# ImageProcessingMixin is not used here by name, but diffusers looks for a loadable base class in the
-# namespace of the module that defines a pipeline component.
+# diffusers looks in the module of a pipeline component for the base class that loads it: ImageProcessingMixin.
 from transformers.image_processing_backends import TorchvisionBackend
 from transformers.image_processing_base import BatchFeature, ImageProcessingMixin  # noqa: F401
 from transformers.image_transforms import group_images_by_shape, reorder_images
 from transformers.image_utils import ChannelDimension, PILImageResampling, SizeDict
 
-# Everything Pillow raises for a file that it cannot read, beside its own OSError subclasses.
+# All that Pillow raises for a file that it cannot read.
 _PILLOW_READ_ERRORS = (OSError, SyntaxError, ValueError, EOFError, PIL.Image.DecompressionBombError)
 
 
 def open_image(source: str | os.PathLike) -> PIL.Image.Image:
-    """Reads one image completely and turns it upright by its EXIF orientation.
+    """Read a whole image and turn it upright by its EXIF orientation.
 
     Args:
-        source: a file, or an `http(s)://` or base64 `data:image/` address.
+        source (`str` or `os.PathLike`): a file, or an `http(s)://` or base64 `data:image/` address.
 
     Returns:
-        The decoded image in the mode in which it was stored.
+        `PIL.Image.Image`: the image in the mode of the file.
 
     Raises:
-        ValueError: when there is no such file, or it is not an image, or it is truncated.
+        ValueError: if the file does not exist, is not an image, or is damaged.
     """
     name = os.fspath(source)
     if not isinstance(name, str):
-        raise ValueError(f"expected an image file name as str, got {type(name).__name__}")
+        raise ValueError(f"image must be a file name of type str, got {type(name).__name__}")
     shown = name if len(name) <= 200 else name[:100] + "..."
     try:
         with PIL.Image.open(_open_stream(name)) as image:
             image.load()
             return PIL.ImageOps.exif_transpose(image)
     except FileNotFoundError as error:
-        raise ValueError(f"expected an image file, found no such file: {shown}") from error
+        raise ValueError(f"image must be a readable file, got no such file: {shown}") from error
     except _PILLOW_READ_ERRORS as error:
-        raise ValueError(f"expected a readable image file, cannot read {shown}: {error}") from error
+        raise ValueError(f"image must be a readable file; cannot read {shown}: {error}") from error
 
 
 def _open_stream(name: str) -> str | BytesIO:
     if name.startswith(("http://", "https://")):
-        import httpx  # comes with huggingface_hub; needed for addresses only
+        import httpx  # a dependency of huggingface_hub, needed here only
 
         try:
             response = httpx.get(name, follow_redirects=True)
@@ -74,12 +73,12 @@ def _open_stream(name: str) -> str | BytesIO:
 
 
 class GPSTokenImageProcessor(TorchvisionBackend):
-    """Prepares images for [`GPSTokenModel`] and turns its output into images again.
+    """Turns images into inputs of a [`GPSTokenModel`], and its outputs into images.
 
-    Takes a PIL image, a NumPy array, a torch tensor, a file name or address, or a (nested) list of these; a 4-D array
-    or tensor is a batch. Every kind of picture becomes RGB:
+    Takes a PIL image, a NumPy array, a torch tensor, a file name or address, or a (nested) list of these. An array or
+    tensor with four axes is a batch. Every kind of image becomes RGB:
 
-    | input | reading |
+    | input | values |
     |---|---|
     | uint8 and other integers | [0, 255] |
     | uint16, PIL `I;16` and `I` | [0, 65535] |
@@ -89,26 +88,46 @@ class GPSTokenImageProcessor(TorchvisionBackend):
     | 2 or 4 channels, PIL `LA`, `PA`, `RGBA`, a transparent palette or colour | composed onto white |
     | PIL `P`, `CMYK`, `YCbCr`, `HSV` | converted by Pillow |
 
-    PIL images and files are first turned upright by their EXIF orientation. The channel axis of an array or tensor is
-    the one with 1 to 4 entries; where both the first and the last axis qualify it is the last of an array and the
-    first of a tensor, unless `input_data_format` says otherwise.
+    PIL images and files are turned upright by their EXIF orientation. The channel axis of an array or tensor is the
+    first or the last axis, whichever has 1 to 4 entries. If both have, `input_data_format` decides; by default it is
+    the last axis of an array and the first of a tensor.
 
-    By default an image keeps its size. Pixels become `x / 127.5 - 1`, computed in float32.
+    Images keep their size by default. Pixels become `x / 127.5 - 1`, computed in float32.
 
     Args:
-        do_convert_rgb (`bool`, defaults to `True`): without it images must already have `len(image_mean)` channels.
-        do_resize (`bool`, defaults to `False`): resize to `size`, antialiased; overshoot is clamped.
-        size (`dict`, defaults to `{"shortest_edge": 256}`): or `{"height": .., "width": ..}`.
-        resample (`PILImageResampling`, defaults to `BICUBIC`).
-        do_center_crop (`bool`, defaults to `False`): crop the middle to `crop_size`; a smaller image is padded black.
-        crop_size (`dict`, defaults to `{"height": 256, "width": 256}`).
-        do_rescale (`bool`, defaults to `True`): bring every kind of pixel to [0, 1]; without it images must be
-            floating-point in [0, 1] already.
-        do_normalize (`bool`, defaults to `True`): [0, 1] to [-1, 1] by `image_mean` and `image_std`, all 0.5.
+        do_convert_rgb (`bool`, *optional*, defaults to `True`): convert to RGB. If `False`, images must have
+            `len(image_mean)` channels.
+        do_resize (`bool`, *optional*, defaults to `False`): resize to `size` with antialiasing, and clamp overshoot.
+        size (`dict`, *optional*, defaults to `{"shortest_edge": 256}`): target in pixels; also `{"height": h,
+            "width": w}`.
+        resample (`PILImageResampling`, *optional*, defaults to `BICUBIC`): filter of the resize.
+        do_center_crop (`bool`, *optional*, defaults to `False`): crop the centre to `crop_size`. Smaller images are
+            padded with black.
+        crop_size (`dict`, *optional*, defaults to `{"height": 256, "width": 256}`): size of the crop in pixels.
+        do_rescale (`bool`, *optional*, defaults to `True`): bring pixels of every type to [0, 1]. If `False`, they
+            must be floating point in [0, 1].
+        do_normalize (`bool`, *optional*, defaults to `True`): map [0, 1] to [-1, 1] by `image_mean` and `image_std`.
+        image_mean, image_std (`list[float]`, *optional*, defaults to `[0.5, 0.5, 0.5]`): statistics for
+            `do_normalize`.
 
     Raises:
-        ValueError: on NaN or infinite pixels, values outside the range of their type, a channel count other than 1 to
-            4, empty images, unreadable files, and on images of several sizes when a tensor is asked for.
+        ValueError: when called, if pixels are not finite or leave the range of their type; if an image is empty, does
+            not have 1 to 4 channels, or cannot be read; if images of several sizes shall become one tensor.
+
+    Examples:
+        ```python
+        >>> import numpy as np
+        >>> from gpstoken_hf import GPSTokenImageProcessor
+
+        >>> processor = GPSTokenImageProcessor()
+        >>> image = np.zeros((48, 64, 3), dtype=np.uint8)
+        >>> pixel_values = processor(image, return_tensors="pt").pixel_values
+        >>> pixel_values.shape, pixel_values.min().item()
+        (torch.Size([1, 3, 48, 64]), -1.0)
+        >>> processor.post_process(pixel_values)[0].size
+        (64, 48)
+
+        ```
     """
 
     model_input_names: ClassVar[list[str]] = ["pixel_values"]
@@ -131,7 +150,7 @@ class GPSTokenImageProcessor(TorchvisionBackend):
     def _prepare_images_structure(self, images: Any, expected_ndims: int = 3) -> list:
         flat = _flatten(images)
         if not flat:
-            raise ValueError("expected at least one image, got an empty list")
+            raise ValueError("images must hold at least one image, got an empty list")
         return flat
 
     def process_image(
@@ -145,7 +164,7 @@ class GPSTokenImageProcessor(TorchvisionBackend):
         do_normalize: bool | None = None,
         **kwargs: Any,
     ) -> torch.Tensor:
-        """One image of any kind -> (C, H, W) float32, in [0, 255], or in [0, 1] without `do_rescale`."""
+        """One image of any kind -> `(C, H, W)` float32 in [0, 255], or in [0, 1] without `do_rescale`."""
         if isinstance(image, PIL.Image.Image):
             array = pil_to_array(image)
             input_data_format = ChannelDimension.LAST
@@ -154,7 +173,7 @@ class GPSTokenImageProcessor(TorchvisionBackend):
             array = image
             prefers_last = isinstance(image, np.ndarray)
         if 0 in array.shape:
-            raise ValueError(f"expected an image with pixels, got an empty one of shape {tuple(array.shape)}")
+            raise ValueError(f"image must have pixels, got an empty one of shape {tuple(array.shape)}")
         pixels = _to_float_pixels(_to_tensor(array), unit_range=not do_rescale)
         pixels = _channels_first(pixels, input_data_format, prefers_last)
         if device is not None:
@@ -163,7 +182,7 @@ class GPSTokenImageProcessor(TorchvisionBackend):
             return _to_rgb(pixels, white=255.0 if do_rescale else 1.0)
         if do_normalize and isinstance(image_mean, Sequence) and len(image_mean) != pixels.shape[0]:
             raise ValueError(
-                f"expected an image of {len(image_mean)} channels (do_convert_rgb=False), got {pixels.shape[0]}"
+                f"image must have {len(image_mean)} channels with do_convert_rgb=False, got {pixels.shape[0]}"
             )
         return pixels
 
@@ -188,12 +207,12 @@ class GPSTokenImageProcessor(TorchvisionBackend):
         **kwargs: Any,
     ) -> BatchFeature:
         if data_format not in (None, ChannelDimension.FIRST, ChannelDimension.FIRST.value):
-            raise ValueError(f"expected data_format 'channels_first', which the model takes, got {data_format!r}")
+            raise ValueError(f"data_format must be 'channels_first', got {data_format!r}")
         groups, index = group_images_by_shape(images, disable_grouping=disable_grouping)
         for shape, batch in groups.items():
             if do_resize:
                 batch = self.resize(batch, size=size, resample=resample)
-                batch = batch.clamp(0.0, 255.0 if do_rescale else 1.0)  # a cubic filter overshoots at edges
+                batch = batch.clamp(0.0, 255.0 if do_rescale else 1.0)  # cubic filters overshoot at edges
             if do_center_crop:
                 batch = self.center_crop(batch, crop_size)
             groups[shape] = self.rescale_and_normalize(
@@ -205,8 +224,8 @@ class GPSTokenImageProcessor(TorchvisionBackend):
         sizes = sorted({tuple(image.shape[-2:]) for image in images})
         if return_tensors is not None and len(sizes) > 1:
             raise ValueError(
-                f"expected images of one size for one {return_tensors!r} tensor, got height x width "
-                f"{', '.join(f'{h}x{w}' for h, w in sizes)}: use do_resize and do_center_crop, or return_tensors=None"
+                f"images must have one size for return_tensors={return_tensors!r} (use do_resize and do_center_crop), "
+                f"got height x width {', '.join(f'{h}x{w}' for h, w in sizes)}"
             )
         return BatchFeature(data={"pixel_values": images}, tensor_type=return_tensors)
 
@@ -219,7 +238,7 @@ class GPSTokenImageProcessor(TorchvisionBackend):
         image_mean: Sequence[float] | float | None,
         image_std: Sequence[float] | float | None,
     ) -> torch.Tensor:
-        """(B, C, H, W) in [0, 255] -> [-1, 1]: `x / 127.5 - 1` to the last bit for the default constants."""
+        """`(B, C, H, W)` in [0, 255] -> [-1, 1]; with the default constants exactly `x / 127.5 - 1`."""
         halves = all(np.all(np.asarray(value) == 0.5) for value in (image_mean, image_std))
         if do_rescale and do_normalize and halves and rescale_factor == 1 / 255:
             return images / 127.5 - 1.0
@@ -235,36 +254,39 @@ class GPSTokenImageProcessor(TorchvisionBackend):
         output_type: str = "pil",
         target_sizes: Sequence[tuple[int, int]] | None = None,
     ) -> list[PIL.Image.Image] | np.ndarray | list[np.ndarray] | torch.Tensor | list[torch.Tensor]:
-        """Undoes the preprocessing: model output in [-1, 1] -> images.
+        """Undo the preprocessing: output of the model in [-1, 1] -> images.
 
         Args:
-            images: (B, 3, H, W), (3, H, W), or a list of (3, H, W), in the range of `pixel_values`. A decoder
-                overshoots a little: values are clamped to the range.
-            output_type: "pil" -> list of 8-bit RGB images (rounded to nearest); "np" -> (B, H, W, 3) float32 in
-                [0, 1]; "pt" -> (B, 3, H, W) float32 in [0, 1]. The latter two are lists when the sizes differ.
-            target_sizes: one original (height, width) per image, to undo `do_resize` (antialiased, the processor's
-                `resample`). What a centre crop has cut off cannot come back.
+            images (`torch.Tensor` of shape `(B, 3, H, W)` or `(3, H, W)`, or sequence of the latter): in the range of
+                `pixel_values`, to which values are clamped, because decoders overshoot a little.
+            output_type (`str`, *optional*, defaults to `"pil"`): `"pil"`, `"np"` or `"pt"`.
+            target_sizes (sequence of `tuple[int, int]`, *optional*): the original `(H, W)` of every image, to undo
+                `do_resize` (with antialiasing and the filter `resample`). A centre crop cannot be undone.
+
+        Returns:
+            For `"pil"` a list of 8-bit RGB images, rounded to nearest. For `"np"` an array `(B, H, W, 3)`, for `"pt"`
+            a tensor `(B, 3, H, W)`, both float32 in [0, 1], or lists of single images if their sizes differ.
 
         Raises:
-            ValueError: on an unknown output type, another number of channels than 3, NaN or infinite values, and when
-                there are not as many target sizes as images.
+            ValueError: if `output_type` is unknown, an image does not have 3 channels or is not finite, or the number
+                of target sizes is not that of images.
         """
         if output_type not in ("pil", "np", "pt"):
-            raise ValueError(f"expected output_type 'pil', 'np' or 'pt', got {output_type!r}")
+            raise ValueError(f"output_type must be 'pil', 'np' or 'pt', got {output_type!r}")
         if isinstance(images, torch.Tensor) and images.ndim == 3:
             images = images[None]
         if isinstance(images, torch.Tensor) and images.ndim != 4:
-            raise ValueError(f"expected images of shape (B, 3, H, W), got {tuple(images.shape)}")
+            raise ValueError(f"images must be of shape (B, 3, H, W), got {tuple(images.shape)}")
         if target_sizes is not None and len(target_sizes) != len(images):
-            raise ValueError(f"expected {len(images)} target sizes, one per image, got {len(target_sizes)}")
+            raise ValueError(f"target_sizes must hold {len(images)} sizes, one per image, got {len(target_sizes)}")
 
         restored = []
         for number, image in enumerate(images):
             if image.ndim != 3 or image.shape[0] != 3:
-                raise ValueError(f"expected image {number} of shape (3, H, W), got {tuple(image.shape)}")
+                raise ValueError(f"image {number} must be of shape (3, H, W), got {tuple(image.shape)}")
             image = self._to_unit_range(image.to(torch.float32))
             if not bool(torch.isfinite(image).all()):
-                raise ValueError(f"expected finite pixels, image {number} holds NaN or infinite values")
+                raise ValueError(f"image {number} must be finite, got NaN or infinite values")
             image = image.clamp(0.0, 1.0)
             if target_sizes is not None:
                 height, width = (int(side) for side in target_sizes[number])
@@ -297,7 +319,7 @@ class GPSTokenImageProcessor(TorchvisionBackend):
 
 
 def _flatten(images: Any) -> list:
-    """Any nesting of images -> a flat list of PIL images, arrays and tensors; files are read, batches are split."""
+    """Nested images -> a flat list of PIL images, arrays and tensors. Reads files and splits batches."""
     if isinstance(images, (str, os.PathLike)):
         return [open_image(images)]
     if isinstance(images, PIL.Image.Image):
@@ -307,18 +329,19 @@ def _flatten(images: Any) -> list:
             return list(images)
         if images.ndim in (2, 3):
             return [images]
-        raise ValueError(
-            f"expected an image of 2 or 3 axes, or a batch of 4, got an array of shape {tuple(images.shape)}"
-        )
+        raise ValueError(f"images must have 2 or 3 axes, or 4 for a batch, got shape {tuple(images.shape)}")
     if isinstance(images, (list, tuple)):
         return [image for entry in images for image in _flatten(entry)]
-    raise ValueError(f"expected a PIL image, an array, a tensor or a file name, got {type(images).__name__}")
+    raise ValueError(f"images must be PIL images, arrays, tensors or file names, got {type(images).__name__}")
 
 
 def pil_to_array(image: PIL.Image.Image) -> np.ndarray:
-    """An image of any PIL mode, turned upright -> (H, W, channels) array of 1 (grey), 2 (grey and alpha), 3 or 4.
+    """An image of any PIL mode -> an upright array `(H, W, C)` of 1 (grey), 2 (grey and alpha), 3 or 4 channels.
 
-    16-bit greys keep their 16 bits (uint16); everything else is uint8, bool or, for mode `F`, float32.
+    16-bit grey is uint16, mode `F` is float32, mode `1` is bool, all else is uint8.
+
+    Raises:
+        ValueError: if Pillow cannot decode the image, or a pixel of a 16-bit mode leaves [0, 65535].
     """
     try:
         image = PIL.ImageOps.exif_transpose(image)
@@ -331,13 +354,13 @@ def pil_to_array(image: PIL.Image.Image) -> np.ndarray:
             grey = np.asarray(image).astype(np.int64)
             if grey.size and not 0 <= grey.min() <= grey.max() <= 65535:
                 raise ValueError(
-                    f"expected pixels of a mode {mode!r} image in [0, 65535], got [{grey.min()}, {grey.max()}]"
+                    f"pixels of mode {mode!r} must be in [0, 65535], got values from {grey.min()} to {grey.max()}"
                 )
             grey = grey.astype(np.uint16)
             if isinstance(key, int):
                 return np.stack([grey, np.where(grey == key, 0, 65535).astype(np.uint16)], axis=-1)
             return grey[..., None]
-        if mode == "La":  # premultiplied grey has no direct way to RGBA
+        if mode == "La":  # Pillow does not convert premultiplied grey to RGBA
             image = image.convert("LA")
         if {"A", "a"} & set(image.getbands()) or key is not None:
             return np.asarray(image.convert("RGBA"))
@@ -346,35 +369,35 @@ def pil_to_array(image: PIL.Image.Image) -> np.ndarray:
         return np.asarray(image.convert("RGB"))
     except ValueError:
         raise
-    except (OSError, SyntaxError, EOFError) as error:  # Pillow decodes a file only when its pixels are needed
-        raise ValueError(f"expected a readable image, cannot decode it: {error}") from error
+    except (OSError, SyntaxError, EOFError) as error:  # Pillow decodes a file when its pixels are read
+        raise ValueError(f"image must be a readable file; cannot decode it: {error}") from error
 
 
 def _to_tensor(array: np.ndarray | torch.Tensor) -> torch.Tensor:
     if isinstance(array, torch.Tensor):
         return array
     if array.dtype.kind not in "buif" or array.dtype == np.longdouble:
-        raise ValueError(f"expected pixels of a boolean, integer or floating-point type, got {array.dtype}")
+        raise ValueError(f"pixels must be boolean, integer or floating point, got {array.dtype}")
     if not array.dtype.isnative:
         array = array.astype(array.dtype.newbyteorder("="))
-    # a copy: PIL's buffers are read-only, and flipped views have negative strides
+    # A copy, because PIL's buffers are read-only and flipped views have negative strides.
     return torch.from_numpy(array.copy())
 
 
 def _to_float_pixels(pixels: torch.Tensor, unit_range: bool) -> torch.Tensor:
-    """Pixels of any type -> float32 in [0, 255], or in [0, 1] when they are floating-point and `unit_range`."""
+    """Pixels of any type -> float32 in [0, 255]; with `unit_range`, floating point in [0, 1] -> float32 in [0, 1]."""
     dtype = pixels.dtype
     if pixels.is_complex() or pixels.is_quantized:
-        raise ValueError(f"expected pixels of a boolean, integer or floating-point type, got {dtype}")
+        raise ValueError(f"pixels must be boolean, integer or floating point, got {dtype}")
     if unit_range and not pixels.is_floating_point():
-        raise ValueError(f"expected floating-point pixels in [0, 1] with do_rescale=False, got {dtype}")
+        raise ValueError(f"pixels must be floating point in [0, 1] with do_rescale=False, got {dtype}")
     values = pixels.to(torch.float32)
     if pixels.is_floating_point() and not bool(torch.isfinite(values).all()):
-        raise ValueError("expected finite pixels, got NaN or infinite values")
+        raise ValueError("pixels must be finite, got NaN or infinite values")
     limit = 1 if dtype == torch.bool or pixels.is_floating_point() else 65535 if dtype == torch.uint16 else 255
     low, high = (float(value) for value in torch.aminmax(values))
     if low < 0 or high > limit:
-        raise ValueError(f"expected {dtype} pixels in [0, {limit}], got values in [{low:g}, {high:g}]")
+        raise ValueError(f"{dtype} pixels must be in [0, {limit}], got values from {low:g} to {high:g}")
     if limit == 65535:
         return values / 257.0  # 65535 = 255 * 257
     return values if limit == 255 or unit_range else values * 255.0
@@ -383,11 +406,11 @@ def _to_float_pixels(pixels: torch.Tensor, unit_range: bool) -> torch.Tensor:
 def _channels_first(
     pixels: torch.Tensor, data_format: str | ChannelDimension | None, prefers_last: bool
 ) -> torch.Tensor:
-    """(H, W), (H, W, C) or (C, H, W) -> (C, H, W) with 1 to 4 channels."""
+    """`(H, W)`, `(H, W, C)` or `(C, H, W)` -> `(C, H, W)` with 1 to 4 channels."""
     if pixels.ndim == 2:
         return pixels[None]
     if pixels.ndim != 3:
-        raise ValueError(f"expected an image of 2 or 3 axes, got shape {tuple(pixels.shape)}")
+        raise ValueError(f"image must have 2 or 3 axes, got shape {tuple(pixels.shape)}")
     allowed = (1, 2, 3, 4)
     if data_format is None:
         first, last = pixels.shape[0] in allowed, pixels.shape[-1] in allowed
@@ -396,14 +419,14 @@ def _channels_first(
         pixels = pixels.permute(2, 0, 1)
     if pixels.shape[0] not in allowed:
         raise ValueError(
-            f"expected an image of 1 (grey), 2 (grey and alpha), 3 (RGB) or 4 (RGBA) channels, got {pixels.shape[0]} "
-            f"(shape {tuple(pixels.shape)}, channels first)"
+            "image must have 1 (grey), 2 (grey and alpha), 3 (RGB) or 4 (RGBA) channels, "
+            f"got {pixels.shape[0]} in shape {tuple(pixels.shape)}, channels first"
         )
     return pixels.contiguous()
 
 
 def _to_rgb(pixels: torch.Tensor, white: float) -> torch.Tensor:
-    """(1 | 2 | 3 | 4, H, W) in [0, white] -> (3, H, W); transparency shows white."""
+    """1 to 4 channels `(C, H, W)` in [0, white] -> RGB `(3, H, W)`, composed onto white."""
     colour = pixels
     if pixels.shape[0] in (2, 4):
         colour, alpha = pixels[:-1], pixels[-1:] / white

@@ -1,10 +1,10 @@
 # Copyright 2026 The gpstoken-hf authors. Licensed under the Apache License, Version 2.0.
-"""GaussianLayoutBank: stored layouts per class, which stand in for a layout generator (paper Sec. 3.3).
+"""GaussianLayoutBank: stored layouts per class, which can replace a layout generator (paper Sec. 3.3).
 
 Shapes: B batch, L tokens, N layouts, T tokens of all layouts together.
 
-The bank is a diffusers ModelMixin, so it saves, loads, pushes and travels inside a pipeline as safetensors. Its
-layouts may differ in length: they lie one after another in one array, and `offsets` says where each begins.
+The bank is a diffusers ModelMixin, so a pipeline saves, loads and pushes it like its other components. Layouts may
+differ in length. They lie one after another in one tensor; `offsets` holds where each starts.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -25,28 +25,47 @@ class BankLayout(GaussianLayout):
     """Layouts drawn from a bank: a [`GaussianLayout`] without boxes.
 
     Args:
-        indices (`torch.Tensor` of shape `(B,)`): int64, which layouts of the bank they are. Pass them as `exclude` to
-            a later call to draw without replacement over several calls.
+        indices (`torch.Tensor` of shape `(B,)`): int64 indices of the layouts in the bank. Pass them as `exclude` to
+            later calls to draw without replacement over several calls.
     """
 
     indices: torch.Tensor = None
 
 
 class GaussianLayoutBank(ModelMixin, ConfigMixin):
-    """Layouts (sets of Gaussians) with the class of the image that each was taken from.
+    """Layouts of images, each with the class of its image.
 
     Build one with `from_layouts`, from the authors' pickle with `conversion.convert_layout_bank`, or from a labelled
     dataset with `pipelines.build_layout_bank`.
 
-    Args:
-        num_layouts: N, at least 1.
-        total_tokens: T, the tokens of all layouts together, at least N.
+    The buffers are `gaussians` `(T, 5)` float32, `offsets` `(N + 1,)` int64 and `class_labels` `(N,)` int64. A cast of
+    the module leaves the Gaussians in float32: in bfloat16 a mean is off by up to half a pixel of 256.
 
-    The buffers are `gaussians` `(T, 5)` float32 (they stay float32 whatever the module is cast to: a bfloat16 mean is
-    off by up to half a pixel at 256), `offsets` `(N + 1,)` int64 and `class_labels` `(N,)` int64.
+    Args:
+        num_layouts (`int`): N, at least 1.
+        total_tokens (`int`): T, tokens of all layouts together, at least N.
+
+    Raises:
+        ValueError: if an argument is out of its range.
+
+    Examples:
+        ```python
+        >>> import torch
+        >>> from gpstoken_hf import GaussianLayoutBank, partition_images
+
+        >>> images = torch.rand(3, 3, 32, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1
+        >>> first, second, third = partition_images(images, num_tokens=16, min_region_size=4).gaussians
+        >>> bank = GaussianLayoutBank.from_layouts({4: [first, second], 7: [third]})
+        >>> len(bank), bank.class_counts
+        (3, {4: 2, 7: 1})
+        >>> layout = bank.sample([7, 4], generator=torch.Generator().manual_seed(0))
+        >>> layout.gaussians.shape
+        torch.Size([2, 16, 5])
+
+        ```
     """
 
-    _keep_in_fp32_modules = ["gaussians"]  # noqa: RUF012 (the base class reads a list)
+    _keep_in_fp32_modules = ["gaussians"]  # noqa: RUF012 - the base class reads a list
     _supports_gradient_checkpointing = False
 
     gaussians: torch.Tensor
@@ -58,8 +77,8 @@ class GaussianLayoutBank(ModelMixin, ConfigMixin):
         super().__init__()
         if num_layouts < 1 or total_tokens < num_layouts:
             raise ValueError(
-                "a bank needs num_layouts >= 1 and total_tokens >= num_layouts, "
-                f"got num_layouts={num_layouts} and total_tokens={total_tokens}"
+                "num_layouts and total_tokens must be integers with 1 <= num_layouts <= total_tokens, "
+                f"got {num_layouts} and {total_tokens}"
             )
         self.register_buffer("gaussians", torch.zeros(total_tokens, NUM_GAUSSIAN_PARAMS, dtype=torch.float32))
         self.register_buffer("offsets", torch.zeros(num_layouts + 1, dtype=torch.int64))
@@ -70,28 +89,29 @@ class GaussianLayoutBank(ModelMixin, ConfigMixin):
         """A bank of the given layouts.
 
         Args:
-            layouts: class id (an integer >= 0) -> layouts of that class, each an `(L, 5)` array or tensor of floats
-                with L >= 1, which may differ from layout to layout.
+            layouts (`Mapping[int, Sequence]`): class id (at least 0) -> layouts of that class, each an array or tensor
+                of shape `(L, 5)` with Gaussians `[sigma_x, sigma_y, rho, mu_x, mu_y]`. L may differ between layouts.
 
         Raises:
-            ValueError: no layout at all, a class id below 0, or a layout of a wrong shape or with illegal Gaussians.
+            ValueError: if there is no layout, a class id is below 0, or a layout has another shape or an illegal
+                Gaussian.
         """
         tensors, labels = [], []
         for label in sorted(layouts):
             if label < 0:
-                raise ValueError(f"class ids must be at least 0, got {label}")
+                raise ValueError(f"class ids of layouts must be at least 0, got {label}")
             for position, layout in enumerate(layouts[label]):
                 tensor = torch.as_tensor(layout).to(device="cpu", dtype=torch.float32)
                 name = f"layout {position} of class {label}"
                 if tensor.ndim != 2 or tensor.shape[0] < 1 or tensor.shape[1] != NUM_GAUSSIAN_PARAMS:
                     raise ValueError(
-                        f"{name} must be of shape (tokens >= 1, {NUM_GAUSSIAN_PARAMS}), got {tuple(tensor.shape)}"
+                        f"{name} must be of shape (L, {NUM_GAUSSIAN_PARAMS}) with L >= 1, got {tuple(tensor.shape)}"
                     )
                 check_gaussians(tensor, name)
                 tensors.append(tensor)
                 labels.append(int(label))
         if not tensors:
-            raise ValueError("a bank needs at least one layout, got none")
+            raise ValueError("layouts must hold at least one layout, got none")
         lengths = torch.tensor([0] + [len(tensor) for tensor in tensors])
         bank = cls(num_layouts=len(tensors), total_tokens=int(lengths.sum()))
         bank.gaussians = torch.cat(tensors)
@@ -107,12 +127,12 @@ class GaussianLayoutBank(ModelMixin, ConfigMixin):
         return self
 
     def __len__(self) -> int:
-        """The number of layouts, N."""
+        """N, the number of layouts."""
         return self.config["num_layouts"]
 
     @property
     def class_ids(self) -> list[int]:
-        """The classes that the bank has layouts of, ascending."""
+        """The classes that have layouts, ascending."""
         return sorted(self.class_counts)
 
     @property
@@ -122,17 +142,21 @@ class GaussianLayoutBank(ModelMixin, ConfigMixin):
 
     @property
     def token_counts(self) -> dict[int, int]:
-        """Number of tokens of a layout -> number of layouts that have as many."""
+        """Number of tokens -> number of layouts with as many."""
         return _counts(self.offsets.diff())
 
     def gaussians_of(self, index: int) -> torch.Tensor:
-        """The Gaussians `(L, 5)` of one layout, by its index from 0 to N - 1."""
+        """The Gaussians `(L, 5)` of the layout at `index`, from 0 to N - 1.
+
+        Raises:
+            ValueError: if `index` is out of its range.
+        """
         if not 0 <= index < len(self):
             raise ValueError(f"index must be between 0 and {len(self) - 1}, got {index}")
         return self.gaussians[self.offsets[index] : self.offsets[index + 1]]
 
     def layouts_by_class(self) -> dict[int, list[torch.Tensor]]:
-        """Class id -> the Gaussians `(L, 5)` of its layouts: the argument of `from_layouts`."""
+        """Class id -> the Gaussians `(L, 5)` of its layouts, as `from_layouts` takes them."""
         layouts: dict[int, list[torch.Tensor]] = {label: [] for label in self.class_ids}
         for index, label in enumerate(self.class_labels.tolist()):
             layouts[label].append(self.gaussians_of(index))
@@ -148,18 +172,24 @@ class GaussianLayoutBank(ModelMixin, ConfigMixin):
         replacement: bool = True,
         exclude: torch.Tensor | Sequence[int] | None = None,
     ) -> BankLayout:
-        """Draw one layout for each class label, every layout of the class being equally likely.
+        """Draw one layout for each class label. All layouts of a class are equally likely.
 
         Args:
-            class_labels: `(B,)` class ids.
-            num_tokens: take only layouts of exactly so many tokens; one number for all or B numbers. None: any.
-            generator: source of the draws, or B of them, one per sample. With one per sample and with replacement, a
-                sample's layout does not depend on the others of its batch.
-            replacement: False: no layout comes twice in this call.
-            exclude: indices of layouts that must not be drawn, such as the `indices` of earlier calls.
+            class_labels (`int`, or sequence or `torch.Tensor` of B `int`): class ids.
+            num_tokens (`int` or sequence of B `int`, *optional*): draw only layouts of exactly so many tokens; one
+                number for all labels or one each. Layouts of any length by default.
+            generator (`torch.Generator` or list of B of them, *optional*): source of the draws, for all labels or for
+                each. With one each and with replacement, a draw does not depend on the other labels.
+            replacement (`bool`, *optional*, defaults to `True`): `False` draws no layout twice in this call.
+            exclude (`torch.Tensor` or sequence of `int`, *optional*): indices of layouts not to draw, such as the
+                `indices` of earlier calls.
+
+        Returns:
+            [`BankLayout`]: B layouts and their indices, padded to the longest.
 
         Raises:
-            ValueError: a class without (enough) layouts, or a number of token counts or generators other than B.
+            ValueError: if a class has no layouts, or too few that `num_tokens`, `exclude` and `replacement` allow; if
+                the length of `num_tokens` or `generator` is not B.
         """
         labels = torch.as_tensor(class_labels).reshape(-1).tolist()
         if not labels:
@@ -176,9 +206,10 @@ class GaussianLayoutBank(ModelMixin, ConfigMixin):
             if not replacement:
                 pool[:] = [index for index in pool if index not in drawn]
                 if not pool:
+                    available = len(self._candidates(label, count, exclude))
                     raise ValueError(
-                        f"class {label} has too few layouts for {labels.count(label)} draws without replacement; "
-                        f"it has {self.class_counts[label]} of all lengths, some of them excluded or of another length"
+                        f"class_labels must hold class {label} at most {available} times without replacement, "
+                        f"got {labels.count(label)} times"
                     )
             device = source.device if source is not None else "cpu"
             index = pool[int(torch.randint(len(pool), (1,), generator=source, device=device))]
@@ -193,30 +224,30 @@ class GaussianLayoutBank(ModelMixin, ConfigMixin):
         )
 
     def forward(self, class_labels: torch.Tensor, **kwargs: Any) -> BankLayout:
-        """The same as `sample`."""
+        """Call `sample`, with the same arguments."""
         return self.sample(class_labels, **kwargs)
 
     def _candidates(
         self, label: int, num_tokens: int | None, exclude: torch.Tensor | Sequence[int] | None
     ) -> list[int]:
-        """Indices of the layouts of one class (and length) that may be drawn; ValueError when there is none."""
+        """Indices of the layouts of one class that may be drawn. Raises a ValueError if there are none."""
         of_class = self.class_labels.cpu() == label
         if not of_class.any():
             ids = self.class_ids
             shown = f"{ids[:8]} ... {ids[-1]} ({len(ids)} classes)" if len(ids) > 12 else str(ids)
-            raise ValueError(f"the bank has layouts of the classes {shown}, got class {label}")
+            raise ValueError(f"class_labels must be among {shown}, the classes of the bank, got {label}")
         allowed = of_class
         if num_tokens is not None:
             lengths = self.offsets.cpu().diff()
             allowed = of_class & (lengths == num_tokens)
             if not allowed.any():
                 present = sorted(_counts(lengths[of_class]))
-                raise ValueError(f"class {label} has layouts of {present} tokens, got num_tokens={num_tokens}")
+                raise ValueError(f"num_tokens must be among {present} for class {label}, got {num_tokens}")
         if exclude is not None:
             allowed = allowed.clone()
             allowed[torch.as_tensor(exclude, dtype=torch.int64).reshape(-1).cpu()] = False
             if not allowed.any():
-                raise ValueError(f"all layouts of class {label} are excluded: expected at least one that is not")
+                raise ValueError(f"exclude must leave at least one layout of class {label}, got all of them")
         return allowed.nonzero().flatten().tolist()
 
 
@@ -226,11 +257,11 @@ def _counts(values: torch.Tensor) -> dict[int, int]:
 
 
 def _one_per_sample(value: Any, batch_size: int, name: str) -> list[Any]:
-    """One value for all samples, or one for each."""
+    """A list of `batch_size` values, made from one value for all samples or from one each."""
     if isinstance(value, torch.Tensor):
         value = value.tolist()
     if not isinstance(value, (list, tuple)):
         return [value] * batch_size
     if len(value) != batch_size:
-        raise ValueError(f"{name} must be one value or one for each of the {batch_size} samples, got {len(value)}")
+        raise ValueError(f"{name} must be one value or {batch_size}, one per class label, got {len(value)}")
     return list(value)

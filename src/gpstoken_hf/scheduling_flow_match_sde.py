@@ -1,13 +1,14 @@
 # Copyright 2026 The gpstoken-hf authors. Licensed under the Apache License, Version 2.0.
 """FlowMatchSDEScheduler: Euler-Maruyama sampling of a flow model on the linear path (SiT's SDE sampler).
 
-In the paper's time (t = 0 noise, t = 1 data; `x_t = t x_1 + (1 - t) x_0`, velocity `v = x_1 - x_0`) the score is
-`s = (t v - x) / (1 - t)`, and for any diffusion coefficient D(t) >= 0 the stochastic equation
+The paper's time runs from t = 0 (noise) to t = 1 (data), with `x_t = t x_1 + (1 - t) x_0` and the velocity
+`v = x_1 - x_0`. The score is then `s = (t v - x) / (1 - t)`, and for any diffusion coefficient D(t) >= 0 the
+stochastic equation
 
     dx = (v + D s) dt + sqrt(2 D) dw
 
-has the same marginals as the flow. Diffusers' side is `sigma = 1 - t`, `timestep = 1000 sigma`, and a model output
-of `noise - data = -v`.
+has the same marginals as the flow. In diffusers `sigma = 1 - t`, `timestep = 1000 sigma`, and the model returns
+`noise - data = -v`.
 """
 
 from __future__ import annotations
@@ -27,14 +28,18 @@ LAST_STEPS = ("mean", "tweedie", "euler", None)
 
 
 def diffusion_coefficient(t: float, form: str = "sbdm", norm: float = 1.0) -> float:
-    """D(t) of the SDE, in the paper's time.
+    """The diffusion coefficient D(t) of the SDE.
 
     Args:
-        t: from 0 (noise) to 1 (data); "sbdm" needs t > 0.
-        form: "sbdm" `(1 - t) / t`, that of score-based diffusion models; "constant" 1; "sigma" and "linear"
-            `1 - t`, which are one on the linear path; "decreasing" `(cos(pi t) + 1)^2 / 4`, the norm inside the
-            square; "increasing-decreasing" `sin(pi t)^2`.
-        norm: a factor (inside the square for "decreasing").
+        t (`float`): the paper's time, from 0 (noise) to 1 (data); above 0 for `"sbdm"`.
+        form (`str`, *optional*, defaults to `"sbdm"`): `"sbdm"` for `(1 - t) / t`, as in score-based diffusion models;
+            `"constant"` for 1; `"sigma"` or `"linear"` for `1 - t`, the same on the linear path; `"decreasing"` for
+            `(norm cos(pi t) + 1)^2 / 4`; `"increasing-decreasing"` for `sin(pi t)^2`.
+        norm (`float`, *optional*, defaults to 1.0): factor of D, except for `"decreasing"`, which has it inside the
+            square.
+
+    Raises:
+        ValueError: if `form` is unknown.
     """
     if form == "sbdm":
         return norm * (1 - t) / t
@@ -46,11 +51,11 @@ def diffusion_coefficient(t: float, form: str = "sbdm", norm: float = 1.0) -> fl
         return 0.25 * (norm * math.cos(math.pi * t) + 1) ** 2
     if form == "increasing-decreasing":
         return norm * math.sin(math.pi * t) ** 2
-    raise ValueError(f"diffusion_form must be one of {list(DIFFUSION_FORMS)}, got {form!r}")
+    raise ValueError(f"form must be one of {list(DIFFUSION_FORMS)}, got {form!r}")
 
 
 def score(x: torch.Tensor, v: torch.Tensor, t: float) -> torch.Tensor:
-    """The score of the linear path at time t < 1 from the velocity: `(t v - x) / (1 - t)`."""
+    """The score of the linear path at time t < 1, from sample and velocity: `(t v - x) / (1 - t)`."""
     return (t * v - x) / (1 - t)
 
 
@@ -59,34 +64,55 @@ class FlowMatchSDESchedulerOutput(BaseOutput):
     """Output of `FlowMatchSDEScheduler.step`.
 
     Args:
-        prev_sample: the sample at the next, less noisy step, of the shape of `sample`.
+        prev_sample (`torch.Tensor` of the shape of `sample`): the sample at the next, less noisy step.
     """
 
     prev_sample: torch.Tensor
 
 
 class FlowMatchSDEScheduler(SchedulerMixin, ConfigMixin):
-    """SiT's stochastic sampler: Euler-Maruyama from t = `start_time`, then one last step of its own kind.
+    """SiT's stochastic sampler: Euler-Maruyama steps and a different last step (paper Sec. 3.3).
 
-    `set_timesteps(N)` makes N steps, each with one call of the model: N - 1 of Euler-Maruyama, uniform from
-    `start_time` to `1 - last_step_size`, and the last one from there to the data. Without a last step
-    (`last_step=None`) all N are of Euler-Maruyama and end at `1 - start_time`.
+    `set_timesteps(N)` makes N steps, each with one call of the model. N - 1 Euler-Maruyama steps are uniform from
+    `start_time` to `1 - last_step_size`; the last step leads from there to the data. With `last_step=None` all N are
+    Euler-Maruyama steps and end at `1 - start_time`.
 
-    The configs of diffusers' flow schedulers are accepted by `from_config` and theirs accept ours; multistep solvers
-    find `prediction_type` and `use_flow_sigmas` in it.
+    `from_config` takes the configs of diffusers' flow schedulers, and theirs takes ours.
 
     Args:
-        num_train_timesteps: the timestep of pure noise; `timestep = num_train_timesteps sigma`.
-        diffusion_form: D(t), see `diffusion_coefficient`.
-        diffusion_norm: its factor.
-        last_step: "mean" (the drift `v + D s` without noise), "tweedie" (`x / t + (1 - t)^2 / t s`), "euler" (the
-            flow alone) or `None`.
-        last_step_size: the time that the last step covers; 0 < last_step_size < 1.
-        start_time: t of the first step; above 0, where D of "sbdm" is infinite.
-        prediction_type, use_flow_sigmas: "flow_prediction" and `True`, for the solvers that share this config.
+        num_train_timesteps (`int`, *optional*, defaults to 1000): the timestep of pure noise;
+            `timestep = num_train_timesteps sigma`.
+        diffusion_form (`str`, *optional*, defaults to `"sbdm"`): form of D(t), see `diffusion_coefficient`.
+        diffusion_norm (`float`, *optional*, defaults to 1.0): norm of D(t), at least 0.
+        last_step (`str`, *optional*, defaults to `"mean"`): `"mean"` follows the drift `v + D s` without noise,
+            `"tweedie"` takes `x / t + (1 - t)^2 / t s`, `"euler"` follows the flow `v`, `None` makes no last step.
+        last_step_size (`float`, *optional*, defaults to 0.04): time that the last step covers, in (0, 1).
+        start_time (`float`, *optional*, defaults to 1e-3): t of the first step, in (0, 1 - last_step_size). At 0 the D
+            of `"sbdm"` would be infinite.
+        prediction_type (`str`, *optional*, defaults to `"flow_prediction"`): no other value is possible; multistep
+            solvers of diffusers made from this config need it.
+        use_flow_sigmas (`bool`, *optional*, defaults to `True`): likewise.
 
     Raises:
-        ValueError: a value outside of what is named above.
+        ValueError: if an argument is out of its range.
+
+    Examples:
+        ```python
+        >>> import torch
+        >>> from gpstoken_hf import FlowMatchSDEScheduler
+
+        >>> scheduler = FlowMatchSDEScheduler(last_step="euler")
+        >>> scheduler.set_timesteps(10)
+        >>> data = torch.full((1, 2), 0.5)
+        >>> generator = torch.Generator().manual_seed(0)
+        >>> sample = torch.randn(1, 2, generator=generator)
+        >>> for timestep in scheduler.timesteps:
+        ...     model_output = (sample - data) * 1000 / timestep  # a perfect model: noise - data
+        ...     sample = scheduler.step(model_output, timestep, sample, generator=generator).prev_sample
+        >>> torch.allclose(sample, data, atol=1e-5)
+        True
+
+        ```
     """
 
     _compatibles: list[str] = []  # noqa: RUF012 - diffusers reads a list
@@ -110,17 +136,17 @@ class FlowMatchSDEScheduler(SchedulerMixin, ConfigMixin):
         if last_step not in LAST_STEPS:
             raise ValueError(f"last_step must be one of {list(LAST_STEPS)}, got {last_step!r}")
         if not 0 < last_step_size < 1:
-            raise ValueError(f"last_step_size must be in (0, 1); use last_step=None for none, got {last_step_size}")
+            raise ValueError(f"last_step_size must be in (0, 1), got {last_step_size}")
         if not 0 < start_time < 1 - last_step_size:
             raise ValueError(f"start_time must be in (0, 1 - last_step_size), got {start_time}")
         if diffusion_norm < 0:
             raise ValueError(f"diffusion_norm must be at least 0, got {diffusion_norm}")
         if prediction_type != "flow_prediction" or not use_flow_sigmas:
             raise ValueError(
-                "this scheduler is for flow models: it needs prediction_type='flow_prediction' and "
-                f"use_flow_sigmas=True, got {prediction_type!r} and {use_flow_sigmas}"
+                "prediction_type and use_flow_sigmas must be 'flow_prediction' and True, "
+                f"got {prediction_type!r} and {use_flow_sigmas}"
             )
-        # from_config drops values that were left at their default; these two must reach the multistep solvers.
+        # `from_config` of another class drops values that are marked as defaults. Multistep solvers need these two.
         defaults = self.config.get("_use_default_values", [])
         self.register_to_config(
             _use_default_values=[key for key in defaults if key not in ("prediction_type", "use_flow_sigmas")]
@@ -137,16 +163,20 @@ class FlowMatchSDEScheduler(SchedulerMixin, ConfigMixin):
 
     @property
     def step_index(self) -> int | None:
-        """Index of the coming step; `None` before the first."""
+        """Index of the next step; `None` before the first call of `step`."""
         return self._step_index
 
     @property
     def begin_index(self) -> int | None:
-        """Index of the first step, if it was set by `set_begin_index`."""
+        """Index of the first step, if `set_begin_index` has set it."""
         return self._begin_index
 
     def set_begin_index(self, begin_index: int = 0) -> None:
-        """Begin at this step instead of looking up the first timestep (which would wait for the device)."""
+        """Set the index of the first step. `step` then need not look it up, which would synchronise.
+
+        Args:
+            begin_index (`int`, *optional*, defaults to 0): index into `timesteps`.
+        """
         self._begin_index = begin_index
 
     def set_timesteps(
@@ -158,26 +188,28 @@ class FlowMatchSDEScheduler(SchedulerMixin, ConfigMixin):
         """Choose the steps.
 
         Args:
-            num_inference_steps: N, the number of steps and of model calls.
-            device: of `timesteps`; `sigmas` stay on the CPU.
-            sigmas: `1 - t` at the begin of every step, falling, in (0, 1), instead of the uniform ones; the last
-                step goes from the last of them to the data.
+            num_inference_steps (`int`, *optional*): N, the number of steps and of model calls, at least 1. Defaults to
+                the number of `sigmas`.
+            device (`torch.device`, *optional*): device of `timesteps`; `sigmas` stay on the CPU.
+            sigmas (`Sequence[float]`, *optional*): `1 - t` at the start of every step, decreasing inside (0, 1); the
+                last step leads from the last sigma to the data. Uniform steps by default.
 
         Raises:
-            ValueError: fewer than one step, or sigmas that do not fall from below 1 to above 0.
+            ValueError: if `num_inference_steps` is below 1, not the number of `sigmas`, or missing without `sigmas`;
+                if `sigmas` do not decrease inside (0, 1).
         """
-        if sigmas is None and num_inference_steps is None:
-            raise ValueError("num_inference_steps or sigmas is needed, got neither")
-        if sigmas is not None:
-            times = [1.0 - float(sigma) for sigma in sigmas]
-            if num_inference_steps is not None and num_inference_steps != len(times):
-                raise ValueError(f"num_inference_steps is {num_inference_steps}, but {len(times)} sigmas were given")
-            if not times or any(not a < b for a, b in zip([0.0, *times], [*times, 1.0])):
-                raise ValueError(f"sigmas must fall strictly inside of (0, 1), got {[float(s) for s in sigmas]}")
-        else:
+        if sigmas is None:
             if num_inference_steps is None or num_inference_steps < 1:
                 raise ValueError(f"num_inference_steps must be at least 1, got {num_inference_steps}")
             times = self._uniform_times(num_inference_steps)
+        else:
+            times = [1.0 - float(sigma) for sigma in sigmas]
+            if num_inference_steps not in (None, len(times)):
+                raise ValueError(
+                    f"num_inference_steps must be the number of sigmas, {len(times)}, got {num_inference_steps}"
+                )
+            if not times or any(not a < b for a, b in zip([0.0, *times], [*times, 1.0])):
+                raise ValueError(f"sigmas must decrease strictly inside (0, 1), got {[float(s) for s in sigmas]}")
         end = 1.0 if self.config.last_step is not None else max(1.0 - self.config.start_time, times[-1])
         self.num_inference_steps = len(times)
         self._set_times(times, end, device)
@@ -194,24 +226,28 @@ class FlowMatchSDEScheduler(SchedulerMixin, ConfigMixin):
         return [first + i * step for i in range(num_steps - 1)] + [last]
 
     def _set_times(self, times: list[float], end: float, device: str | torch.device | None) -> None:
-        # Kept as Python floats: near t = 0 the coefficients go with 1 / t, and 1 - sigma in float32 has lost the
-        # digits of t; and a step then needs no value back from the device.
+        # Steps compute with these Python floats. Near t = 0 coefficients grow as 1 / t, and 1 - sigma in float32 has
+        # lost digits of t. Also, a step then reads nothing back from the device.
         self._times = [*times, end]
         sigmas = 1.0 - torch.tensor(self._times, dtype=torch.float64)
         self.sigmas = sigmas.to(torch.float32)
-        self.timesteps = (sigmas[:-1] * self.config.num_train_timesteps).to(device=device, dtype=torch.float32)
+        # Cast before the move: not every device has float64.
+        self.timesteps = (sigmas[:-1] * self.config.num_train_timesteps).to(torch.float32).to(device)
         self._step_index = None
         self._begin_index = None
 
     def scale_model_input(self, sample: torch.Tensor, timestep: torch.Tensor | float | None = None) -> torch.Tensor:
-        """The sample as it is: a flow model needs no scaling."""
+        """Return the sample unchanged: a flow model needs no scaling."""
         return sample
 
     def index_for_timestep(self, timestep: torch.Tensor | float) -> int:
-        """Index of the step that begins at `timestep`.
+        """The index of the step that starts at `timestep`. Synchronises.
+
+        Args:
+            timestep (`float` or `torch.Tensor`): one of `timesteps`.
 
         Raises:
-            ValueError: it is not one of `timesteps`.
+            ValueError: if it is not one of `timesteps`.
         """
         matches = (self.timesteps.cpu() == torch.as_tensor(timestep).cpu()).nonzero()
         if len(matches) == 0:
@@ -227,29 +263,32 @@ class FlowMatchSDEScheduler(SchedulerMixin, ConfigMixin):
         variance_noise: torch.Tensor | None = None,
         return_dict: bool = True,
     ) -> FlowMatchSDESchedulerOutput | tuple[torch.Tensor]:
-        """One step towards the data.
+        """Take one step towards the data.
 
         Args:
-            model_output: `noise - data` as predicted by the model, of the shape of `sample`.
-            timestep: the one of `timesteps` that the model was given.
-            sample: x at this step.
-            generator: of the noise; a list has one for each sample of the batch.
-            variance_noise: standard normal noise to be used instead of drawing it.
-            return_dict: return an output object instead of a tuple.
+            model_output (`torch.Tensor` of the shape of `sample`): `noise - data` as the model predicts it.
+            timestep (`float` or `torch.Tensor`): the timestep that the model was given, one of `timesteps`.
+            sample (`torch.Tensor` of shape `(B, ...)`): x at this timestep.
+            generator (`torch.Generator` or list of B of them, *optional*): source of the noise, for the batch or per
+                sample.
+            variance_noise (`torch.Tensor` of the shape of `sample`, *optional*): standard normal noise to use instead
+                of drawing it.
+            return_dict (`bool`, *optional*, defaults to `True`): return an output object instead of a tuple.
 
         Returns:
-            `.prev_sample`: x at the next step, computed in float32, in the dtype of `model_output`.
+            [`FlowMatchSDESchedulerOutput`] or `tuple`: `.prev_sample`, x at the next timestep, computed in float32 and
+            returned in the dtype of `model_output`.
 
         Raises:
-            ValueError: no steps were set, more steps than were set, or an unknown timestep at the first one.
+            ValueError: if `set_timesteps` was not called, all steps were taken, or the first timestep is unknown.
         """
         if self.num_inference_steps is None:
-            raise ValueError("set_timesteps must be called before step")
+            raise ValueError("num_inference_steps must be set by set_timesteps before step, got None")
         if self._step_index is None:
             self._step_index = self.index_for_timestep(timestep) if self._begin_index is None else self._begin_index
         num_steps = len(self._times) - 1
         if self._step_index >= num_steps:
-            raise ValueError(f"all {num_steps} steps were taken; call set_timesteps before sampling again")
+            raise ValueError(f"step must be called at most {num_steps} times after set_timesteps, got one call more")
         t, t_next = self._times[self._step_index], self._times[self._step_index + 1]
         is_last = self._step_index == num_steps - 1 and self.config.last_step is not None
 
@@ -275,19 +314,23 @@ class FlowMatchSDEScheduler(SchedulerMixin, ConfigMixin):
         return FlowMatchSDESchedulerOutput(prev_sample=prev_sample)
 
     def scale_noise(self, sample: torch.Tensor, timestep: torch.Tensor | float, noise: torch.Tensor) -> torch.Tensor:
-        """The forward path at any timestep: `sigma noise + (1 - sigma) sample`.
+        """Noise a sample: `sigma noise + (1 - sigma) sample`.
 
         Args:
-            sample: `(B, ...)` data.
-            timestep: 1000 sigma, one number or `(B,)`; need not be one of `timesteps`.
-            noise: of the shape of `sample`.
+            sample (`torch.Tensor` of shape `(B, ...)`): data.
+            timestep (`float` or `torch.Tensor` of shape `(B,)`): `num_train_timesteps sigma`; need not be one of
+                `timesteps`.
+            noise (`torch.Tensor` of the shape of `sample`): standard normal noise.
+
+        Returns:
+            `torch.Tensor` of the shape and dtype of `sample`.
         """
-        sigma = torch.as_tensor(timestep, device=sample.device).to(torch.float32) / self.config.num_train_timesteps
+        sigma = torch.as_tensor(timestep).to(torch.float32).to(sample.device) / self.config.num_train_timesteps
         sigma = sigma.reshape(-1, *[1] * (sample.ndim - 1))
         return (sigma * noise + (1 - sigma) * sample).to(sample.dtype)
 
     def add_noise(
         self, original_samples: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor | float
     ) -> torch.Tensor:
-        """`scale_noise` with the arguments in the order of diffusers' training scripts."""
+        """`scale_noise` with its arguments in the order of diffusers' training scripts."""
         return self.scale_noise(original_samples, timesteps, noise)

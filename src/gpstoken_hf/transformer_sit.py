@@ -1,19 +1,19 @@
 # Copyright 2026 The gpstoken-hf authors. Licensed under the Apache License, Version 2.0.
 """SiTTransformer1DModel: the velocity network of both generators, a SiT over a sequence of tokens (paper Sec. 3.3).
 
-Letters: B batch, L tokens, C channels of a token, D width of the network, H heads, E channels of the condition.
+Shapes: B batch, L tokens, C channels of a token, D width of the network, H heads, E channels of the condition.
 
 One class serves the layout generator (C = 5, no condition), the texture generator (C = 5 + texture, conditioned on
-the initial Gaussians) and the one-stage baseline (C = 5 + texture, no condition); they differ by config only.
+the initial Gaussians) and the one-stage baseline (C = 5 + texture, no condition). Only their configs differ.
 
 Time. The paper has t = 0 for noise, t = 1 for data, `x_t = t x_1 + (1 - t) x_0` and the velocity `v = x_1 - x_0`.
-Diffusers has `sigma = 1 - t`, `timestep = 1000 sigma` and models that return `noise - data = -v`. `forward` speaks
-diffusers' convention; `timestep_to_time` and one change of sign are the whole conversion. See docs/conventions.md.
+Diffusers has `sigma = 1 - t`, `timestep = 1000 sigma` and models that return `noise - data = -v`. `forward` follows
+diffusers; `timestep_to_time` and one change of sign convert to the paper. See docs/conventions.md.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -27,6 +27,7 @@ from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.models.modeling_utils import ModelMixin
 from torch import nn
 
+from .configuration_gpstoken import check_channel_statistics
 from .gaussians import NUM_GAUSSIAN_PARAMS, gaussians_to_logits, join_tokens, logits_to_gaussians, split_tokens
 
 # SiT-S makes layouts, SiT-XL textures (paper App. B). Parameters for 128 tokens of 21 channels, 1000 classes.
@@ -40,9 +41,11 @@ GAUSSIAN_TARGETS = ("offset", "absolute", "logit")
 CONDITION_INJECTIONS = ("input", "every_block")
 TIMESTEP_SCALE = 1000.0
 
+TimeT = TypeVar("TimeT", torch.Tensor, float)
 
-def timestep_to_time(timestep: torch.Tensor) -> torch.Tensor:
-    """Diffusers' timestep (1000 = noise, 0 = data) -> the paper's time (0 = noise, 1 = data)."""
+
+def timestep_to_time(timestep: TimeT) -> TimeT:
+    """Timestep of diffusers (1000 is noise, 0 is data) -> time of the paper (0 is noise, 1 is data)."""
     return 1.0 - timestep / TIMESTEP_SCALE
 
 
@@ -53,14 +56,20 @@ def tokens_to_latents(
     gaussian_target: str,
     layout: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Tokens -> what a generator models: the target of its Gaussian channels, standardised per channel.
+    """Tokens -> the latents that a generator models: Gaussians as a target, then every channel standardised.
 
     Args:
-        tokens: `(B, L, 5 + C)`; C may be 0 (a layout).
-        mean, std: `(5 + C,)`, of the target's channels.
-        gaussian_target: "offset": `g - g_init`, the texture generator's target (paper Sec. 3.3); "absolute": `g`;
-            "logit": `logit(sigma)` and `logit((1 + v) / 2)` for rho and mu.
-        layout: `(B, L, 5)` initial Gaussians; needed for "offset" and only there.
+        tokens (`torch.Tensor` of shape `(B, L, 5 + C)`): Gaussians and texture; C may be 0 (a layout).
+        mean, std (`torch.Tensor` of shape `(5 + C,)`): statistics of the channels of the target.
+        gaussian_target (`str`): `"offset"` for `g - g_init`, the target of the texture generator (paper Sec. 3.3);
+            `"absolute"` for `g`; `"logit"` for `logit(sigma)` and, of rho and mu, `logit((1 + v) / 2)`.
+        layout (`torch.Tensor` of shape `(B, L, 5)`, *optional*): the initial Gaussians; for `"offset"` only.
+
+    Returns:
+        `torch.Tensor` of shape `(B, L, 5 + C)`.
+
+    Raises:
+        ValueError: if `gaussian_target` is unknown, or `layout` is missing for `"offset"` or given without it.
     """
     gaussians, texture = split_tokens(tokens)
     _check_target(gaussian_target, layout)
@@ -79,9 +88,10 @@ def latents_to_tokens(
     layout: torch.Tensor | None = None,
     eps: float = 1e-5,
 ) -> torch.Tensor:
-    """The inverse of `tokens_to_latents`; sigma is clamped into [eps, 1 - eps] and rho into [-1 + eps, 1 - eps].
+    """The inverse of `tokens_to_latents`; takes the same arguments.
 
-    Means are left as they come: a Gaussian centred outside of the frame is drawn as far as it reaches into it.
+    Clamps sigma to [eps, 1 - eps] and rho to [-1 + eps, 1 - eps]. Means may lie outside the image: the part of such a
+    Gaussian that reaches into the image is drawn.
     """
     target, texture = split_tokens(latents * std + mean)
     _check_target(gaussian_target, layout)
@@ -100,10 +110,8 @@ def _check_target(gaussian_target: str, layout: torch.Tensor | None) -> None:
     if gaussian_target not in GAUSSIAN_TARGETS:
         raise ValueError(f"gaussian_target must be one of {list(GAUSSIAN_TARGETS)}, got {gaussian_target!r}")
     if (gaussian_target == "offset") != (layout is not None):
-        given = "none" if layout is None else "one"
-        raise ValueError(
-            f"a layout belongs to gaussian_target 'offset' and only there, got {gaussian_target!r} and {given}"
-        )
+        expected, got = ("a tensor", None) if layout is None else ("None", "a tensor")
+        raise ValueError(f"layout must be {expected} with gaussian_target={gaussian_target!r}, got {got}")
 
 
 class SiTAttnProcessor:
@@ -132,7 +140,7 @@ class SiTAttnProcessor:
 
 
 class SiTAttention(nn.Module, AttentionModuleMixin):
-    """Multi-head self-attention with biases on all projections."""
+    """Multi-head self-attention; every projection has a bias."""
 
     _default_processor_cls = SiTAttnProcessor
     _available_processors = [SiTAttnProcessor]  # noqa: RUF012 - diffusers reads a list
@@ -153,7 +161,7 @@ class SiTAttention(nn.Module, AttentionModuleMixin):
 
 
 class SiTConditionEmbedding(nn.Module):
-    """The condition `(B, L, E)` embedded token by token: Linear, SiLU, Linear -> `(B, L, D)`."""
+    """Embeds the condition token by token: Linear, SiLU, Linear; `(B, L, E)` -> `(B, L, D)`."""
 
     def __init__(self, condition_channels: int, dim: int):
         super().__init__()
@@ -165,7 +173,7 @@ class SiTConditionEmbedding(nn.Module):
 
 
 class SiTTransformerBlock(nn.Module):
-    """Attention and MLP, each between an adaptive layer norm and a gate, all zero at the start (adaLN-Zero)."""
+    """Attention and MLP, each after an adaptive layer norm and before a gate that starts at zero (adaLN-Zero)."""
 
     def __init__(self, dim: int, heads: int, head_dim: int, mlp_ratio: float, norm_eps: float):
         super().__init__()
@@ -178,7 +186,7 @@ class SiTTransformerBlock(nn.Module):
     def forward(
         self, hidden_states: torch.Tensor, temb: torch.Tensor, attention_mask: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """`hidden_states` (B, L, D), `temb` (B, D) -> (B, L, D)."""
+        """`hidden_states` `(B, L, D)` and `temb` `(B, D)` -> `(B, L, D)`."""
         modulation = self.modulation(F.silu(temb)).unsqueeze(1)  # (B, 1, 6 D)
         shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = modulation.chunk(6, dim=-1)
         normed = self.norm1(hidden_states) * (1 + scale_msa) + shift_msa
@@ -191,27 +199,49 @@ class SiTTransformer1DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapter
     r"""A SiT with patch size 1 over a sequence of tokens (paper Sec. 3.3, App. B).
 
     Args:
-        sample_size: L, the number of tokens of a generated sequence, and of rows of the position embedding.
-        in_channels: C, channels of a token's target: 5 for a layout, 5 + texture channels otherwise.
-        num_classes: classes; the embedding has one row more, the last, for "no class".
-        num_layers: transformer blocks.
-        num_attention_heads, attention_head_dim: their product is the width D.
-        condition_channels: E, channels of the condition, 5 for initial Gaussians; `None`: no condition.
-        condition_injection: "input": the embedded condition is added to the embedded tokens once, as the authors'
-            checkpoints need it; "every_block": before every block, as the paper says.
-        learn_sigma: the output layer has 2 C channels, of which the first C are used (the authors' checkpoints).
-        class_dropout_prob: in training mode `forward` replaces each label by "no class" with this probability,
-            which is what classifier-free guidance needs; 0 turns that off. Not active in `eval()`.
-        mlp_ratio: width of the MLP over D.
-        norm_eps: eps of the layer norms.
-        gaussian_target: what the first 5 channels are: "offset" (refined minus initial Gaussian), "absolute" (the
-            Gaussian) or "logit" (its logits); `None` takes "offset" with a condition and "absolute" without.
-        latents_mean, latents_std: C channel statistics of the target, by which it is standardised; `None` leaves
-            them to the pipeline, which then takes those of its tokenizer.
+        sample_size (`int`, *optional*, defaults to 128): L, tokens per generated sequence, and rows of the position
+            embedding.
+        in_channels (`int`, *optional*, defaults to 21): C, channels per token: 5 for a layout, else 5 + texture
+            channels.
+        num_classes (`int`, *optional*, defaults to 1000): classes. The embedding has one more row, the last, for "no
+            class".
+        num_layers (`int`, *optional*, defaults to 28): transformer blocks.
+        num_attention_heads (`int`, *optional*, defaults to 16): attention heads per block.
+        attention_head_dim (`int`, *optional*, defaults to 72): width of a head; heads times this width is D.
+        condition_channels (`int`, *optional*): E, channels of the condition, 5 for initial Gaussians. `None` makes a
+            model without condition.
+        condition_injection (`str`, *optional*, defaults to `"input"`): `"input"` adds the embedded condition to the
+            embedded tokens once, as the authors' checkpoints need it; `"every_block"` adds it before every block, as
+            the paper describes.
+        learn_sigma (`bool`, *optional*, defaults to `True`): give the output layer 2 C channels and use the first C,
+            as the authors' checkpoints do.
+        class_dropout_prob (`float`, *optional*, defaults to 0.1): probability in [0, 1] with which `forward` replaces
+            a label by "no class" in training mode, as classifier-free guidance needs.
+        mlp_ratio (`float`, *optional*, defaults to 4.0): inner width of an MLP over D.
+        norm_eps (`float`, *optional*, defaults to 1e-6): epsilon of the layer norms.
+        gaussian_target (`str`, *optional*): what the first 5 channels hold: `"offset"` (refined minus initial
+            Gaussian), `"absolute"` (the Gaussian) or `"logit"` (its logits). Defaults to `"offset"` with a condition
+            and to `"absolute"` without.
+        latents_mean, latents_std (`list[float]`, *optional*): C statistics each, by which targets are standardised. A
+            pipeline takes those of its tokenizer where they are `None`.
 
     Raises:
-        ValueError: an unknown `condition_injection` or `gaussian_target`, statistics of another length than
-            `in_channels` or with a standard deviation of 0.
+        ValueError: if `condition_injection` or `gaussian_target` is unknown, `in_channels` is below 5,
+            `class_dropout_prob` leaves [0, 1], or the statistics are not C finite numbers each, std above 0.
+
+    Examples:
+        ```python
+        >>> import torch
+        >>> from gpstoken_hf import SiTTransformer1DModel, bundled
+
+        >>> model = SiTTransformer1DModel.from_pretrained(bundled("gpstoken-digits"), subfolder="layout_transformer")
+        >>> noise = torch.randn(2, 16, 5, generator=torch.Generator().manual_seed(0))
+        >>> with torch.no_grad():
+        ...     output = model(noise, timestep=1000.0, class_labels=torch.tensor([3, 7]))
+        >>> output.sample.shape  # noise - data
+        torch.Size([2, 16, 5])
+
+        ```
     """
 
     _supports_gradient_checkpointing = True
@@ -249,15 +279,15 @@ class SiTTransformer1DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapter
         if gaussian_target not in GAUSSIAN_TARGETS:
             raise ValueError(f"gaussian_target must be one of {list(GAUSSIAN_TARGETS)}, got {gaussian_target!r}")
         if in_channels < NUM_GAUSSIAN_PARAMS:
-            raise ValueError(f"in_channels must be at least {NUM_GAUSSIAN_PARAMS} (a Gaussian), got {in_channels}")
+            raise ValueError(f"in_channels must be at least {NUM_GAUSSIAN_PARAMS}, for a Gaussian, got {in_channels}")
         if not 0 <= class_dropout_prob <= 1:
             raise ValueError(f"class_dropout_prob must be in [0, 1], got {class_dropout_prob}")
-        _check_statistics(latents_mean, latents_std, in_channels)
+        check_channel_statistics(latents_mean, latents_std, in_channels)
 
         dim = num_attention_heads * attention_head_dim
         self.proj_in = nn.Linear(in_channels, dim)
         self.pos_embed = nn.Parameter(torch.empty(1, sample_size, dim))
-        # A conditioned model carries the table (checkpoints have it) but does not learn it: it is never used there.
+        # A model with a condition does not use the table. It has one because checkpoints do, but does not learn it.
         self.pos_embed.requires_grad_(condition_channels is None)
         self.time_proj = Timesteps(256, flip_sin_to_cos=True, downscale_freq_shift=0)
         self.time_embedder = TimestepEmbedding(256, dim)
@@ -277,22 +307,36 @@ class SiTTransformer1DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapter
 
     @classmethod
     def preset(cls, name: str, **config: Any) -> SiTTransformer1DModel:
-        """A new model of size "S", "B", "L" or "XL"; `config` sets the rest, and wins over the preset.
+        """A new model of a named size.
+
+        Args:
+            name (`str`): `"S"`, `"B"`, `"L"` or `"XL"`.
+            config: arguments of the constructor; they win over the preset.
 
         Raises:
-            ValueError: no preset of that name.
+            ValueError: if no preset has this name.
+
+        Examples:
+            ```python
+            >>> from gpstoken_hf import SiTTransformer1DModel
+
+            >>> model = SiTTransformer1DModel.preset("S", num_layers=2, in_channels=5, num_classes=10)
+            >>> model.config.num_attention_heads
+            6
+
+            ```
         """
         if name not in SIT_PRESETS:
-            raise ValueError(f"SiT presets are {list(SIT_PRESETS)}, got {name!r}")
+            raise ValueError(f"name must be one of the presets {list(SIT_PRESETS)}, got {name!r}")
         return cls(**{**SIT_PRESETS[name], **config})
 
     @property
     def null_class(self) -> int:
-        """The label that stands for "no class"."""
+        """The label for "no class"."""
         return self.config.num_classes
 
     def _initialize_weights(self) -> None:
-        """DiT's initialisation: Xavier, and zero where a block or the output is to begin as nothing."""
+        """Initialise as DiT does: Xavier, with zero gates and output, so that every block starts as the identity."""
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
@@ -317,22 +361,23 @@ class SiTTransformer1DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapter
         """Predict `noise - data` for noised tokens.
 
         Args:
-            hidden_states: `(B, L, C)` noised targets, `sigma noise + (1 - sigma) data`.
-            timestep: 1000 sigma, one number or `(B,)`; 1000 is noise.
-            class_labels: `(B,)` integers from 0 to `num_classes`, the last meaning "no class". In training mode some
-                are replaced by it, see `class_dropout_prob`.
-            encoder_condition: `(B, L, E)` initial Gaussians. With a condition L may be anything. Without, the learned
-                position embedding takes its place and L must be `sample_size`; a model made for a condition may be
-                called without, its table then being whatever its checkpoint holds.
-            attention_mask: `(B, L)`, 1 (or True) for tokens, 0 for padding. Padding changes no token's output; what
-                comes out at padded positions has no meaning.
-            return_dict: return an output object instead of a tuple.
+            hidden_states (`torch.Tensor` of shape `(B, L, C)`): noised targets, `sigma noise + (1 - sigma) data`.
+            timestep (`float` or `torch.Tensor` of shape `(B,)`): 1000 sigma; 1000 is noise.
+            class_labels (`torch.Tensor` of shape `(B,)`): integers from 0 to `num_classes`; the last means "no class".
+                In training mode some are replaced by it (`class_dropout_prob`).
+            encoder_condition (`torch.Tensor` of shape `(B, L, E)`, *optional*): initial Gaussians. With them L is
+                free. Without them the position embedding takes their place and L must be `sample_size`. A model made
+                for a condition also runs without one, but has never learned its position embedding.
+            attention_mask (`torch.Tensor` of shape `(B, L)`, *optional*): 1 (or True) for tokens, 0 for padding.
+                Padding does not change the output at tokens. The output at padding has no meaning.
+            return_dict (`bool`, *optional*, defaults to `True`): return an output object instead of a tuple.
 
         Returns:
-            `.sample` `(B, L, C)`: minus the velocity of the paper.
+            [`~diffusers.models.modeling_outputs.Transformer2DModelOutput`] or `tuple`: `.sample` `(B, L, C)`, minus
+            the velocity of the paper.
 
         Raises:
-            ValueError: shapes that do not fit together or the config.
+            ValueError: if a shape does not fit the config or another shape; if a model without condition is given one.
         """
         self._check_inputs(hidden_states, class_labels, encoder_condition, attention_mask)
         batch, dtype = hidden_states.shape[0], hidden_states.dtype
@@ -371,9 +416,13 @@ class SiTTransformer1DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapter
         return Transformer2DModelOutput(sample=sample)
 
     def enable_cache(self, config: Any) -> None:
-        """Diffusers' caches (first block, pyramid attention broadcast, ...); see `CacheMixin.enable_cache`."""
-        # Diffusers looks blocks up by class and knows only its own; registering there imports all its models, so
-        # it is done when a cache is asked for and not when this module is imported.
+        """Turn on one of diffusers' caches (first block, pyramid attention broadcast, ...).
+
+        Args:
+            config: the config of the cache, see [`~diffusers.CacheMixin.enable_cache`].
+        """
+        # Diffusers looks blocks up by class, so ours must be registered. Importing its registry imports all of its
+        # models; do that only when a cache is wanted.
         from diffusers.hooks._helpers import TransformerBlockMetadata, TransformerBlockRegistry
 
         TransformerBlockRegistry.register(
@@ -400,23 +449,11 @@ class SiTTransformer1DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapter
         if condition is None:
             if length != sample_size:
                 raise ValueError(
-                    f"without a condition the learned positions need exactly {sample_size} tokens, got {length}"
+                    f"hidden_states must have sample_size = {sample_size} tokens without encoder_condition, "
+                    f"got {length}"
                 )
         elif self.condition_embedder is None:
-            raise ValueError("encoder_condition was given, but the config has condition_channels=None")
+            raise ValueError("encoder_condition must be None for a model with condition_channels=None, got a tensor")
         elif tuple(condition.shape) != (batch, length, self.config.condition_channels):
             expected = (batch, length, self.config.condition_channels)
             raise ValueError(f"encoder_condition must be {expected}, got {tuple(condition.shape)}")
-
-
-def _check_statistics(mean: list[float] | None, std: list[float] | None, channels: int) -> None:
-    if (mean is None) != (std is None):
-        raise ValueError("latents_mean and latents_std belong together, got only one of them")
-    if mean is None or std is None:
-        return
-    if len(mean) != channels or len(std) != channels:
-        raise ValueError(
-            f"latents_mean and latents_std must have in_channels = {channels} values, got {len(mean)} and {len(std)}"
-        )
-    if not all(value > 0 for value in std):
-        raise ValueError(f"latents_std must be positive (use 1 for a constant channel), got {min(std)}")
