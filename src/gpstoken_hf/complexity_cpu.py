@@ -97,7 +97,7 @@ def partition_compiled(
             min_region_size,
             no_weights if weights is None else weights[index],
             _ENTROPY_TABLE,
-            Scratch.for_image(*pixels.shape[1:], counts[index]),
+            Scratch.for_image(pixels.shape[1], pixels.shape[2], counts[index]),
         )
 
     num_threads = min(torch.get_num_threads(), len(counts))
