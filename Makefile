@@ -46,6 +46,9 @@ test-newest: ## Say what the newest transformers has changed in its test suites;
 	GPSTOKEN_STRICT_TRANSFORMERS_SUITE=1 $(VENV)-newest/bin/python -m pytest $(FAST_TESTS) \
 		tests/test_common_*.py tests/test_transformers_suite.py
 
+docs: $(STAMP) ## Build the documentation, with the API reference, into site/
+	$(BIN)/python -m mkdocs build --strict
+
 lint: $(STAMP) ## Check style and types
 	$(BIN)/python -m ruff check .
 	$(BIN)/python -m ruff format --check .
