@@ -156,7 +156,7 @@ def test_shipped_presets_resolve():
         )
         if parser is train_tokenizer:
             config = train_tokenizer.resolve_config(options)
-            assert train_tokenizer.Sizes.of(options, config).validation_tokens
+            assert train_tokenizer.Sizes.of(options, config).validation
 
 
 def test_switches_have_one_spelling(tmp_path):
@@ -301,6 +301,20 @@ def test_batch_contents():
     assert batch["labels"].tolist() == [
         row % 3 for row in take(plan(source, resolutions=[32], weights=[1]), 1)[0].rows
     ]
+
+
+def test_a_number_of_tokens_per_batch_needs_no_padding_and_is_one_for_all_processes():
+    source = Rows(11)
+    batches = image_batches(source, token_counts=TokenCounts(4, 12, 16, per_image=False))
+    ranks = [take(plan(source, rank=rank, world_size=2), 12) for rank in range(2)]
+    densities = set()
+    for requests in zip(*ranks):
+        first, second = (batches[request] for request in requests)
+        assert first["attention_mask"].all()
+        assert first["attention_mask"].shape == second["attention_mask"].shape
+        densities.add(first["attention_mask"].shape[1] / first["pixel_values"].shape[-1] ** 2)
+    assert len(densities) > 4
+    assert 4 / 16**2 <= min(densities) <= max(densities) <= 12 / 16**2
 
 
 def test_flip_and_center_crop():

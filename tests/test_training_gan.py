@@ -373,10 +373,13 @@ def test_fine_tuning_from_a_checkpoint_with_other_counts_and_sizes(images, tmp_p
     assert train_tokenizer.main(tokenizer_command(images, first, 2)) == 0
     command = tokenizer_command(images, second, 3, "--resolution", "48", "--resolutions", "24", "48")
     command += ["--max_tokens", "20", "--token_counts_per", "batch", "--native_crop_prob", "0.5"]
+    command += ["--validation_resolutions", "48", "24"]
     command += ["--adversarial_weight", "0.3", "--pretrained_model_name_or_path", str(first / "model")]
     command = [word for word in command if word not in ("--preset", "tiny")]
     assert train_tokenizer.main(command) == 0
-    assert read_metrics(second / "metrics.jsonl")[-1]["step"] == 3
+    row = read_metrics(second / "metrics.jsonl")[-1]
+    assert row["step"] == 3
+    assert {"validation/psnr", "validation/psnr_24px_2_tokens"} == row.keys() - {"step"}
 
 
 @pytest.mark.parametrize(

@@ -188,6 +188,11 @@ class RowOrder:
         return int(self._permutation[place])
 
 
+def images_at(resolution: int, base_resolution: int, batch_size: int) -> int:
+    """Images at `resolution` that have as many pixels as `batch_size` images at `base_resolution`; at least 1."""
+    return max(1, round(batch_size * (base_resolution / resolution) ** 2))
+
+
 class BatchPlan:
     """The endless sequence of batches of one process, from `first_batch` on.
 
@@ -226,10 +231,6 @@ class BatchPlan:
         self.shuffle_buffer_size = shuffle_buffer_size
         self.is_stream = not hasattr(source, "__len__")
 
-    def images_at(self, resolution: int) -> int:
-        """Number of images of a batch at this resolution; the number of pixels is constant."""
-        return max(1, round(self.batch_size * (self.base_resolution / resolution) ** 2))
-
     def _slots(self) -> Iterator[tuple[int, int, int, int]]:
         """(batch number, resolution, position of the first sample, number of samples) of this process."""
         position = 0
@@ -239,7 +240,7 @@ class BatchPlan:
             else:
                 rng = np.random.default_rng([self.seed, RESOLUTION, number])
                 resolution = int(rng.choice(self.resolutions, p=self.probabilities))
-            size = self.images_at(resolution)
+            size = images_at(resolution, self.base_resolution, self.batch_size)
             yield number, resolution, position + self.rank * size, size
             position += self.world_size * size
 
@@ -367,7 +368,9 @@ class ImageBatches(Dataset):
                 for row, position, name in zip(rows, request.positions, names)
             ]
         )
-        rng = np.random.default_rng([self.seed, TOKEN_COUNT, request.number, request.rank])
+        # One number for a batch is one for the batches of all processes, which then take equally long.
+        rank = request.rank if self.token_counts.per_image else 0
+        rng = np.random.default_rng([self.seed, TOKEN_COUNT, request.number, rank])
         counts = self.token_counts.draw(request.resolution, len(images), rng)
         batch = partitioned_batch(torch.from_numpy(images), counts, self.partition)
         if self.label_column is not None:

@@ -47,6 +47,7 @@ from training.data import (
     PartitionSettings,
     TokenCounts,
     batch_loader,
+    images_at,
     load_image_dataset,
     load_validation_images,
     partitioned_batch,
@@ -142,6 +143,12 @@ def make_parser() -> argparse.ArgumentParser:
     group.add_argument("--validation_split", help="a held-out split of the training dataset")
     group.add_argument("--num_validation_images", type=positive, default=64, help="the first ones")
     group.add_argument("--validation_tokens", type=positive, nargs="+", help="numbers of tokens; default: the model's")
+    group.add_argument(
+        "--validation_resolutions",
+        type=positive,
+        nargs="+",
+        help="sides of the images, each with --validation_tokens scaled with the area; default: --resolution",
+    )
     group.add_argument("--num_grid_images", type=positive, default=12)
     return parser
 
@@ -179,11 +186,12 @@ class TokenizerTask(TrainingTask):
         )
         self._check_token_counts()
         self.train_data, validation_data = self._datasets()
-        self.validation_images = load_validation_images(
-            validation_data, options.image_column, options.num_validation_images, self.sizes.resolution
-        )
+        images = {
+            side: load_validation_images(validation_data, options.image_column, options.num_validation_images, side)
+            for side in {side for side, _ in self.sizes.validation}
+        }
         self.validation_batches = [
-            partitioned_batch(self.validation_images, count, self.partition) for count in self.sizes.validation_tokens
+            partitioned_batch(images[side], count, self.partition) for side, count in self.sizes.validation
         ]
         if options.pretrained_model_name_or_path is not None:
             model = GPSTokenModel.from_pretrained(options.pretrained_model_name_or_path, dtype=torch.float32)
@@ -272,8 +280,7 @@ class TokenizerTask(TrainingTask):
     def _check_token_counts(self) -> None:
         """Check that the partition can reach the numbers of tokens."""
         wanted = [(size, self.sizes.token_counts.bounds(size)[1]) for size in self.sizes.resolutions]
-        wanted += [(self.sizes.resolution, count) for count in self.sizes.validation_tokens]
-        for resolution, count in wanted:
+        for resolution, count in wanted + self.sizes.validation:
             try:
                 partitioned_batch(torch.zeros(1, 3, resolution, resolution), count, self.partition)
             except ValueError as error:
@@ -327,26 +334,25 @@ class TokenizerTask(TrainingTask):
         return batch_loader(batches, plan, options.dataloader_num_workers, accelerator.device.type == "cuda")
 
     def validate(self, step: int, directory: Path) -> dict[str, float]:
+        """PSNR at every size and number of tokens. The first one also gets the other distances, and a picture."""
         values = {}
-        for index, (count, batch) in enumerate(zip(self.sizes.validation_tokens, self.validation_batches)):
-            reconstruction = self._reconstruct(batch)
-            name = "psnr" if index == 0 else f"psnr_{count}_tokens"
-            values[name] = psnr(reconstruction, self.validation_images).mean().item()
+        for index, ((side, count), batch) in enumerate(zip(self.sizes.validation, self.validation_batches)):
+            images, reconstruction = batch["pixel_values"], self._reconstruct(batch)
+            size = f"{side}px_" if side != self.sizes.resolution else ""
+            name = "psnr" if index == 0 else f"psnr_{size}{count}_tokens"
+            values[name] = psnr(reconstruction, images).mean().item()
             if index == 0:
-                values |= self._perceptual_distances(reconstruction)
+                values |= self._perceptual_distances(reconstruction, images)
                 shown = self.options.num_grid_images
-                save_comparison(
-                    self.validation_images[:shown],
-                    reconstruction[:shown],
-                    directory / "images" / f"step-{step:07d}.png",
-                )
+                path = directory / "images" / f"step-{step:07d}.png"
+                save_comparison(images[:shown], reconstruction[:shown], path)
         return values
 
-    def _perceptual_distances(self, reconstruction: torch.Tensor) -> dict[str, float]:
+    def _perceptual_distances(self, reconstruction: torch.Tensor, images: torch.Tensor) -> dict[str, float]:
         """The means over the validation images of the perceptual losses that are in use."""
         totals: dict[str, float] = {}
         size = self.options.train_batch_size
-        for pair in zip(reconstruction.split(size), self.validation_images.split(size)):
+        for pair in zip(reconstruction.split(size), images.split(size)):
             parts = [part.to(self.accelerator.device) for part in pair]
             if self.perceptual is not None:
                 totals["lpips"] = totals.get("lpips", 0.0) + self.perceptual(*parts).sum().item()
@@ -356,11 +362,9 @@ class TokenizerTask(TrainingTask):
 
     def _reconstruct(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
         parts = []
-        for start in range(0, len(batch["pixel_values"]), self.options.train_batch_size):
-            part = {
-                name: value[start : start + self.options.train_batch_size].to(self.accelerator.device)
-                for name, value in batch.items()
-            }
+        count = images_at(batch["pixel_values"].shape[-1], self.sizes.resolution, self.options.train_batch_size)
+        for start in range(0, len(batch["pixel_values"]), count):
+            part = {name: value[start : start + count].to(self.accelerator.device) for name, value in batch.items()}
             with self.accelerator.autocast():
                 parts.append(self.modules["model"](part).float().clamp(-1, 1).cpu())
         return torch.cat(parts)
@@ -376,11 +380,11 @@ class Sizes:
     """Resolutions and numbers of tokens of a run.
 
     Args:
-        resolution (`int`): Side of the validation images; numbers of tokens and the batch size are meant for it.
+        resolution (`int`): The side that numbers of tokens and the batch size are meant for.
         resolutions (`list[int]`): Sides of the training images.
         weights (`list[float]`): How often each of them is drawn.
         token_counts (`TokenCounts`): Distribution of the number of tokens in training.
-        validation_tokens (`list[int]`): Numbers of tokens in validation.
+        validation (`list[tuple[int, int]]`): Sides and numbers of tokens in validation.
     """
 
     def __init__(
@@ -389,10 +393,10 @@ class Sizes:
         resolutions: list[int],
         weights: list[float],
         token_counts: TokenCounts,
-        validation_tokens: list[int],
+        validation: list[tuple[int, int]],
     ) -> None:
         self.resolution, self.resolutions, self.weights = resolution, resolutions, weights
-        self.token_counts, self.validation_tokens = token_counts, validation_tokens
+        self.token_counts, self.validation = token_counts, validation
 
     @classmethod
     def of(cls, options: argparse.Namespace, config: GPSTokenConfig) -> Sizes:
@@ -413,7 +417,12 @@ class Sizes:
         if low > high:
             raise ProgramError(f"--min_tokens must not exceed --max_tokens, got {low} and {high}")
         counts = TokenCounts(low, high, resolution, per_image=options.token_counts_per == "image")
-        return cls(resolution, resolutions, weights, counts, options.validation_tokens or [config.num_tokens])
+        validation = [
+            (side, max(1, round(count * (side / resolution) ** 2)))
+            for side in options.validation_resolutions or [resolution]
+            for count in options.validation_tokens or [config.num_tokens]
+        ]
+        return cls(resolution, resolutions, weights, counts, validation)
 
 
 def save_comparison(images: torch.Tensor, reconstructions: torch.Tensor, path: Path) -> None:
