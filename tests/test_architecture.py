@@ -21,7 +21,7 @@ ARROWS = {
     "configuration_gpstoken": set(),
     "gaussians": set(),
     "loading": set(),
-    "metrics": set(),
+    "metrics": {"gaussians"},
     "numba_support": set(),
     "triton_support": set(),
     "regions": {"numba_support"},

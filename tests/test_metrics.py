@@ -88,7 +88,7 @@ def test_8_bit_images_agree_whatever_the_range(pair):
         (torch.zeros(1, 3, 16, 16), torch.zeros(1, 3, 16, 17), 2.0, r"\(1, 3, 16, 16\) and \(1, 3, 16, 17\)"),
         (torch.zeros(3, 16, 16), torch.zeros(3, 16, 16), 2.0, r"\(B, C, H, W\)"),
         (torch.zeros(0, 3, 16, 16), torch.zeros(0, 3, 16, 16), 2.0, r"\(0, 3"),
-        (torch.zeros(1, 3, 16, 16), torch.zeros(1, 3, 16, 16), 0.0, "data_range > 0"),
+        (torch.zeros(1, 3, 16, 16), torch.zeros(1, 3, 16, 16), 0.0, "data_range must be above 0"),
     ],
 )
 def test_bad_input(metric, images, reference, data_range, message):

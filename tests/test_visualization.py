@@ -45,6 +45,19 @@ def test_means_and_covariances_in_pixels():
     assert np.allclose(covariances[1], [[9, 0.5 * 3 * 4], [0.5 * 3 * 4, 16]], atol=1e-6)
 
 
+def test_without_aligned_corners_an_enlargement_has_the_same_drawing_enlarged():
+    box = torch.tensor([[4, 2, 19, 9]])
+    gaussians = boxes_to_gaussians(box, (20, 30), align_corners=False)
+    for factor in (1, 3):
+        means, covariances = gaussians_to_pixels(gaussians, (20 * factor, 30 * factor), align_corners=False)
+        # Pixel centres are at whole numbers, so the first edge is at -0.5.
+        assert np.allclose((means + 0.5) / factor, [[12, 6]])
+        assert np.allclose(np.sqrt(np.diagonal(covariances[0])) / factor, [16 * 2 / 3 / 2, 8 * 2 / 3 / 2])
+    image = PIL.Image.new("RGB", (30, 20))
+    drawn = [draw_gaussians(image, gaussians, zoom=8, align_corners=aligned) for aligned in (True, False)]
+    assert changed_pixels(*drawn).any()
+
+
 def test_outline_is_the_level_set_of_the_gaussian():
     gaussians = torch.tensor([[0.2, 0.1, 0.0, 0.1, -0.2], [0.2, 0.3, 0.9, 0.0, 0.0], [0.05, 0.3, -0.7, -0.5, 0.5]])
     means, covariances = gaussians_to_pixels(gaussians, (41, 61))

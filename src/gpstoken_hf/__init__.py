@@ -1,11 +1,11 @@
 # Copyright 2026 The gpstoken-hf authors. Licensed under the Apache License, Version 2.0.
 """GPSToken for Hugging Face: images as 2D-Gaussian tokens, for reconstruction and two-stage generation.
 
-Reading the modules in the order of the imports below is reading the paper: image -> layout -> encode -> splat ->
-decode -> image, then label -> layout -> calibration -> texture -> decode.
+The imports below follow the data: image -> layout -> encode -> splat -> decode -> image, then label -> layout ->
+calibration -> texture -> decode. Read the modules in this order, beside the paper (arXiv 2509.01109).
 """
 
-# ruff: noqa: I001 - the order of the data flow
+# ruff: noqa: I001 - the imports follow the data
 from importlib.resources import files
 
 from transformers import AutoConfig, AutoImageProcessor, AutoModel
@@ -51,13 +51,30 @@ register_with_diffusers()
 
 
 def bundled(name: str) -> str:
-    """Path of a checkpoint that ships with the package, for `from_pretrained`: works offline.
+    """The folder of a checkpoint that ships with this package, for `from_pretrained`.
+
+    Args:
+        name (`str`): `"gpstoken-nano"`, a tokenizer for photographs of 64 x 64 pixels, or `"gpstoken-digits"`, a
+            pipeline that generates handwritten digits of 32 x 32 pixels.
+
+    Returns:
+        `str`: the path of the folder.
 
     Raises:
-        ValueError: no checkpoint of that name is bundled.
+        ValueError: if no checkpoint of this name is bundled.
+
+    Examples:
+        ```python
+        >>> from gpstoken_hf import GPSTokenModel, bundled
+
+        >>> model = GPSTokenModel.from_pretrained(bundled("gpstoken-nano"))
+        >>> model.config.num_tokens
+        32
+
+        ```
     """
     root = files(__name__) / "bundled"
     available = sorted(entry.name for entry in root.iterdir() if entry.is_dir()) if root.is_dir() else []
     if name not in available:
-        raise ValueError(f"bundled checkpoints are {available}, got {name!r}")
+        raise ValueError(f"name must be one of the bundled checkpoints {available}, got {name!r}")
     return str(root / name)

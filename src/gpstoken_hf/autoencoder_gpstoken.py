@@ -104,7 +104,7 @@ class AutoencoderGPSToken(ModelMixin, AutoencoderMixin, ConfigMixin):
         >>> import torch
         >>> from gpstoken_hf import AutoencoderGPSToken, GPSTokenModel, bundled
 
-        >>> model = GPSTokenModel.from_pretrained(bundled("gpstoken-digits")).eval()
+        >>> model = GPSTokenModel.from_pretrained(bundled("gpstoken-digits"), subfolder="vae").eval()
         >>> images = torch.rand(4, 3, 32, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1
         >>> vae = AutoencoderGPSToken.from_gpstoken(model, pixel_values=[images])
         >>> with torch.no_grad():

@@ -1,11 +1,10 @@
 # Copyright 2026 The gpstoken-hf authors. Licensed under the Apache License, Version 2.0.
 """Loading pipelines of this package from the Hub.
 
-Diffusers records a component of another package under its module path, `["gpstoken_hf.modeling_gpstoken", ...]`, and
-takes such a path in a Hub repository for a file of code inside of that repository. Two things make it look here:
-the component modules are registered beside diffusers' own (`register_with_diffusers`, which also makes
-`DiffusionPipeline.from_pretrained` and the pipelines of diffusers find them), and our pipeline downloads its
-repository without looking for code in it (`HubDownloadMixin`).
+A saved pipeline records its components by module path, such as `gpstoken_hf.modeling_gpstoken`. For a repository on
+the Hub, diffusers takes such a path for a file of code inside the repository. `register_with_diffusers` registers the
+modules beside those of diffusers, so that any pipeline class finds them. `HubDownloadMixin` downloads the repository
+of a pipeline without looking for code in it.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ from typing import Any
 import diffusers
 from huggingface_hub import snapshot_download
 
-# The module paths are recorded in every saved pipeline: a module that moves must leave a shim behind.
+# Every saved pipeline records these paths. A module that moves must leave a module behind that imports its names.
 COMPONENT_MODULES = (
     "modeling_gpstoken",
     "autoencoder_gpstoken",
@@ -26,8 +25,8 @@ COMPONENT_MODULES = (
     "scheduling_flow_match_sde",
     "layout_bank",
 )
-# Found by name on the diffusers module: pipelines when one is loaded through DiffusionPipeline, schedulers when one
-# is made from the config of another.
+# diffusers looks these up by name in its own namespace: pipelines in `DiffusionPipeline.from_pretrained`, schedulers
+# in `from_config` of another scheduler.
 DIFFUSERS_CLASSES = (
     ("pipeline_gpstoken", "GPSTokenPipeline"),
     ("scheduling_flow_match_sde", "FlowMatchSDEScheduler"),
@@ -35,7 +34,7 @@ DIFFUSERS_CLASSES = (
 
 
 def register_with_diffusers() -> None:
-    """Make diffusers find the classes of this package by the names that saved pipelines hold. Safe to repeat."""
+    """Make diffusers find the classes of this package by their names in saved pipelines. May be called repeatedly."""
     for name in COMPONENT_MODULES:
         module = importlib.import_module(f".{name}", __package__)
         setattr(diffusers.pipelines, module.__name__, module)
@@ -44,26 +43,26 @@ def register_with_diffusers() -> None:
 
 
 class HubDownloadMixin:
-    """A pipeline that downloads what its repository holds, instead of looking for the code of its components there."""
+    """A pipeline that downloads the weights and configs of a repository, and no code."""
 
     @classmethod
     def download(cls, pretrained_model_name: str, **kwargs: Any) -> str | os.PathLike[str]:
-        """Download a pipeline repository, or find it in the cache.
+        """Download the repository of a pipeline, or find it in the cache.
 
         Args:
-            pretrained_model_name: `owner/name` on the Hub.
-            kwargs: those of `DiffusionPipeline.download`: `revision`, `token`, `cache_dir`, `force_download`,
-                `local_files_only`, `variant`, ... Components that are passed are not downloaded.
+            pretrained_model_name (`str`): `owner/name` on the Hub.
+            kwargs: arguments of `DiffusionPipeline.download`: `revision`, `token`, `cache_dir`, `force_download`,
+                `local_files_only`, `variant` and others. Components that are passed are not downloaded. With
+                `custom_pipeline` or `trust_remote_code=True` diffusers downloads, code included.
 
         Returns:
-            The folder with the files. Code in the repository is not downloaded; with `custom_pipeline` or
-            `trust_remote_code=True` diffusers' own download is used.
+            `str`: the folder with the files.
         """
         if kwargs.get("custom_pipeline") is not None or kwargs.get("trust_remote_code"):
             return super().download(pretrained_model_name, **kwargs)  # type: ignore[misc]
         passed = [f"{name}/*" for name in cls._get_signature_keys(cls)[0] if name in kwargs]  # type: ignore[attr-defined]
-        # A variant's weights have one more part in their name: model.fp16.safetensors. A component may have no file of
-        # the variant asked for, so with one the plain weights are downloaded too.
+        # Weights of a variant have one more part in their name, as in model.fp16.safetensors. Not every component need
+        # have the variant, so plain weights are always downloaded.
         variants = ["*.*.safetensors"] if kwargs.get("variant") is None else []
         arguments = ("cache_dir", "force_download", "local_files_only", "token", "revision")
         given = {name: kwargs[name] for name in arguments if kwargs.get(name) is not None}

@@ -306,13 +306,16 @@ class GaussianLayout:
         layout.check(image_size)
         return layout
 
-    def draw(self, image: torch.Tensor | PIL.Image.Image, index: int = 0, zoom: int = 1) -> PIL.Image.Image:
+    def draw(
+        self, image: torch.Tensor | PIL.Image.Image, index: int = 0, zoom: int = 1, align_corners: bool = True
+    ) -> PIL.Image.Image:
         """Draw the Gaussians of one image over it, as ellipses of one sigma.
 
         Args:
             image (`torch.Tensor` of shape `(3, H, W)` in [-1, 1], or `PIL.Image.Image`): the picture to draw on.
             index (`int`, *optional*, defaults to 0): which image of the batch the layout is drawn of.
             zoom (`int`, *optional*, defaults to 1): whole factor of enlargement.
+            align_corners (`bool`, *optional*, defaults to `True`): `align_corners` of the model's config.
 
         Returns:
             `PIL.Image.Image`: the drawing.
@@ -320,7 +323,8 @@ class GaussianLayout:
         from .visualization import draw_gaussians, tensor_to_pil
 
         picture = tensor_to_pil(image) if isinstance(image, torch.Tensor) else image
-        return draw_gaussians(picture, self[index].gaussians[0].float().cpu(), zoom=zoom)
+        gaussians = self[index].gaussians[0].float().cpu()
+        return draw_gaussians(picture, gaussians, zoom=zoom, align_corners=align_corners)
 
 
 def _concatenate(layouts: Sequence[GaussianLayout], dim: int) -> GaussianLayout:

@@ -1,7 +1,7 @@
 # Copyright 2026 The gpstoken-hf authors. Licensed under the Apache License, Version 2.0.
-"""How close a reconstruction is to its image: PSNR and SSIM, one value per image.
+"""PSNR and SSIM between images and their reconstructions, per image.
 
-Letters used in shapes: B images, C channels, H and W the height and width in pixels.
+Shapes: B images, C channels, H x W pixels of an image.
 """
 
 from __future__ import annotations
@@ -9,24 +9,38 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-# The constants of the paper that defined SSIM (Wang et al. 2004): an 11 x 11 Gaussian window of sigma 1.5 pixels.
+from .gaussians import to_float64
+
+# As defined by Wang et al. 2004: an 11 x 11 Gaussian window of sigma 1.5 pixels.
 SSIM_WINDOW = 11
 SSIM_SIGMA_PX = 1.5
 SSIM_K1, SSIM_K2 = 0.01, 0.03
 
 
 def psnr(images: torch.Tensor, reference: torch.Tensor, data_range: float = 2.0) -> torch.Tensor:
-    """Peak signal-to-noise ratio, `10 log10(data_range² / MSE)` in dB, over all pixels and channels of an image.
+    """Peak signal-to-noise ratio of every image, `10 log10(data_range² / MSE)` in dB over its pixels and channels.
 
     Args:
-        images, reference: (B, C, H, W), floating-point; nothing is clamped or rounded here.
-        data_range: largest minus smallest possible value; 2 for images in [-1, 1].
+        images, reference (`torch.Tensor` of shape `(B, C, H, W)`): the images to compare, neither clamped nor rounded.
+        data_range (`float`, *optional*, defaults to 2.0): largest minus smallest possible value, above 0; 2 for images
+            in [-1, 1].
 
     Returns:
-        (B,) float64 on the CPU; infinite where the two are equal.
+        `torch.Tensor` of shape `(B,)`: float64 on the CPU, infinite for equal images.
 
     Raises:
-        ValueError: on shapes that differ or are not (B, C, H, W), and on a `data_range` that is not positive.
+        ValueError: if the shapes differ or are not `(B, C, H, W)`, or `data_range` is not above 0.
+
+    Examples:
+        ```python
+        >>> import torch
+        >>> from gpstoken_hf.metrics import psnr
+
+        >>> images = torch.zeros(2, 3, 16, 16)
+        >>> psnr(images + 0.2, images)  # MSE 0.04
+        tensor([20.0000, 20.0000], dtype=torch.float64)
+
+        ```
     """
     images, reference = _as_pair(images, reference, data_range)
     mse = (images - reference).square().mean(dim=(1, 2, 3))
@@ -34,24 +48,37 @@ def psnr(images: torch.Tensor, reference: torch.Tensor, data_range: float = 2.0)
 
 
 def ssim(images: torch.Tensor, reference: torch.Tensor, data_range: float = 2.0) -> torch.Tensor:
-    """Structural similarity with the Gaussian window of Wang et al. 2004, the mean over channels and positions.
+    """Structural similarity of every image (Wang et al. 2004), the mean over channels and positions.
 
-    Only positions where the whole window lies inside the image count, as in the authors' program.
+    Positions count where the whole Gaussian window lies inside the image, as in the original program.
 
     Args:
-        images, reference: (B, C, H, W), floating-point, H and W at least 11.
-        data_range: largest minus smallest possible value; 2 for images in [-1, 1].
+        images, reference (`torch.Tensor` of shape `(B, C, H, W)`): the images to compare; H and W at least 11.
+        data_range (`float`, *optional*, defaults to 2.0): largest minus smallest possible value, above 0; 2 for images
+            in [-1, 1].
 
     Returns:
-        (B,) float64 on the CPU, at most 1, which is reached for equal images.
+        `torch.Tensor` of shape `(B,)`: float64 on the CPU, at most 1, and 1 for equal images.
 
     Raises:
-        ValueError: as `psnr`, and on images smaller than the window.
+        ValueError: if the shapes differ or are not `(B, C, H, W)`, an image is smaller than the window, or
+            `data_range` is not above 0.
+
+    Examples:
+        ```python
+        >>> import torch
+        >>> from gpstoken_hf.metrics import ssim
+
+        >>> images = torch.rand(2, 3, 16, 16) * 2 - 1
+        >>> ssim(images, images)
+        tensor([1., 1.], dtype=torch.float64)
+
+        ```
     """
     images, reference = _as_pair(images, reference, data_range)
     B, C, H, W = images.shape
     if min(H, W) < SSIM_WINDOW:
-        raise ValueError(f"expected images of at least {SSIM_WINDOW} x {SSIM_WINDOW} pixels for SSIM, got {H} x {W}")
+        raise ValueError(f"images must be at least {SSIM_WINDOW} x {SSIM_WINDOW} pixels for SSIM, got {H} x {W}")
     offsets = torch.arange(SSIM_WINDOW, dtype=images.dtype, device=images.device) - SSIM_WINDOW // 2
     window = torch.exp(-(offsets**2) / (2 * SSIM_SIGMA_PX**2))
     window = window / window.sum()
@@ -74,10 +101,10 @@ def ssim(images: torch.Tensor, reference: torch.Tensor, data_range: float = 2.0)
 def _as_pair(images: torch.Tensor, reference: torch.Tensor, data_range: float) -> tuple[torch.Tensor, torch.Tensor]:
     if images.shape != reference.shape or images.ndim != 4 or images.numel() == 0:
         raise ValueError(
-            f"expected two batches of one shape (B, C, H, W), got {tuple(images.shape)} and {tuple(reference.shape)}"
+            "images and reference must have one shape (B, C, H, W), "
+            f"got {tuple(images.shape)} and {tuple(reference.shape)}"
         )
     if not data_range > 0:
-        raise ValueError(f"expected data_range > 0, got {data_range}")
-    # float64: small variances are differences of large numbers. Apple's GPUs have none, so there it is the CPU's work.
-    device = images.device if images.device.type != "mps" else torch.device("cpu")
-    return images.detach().to(device, torch.float64), reference.detach().to(device, torch.float64)
+        raise ValueError(f"data_range must be above 0, got {data_range}")
+    # Variances are small differences of large numbers, so they need float64.
+    return to_float64(images.detach()), to_float64(reference.detach())

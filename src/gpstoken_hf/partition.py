@@ -90,7 +90,7 @@ def partition_images(
 
         >>> image = torch.zeros(1, 3, 64, 64)
         >>> image[:, :, :32, :32] = torch.rand(1, 3, 32, 32)  # one busy quarter
-        >>> layout = partition_images(image, num_tokens=7)
+        >>> layout = partition_images(image, num_tokens=6)
         >>> layout.boxes[0].tolist()[:2]
         [[0, 0, 15, 15], [16, 0, 31, 15]]
 

@@ -1,9 +1,9 @@
 # Copyright 2026 The gpstoken-hf authors. Licensed under the Apache License, Version 2.0.
-"""Pictures of what the tokens do: Gaussians and regions over an image, error maps, panels and contact sheets.
+"""Drawings of tokens: Gaussians and regions over an image, error maps, panels and contact sheets.
 
-Everything is drawn with Pillow, at several times the size and then reduced, so that thin outlines stay smooth.
+Shapes: L tokens, P points of an outline, H x W pixels of an image.
 
-Letters used in shapes: L tokens, P points of an outline, H and W the height and width in pixels.
+Pillow draws everything at several times the size and then reduces it, so thin outlines stay smooth.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ BACKGROUND: RGB = (255, 255, 255)
 INK: RGB = (24, 24, 27)
 MAX_CANVAS_PIXELS = 40_000_000
 
-# Equally spaced colours of two perceptually uniform maps (matplotlib's, CC0).
+# Equally spaced colours of two perceptually uniform maps of matplotlib (CC0).
 COLOR_MAPS: dict[str, tuple[RGB, ...]] = {
     "viridis": (
         *((68, 1, 84), (72, 40, 120), (62, 74, 137), (49, 104, 142), (38, 130, 142), (31, 158, 137)),
@@ -41,31 +41,35 @@ COLOR_MAPS: dict[str, tuple[RGB, ...]] = {
 # ------------------------------------------------------------------------------------------------ numbers to shapes
 
 
-def gaussians_to_pixels(gaussians: torch.Tensor, image_size: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
+def gaussians_to_pixels(
+    gaussians: torch.Tensor, image_size: tuple[int, int], align_corners: bool = True
+) -> tuple[np.ndarray, np.ndarray]:
     """Gaussians in normalised coordinates -> means and covariances in pixels.
 
-    The corner pixels' centres are at -1 and 1, so one unit is `(n - 1) / 2` pixels along an axis of n.
+    Along an axis of n pixels one unit is `(n - 1) / 2` pixels, or `n / 2` without `align_corners`.
 
     Args:
-        gaussians: (L, 5), `[sigma_x, sigma_y, rho, mu_x, mu_y]`.
-        image_size: (H, W).
+        gaussians (`torch.Tensor` of shape `(L, 5)`): `[sigma_x, sigma_y, rho, mu_x, mu_y]`.
+        image_size (`tuple[int, int]`): `(H, W)` in pixels.
+        align_corners (`bool`, *optional*, defaults to `True`): `align_corners` of the model's config.
 
     Returns:
-        means (L, 2) as (x, y) with pixel centres at whole numbers, and covariances (L, 2, 2) in square pixels.
+        `tuple[np.ndarray, np.ndarray]`: means `(L, 2)` as `(x, y)`, with pixel centres at whole numbers, and
+        covariances `(L, 2, 2)` in square pixels.
 
     Raises:
-        ValueError: unless shape and values are those of Gaussians, and H and W are positive.
+        ValueError: if a Gaussian is not legal, a shape does not fit, or H or W is below 1.
     """
     height, width = image_size
     if height < 1 or width < 1:
-        raise ValueError(f"expected an image of at least 1 x 1 pixels, got {height} x {width}")
+        raise ValueError(f"image_size must be at least 1 x 1 pixels, got {height} x {width}")
     if gaussians.ndim != 2:
-        raise ValueError(f"expected gaussians of shape (L, 5), got {tuple(gaussians.shape)}")
+        raise ValueError(f"gaussians must be of shape (L, 5), got {tuple(gaussians.shape)}")
     check_gaussians(gaussians)
-    unit = np.array([width - 1, height - 1]) / 2.0
-    values = gaussians.detach().to("cpu", torch.float64).numpy()
+    unit = (np.array([width, height]) - align_corners) / 2.0
+    values = gaussians.detach().cpu().double().numpy()
     sigma, rho, mu = values[:, :2] * unit, values[:, 2], values[:, 3:5]
-    means = (mu + 1.0) * unit
+    means = mu * unit + np.array([width - 1, height - 1]) / 2.0  # pixels around the centre of the image
     cross = rho * sigma[:, 0] * sigma[:, 1]
     covariances = np.stack([np.stack([sigma[:, 0] ** 2, cross], -1), np.stack([cross, sigma[:, 1] ** 2], -1)], -2)
     return means, covariances
@@ -74,9 +78,9 @@ def gaussians_to_pixels(gaussians: torch.Tensor, image_size: tuple[int, int]) ->
 def ellipse_outlines(
     means: np.ndarray, covariances: np.ndarray, num_sigmas: float = 1.0, num_points: int = 48
 ) -> np.ndarray:
-    """Points at Mahalanobis distance `num_sigmas` from each mean: (L, 2) and (L, 2, 2) -> (L, P, 2).
+    """Points at Mahalanobis distance `num_sigmas` from each mean: `(L, 2)` and `(L, 2, 2)` -> `(L, P, 2)`.
 
-    The outline for the support of the renderer (3 by default) touches all four sides of the support's rectangle.
+    At `num_sigmas = splat_support` the ellipse touches all four sides of the rectangle that the splat fills.
     """
     sigma_x = np.sqrt(covariances[:, 0, 0])
     sigma_y = np.sqrt(covariances[:, 1, 1])
@@ -90,11 +94,11 @@ def ellipse_outlines(
     return means[:, None, :] + num_sigmas * np.stack([x, y], axis=-1)
 
 
-def colors_of(values: np.ndarray, name: str = "viridis") -> np.ndarray:
-    """Numbers in [0, 1] of any shape -> (..., 3) uint8 colours of the map `name`."""
-    if name not in COLOR_MAPS:
-        raise ValueError(f"expected one of the colour maps {sorted(COLOR_MAPS)}, got {name!r}")
-    table = np.array(COLOR_MAPS[name], dtype=np.float64)
+def colors_of(values: np.ndarray, color_map: str = "viridis") -> np.ndarray:
+    """Numbers in [0, 1] of any shape -> uint8 colours `(..., 3)`."""
+    if color_map not in COLOR_MAPS:
+        raise ValueError(f"color_map must be one of {sorted(COLOR_MAPS)}, got {color_map!r}")
+    table = np.array(COLOR_MAPS[color_map], dtype=np.float64)
     position = np.clip(values, 0.0, 1.0) * (len(table) - 1)
     low = np.minimum(position.astype(int), len(table) - 2)
     share = (position - low)[..., None]
@@ -102,9 +106,9 @@ def colors_of(values: np.ndarray, name: str = "viridis") -> np.ndarray:
 
 
 def tensor_to_pil(image: torch.Tensor) -> PIL.Image.Image:
-    """(3, H, W) in [-1, 1] -> 8-bit RGB, rounded to nearest, clamped."""
+    """An image `(3, H, W)` in [-1, 1] -> 8-bit RGB, clamped and rounded to nearest."""
     if image.ndim != 3 or image.shape[0] != 3:
-        raise ValueError(f"expected an image of shape (3, H, W), got {tuple(image.shape)}")
+        raise ValueError(f"image must be of shape (3, H, W), got {tuple(image.shape)}")
     levels = ((image.detach().to("cpu", torch.float32) + 1.0) * 127.5).round().clamp(0, 255)
     return PIL.Image.fromarray(levels.to(torch.uint8).permute(1, 2, 0).numpy())
 
@@ -120,36 +124,59 @@ def draw_gaussians(
     zoom: int = 1,
     color: RGB | None = None,
     fill_opacity: float = 0.18,
+    align_corners: bool = True,
 ) -> PIL.Image.Image:
-    """Gaussians as ellipses over an image.
+    """Draw Gaussians as ellipses over an image.
 
     Args:
-        image: what to draw over; a copy is returned.
-        gaussians: (L, 5) in the image's frame.
-        attention_mask: (L,), tokens with 0 are not drawn.
-        num_sigmas: one ellipse each, in standard deviations: (1.0,), or (1.0, 3.0) to see the renderer's support too.
-            The first is filled and drawn in full, the others as faint outlines.
-        zoom: whole factor by which the picture is larger than the image.
-        color: one for all; by default the smallest Gaussians are yellow and the largest blue-green (log of the area).
-        fill_opacity: 0 draws outlines only.
+        image (`PIL.Image.Image`): the image; it is not changed.
+        gaussians (`torch.Tensor` of shape `(L, 5)`): in the normalised coordinates of the image.
+        attention_mask (`torch.Tensor` of shape `(L,)`, *optional*): 1 for a token, 0 for padding, which is not drawn.
+        num_sigmas (`Sequence[float]`, *optional*, defaults to `(1.0,)`): radii of the ellipses of each Gaussian in
+            sigmas, above 0. The first is filled and drawn in full colour, the others are faint outlines. Use
+            `(1.0, 3.0)` to see the support of the splat too.
+        zoom (`int`, *optional*, defaults to 1): whole factor of enlargement.
+        color (`tuple[int, int, int]`, *optional*): colour of all Gaussians. By default colours show the logarithm of
+            the area, from yellow for the smallest to blue-green for the largest.
+        fill_opacity (`float`, *optional*, defaults to 0.18): opacity of the fill in [0, 1]; 0 draws outlines only.
+        align_corners (`bool`, *optional*, defaults to `True`): `align_corners` of the model's config.
+
+    Returns:
+        `PIL.Image.Image`: the drawing, `zoom` times the size of the image.
+
+    Raises:
+        ValueError: if a Gaussian is not legal, a shape does not fit, or `num_sigmas` or `zoom` is out of its range.
+
+    Examples:
+        ```python
+        >>> import PIL.Image
+        >>> import torch
+        >>> from gpstoken_hf.visualization import draw_gaussians
+
+        >>> image = PIL.Image.new("RGB", (64, 48))
+        >>> gaussians = torch.tensor([[0.3, 0.2, 0.5, 0.0, 0.0], [0.1, 0.1, 0.0, -0.5, 0.5]])
+        >>> draw_gaussians(image, gaussians, zoom=2).size
+        (128, 96)
+
+        ```
     """
     if attention_mask is not None:
         gaussians = gaussians[attention_mask.to(gaussians.device).bool()]
     if not num_sigmas or min(num_sigmas) <= 0:
-        raise ValueError(f"expected num_sigmas > 0, got {tuple(num_sigmas)}")
-    means, covariances = gaussians_to_pixels(gaussians, (image.height, image.width))
+        raise ValueError(f"num_sigmas must hold numbers above 0, got {tuple(num_sigmas)}")
+    means, covariances = gaussians_to_pixels(gaussians, (image.height, image.width), align_corners)
     area = np.sqrt(np.maximum(np.linalg.det(covariances), 1e-12))
     if color is None:
         rank = np.log(area)
         spread = float(np.ptp(rank)) if len(rank) else 0.0
         share = (rank - rank.min()) / spread if spread > 0 else np.zeros(len(rank))
-        colors = colors_of(1.0 - 0.65 * share)  # the map's dark end would not show on dark pixels
+        colors = colors_of(1.0 - 0.65 * share)  # without the dark end, which dark pixels would hide
     else:
         colors = np.tile(np.array(color, dtype=np.uint8), (len(area), 1))
 
     outlines = [ellipse_outlines(means, covariances, reach) for reach in num_sigmas]
     canvas = _Canvas(image, zoom)
-    for index in np.argsort(-area, kind="stable"):  # small ones stay visible on top of large ones
+    for index in np.argsort(-area, kind="stable"):  # small ones on top of large ones
         tint = tuple(int(level) for level in colors[index])
         for order, outline in enumerate(outlines):
             opaque = order == 0
@@ -164,9 +191,35 @@ def draw_boxes(
     zoom: int = 1,
     color: RGB = (255, 214, 10),
 ) -> PIL.Image.Image:
-    """Region boxes, (L, 4) inclusive pixels `[x0, y0, x1, y1]`, over an image; tokens with mask 0 are not drawn."""
+    """Draw regions as boxes over an image.
+
+    Args:
+        image (`PIL.Image.Image`): the image; it is not changed.
+        boxes (`torch.Tensor` of shape `(L, 4)`): inclusive pixel indices `[x0, y0, x1, y1]`.
+        attention_mask (`torch.Tensor` of shape `(L,)`, *optional*): 1 for a region, 0 for padding, which is not drawn.
+        zoom (`int`, *optional*, defaults to 1): whole factor of enlargement.
+        color (`tuple[int, int, int]`, *optional*, defaults to yellow): colour of the outlines.
+
+    Returns:
+        `PIL.Image.Image`: the drawing, `zoom` times the size of the image.
+
+    Raises:
+        ValueError: if `boxes` has another shape or `zoom` is below 1.
+
+    Examples:
+        ```python
+        >>> import PIL.Image
+        >>> import torch
+        >>> from gpstoken_hf.visualization import draw_boxes
+
+        >>> image = PIL.Image.new("RGB", (64, 48))
+        >>> draw_boxes(image, torch.tensor([[0, 0, 31, 47], [32, 0, 63, 47]]), zoom=4).size
+        (256, 192)
+
+        ```
+    """
     if boxes.ndim != 2 or boxes.shape[-1] != 4:
-        raise ValueError(f"expected boxes of shape (L, 4), got {tuple(boxes.shape)}")
+        raise ValueError(f"boxes must be of shape (L, 4), got {tuple(boxes.shape)}")
     if attention_mask is not None:
         boxes = boxes[attention_mask.to(boxes.device).bool()]
     canvas = _Canvas(image, zoom)
@@ -177,11 +230,11 @@ def draw_boxes(
 
 
 class _Canvas:
-    """An enlarged copy of an image whose drawing coordinates are the image's pixels, centres at whole numbers."""
+    """An enlarged copy of an image to draw on, in pixel coordinates of the image with centres at whole numbers."""
 
     def __init__(self, image: PIL.Image.Image, zoom: int):
         if zoom < 1:
-            raise ValueError(f"expected zoom >= 1, got {zoom}")
+            raise ValueError(f"zoom must be at least 1, got {zoom}")
         self.size = (image.width * zoom, image.height * zoom)
         pixels = self.size[0] * self.size[1]
         self.oversampling = max(1, min(3, math.isqrt(max(1, MAX_CANVAS_PIXELS // pixels))))
@@ -196,7 +249,7 @@ class _Canvas:
         if fill_alpha:
             self.pen.polygon(points, fill=(*outline[:3], fill_alpha))
         closed = [*points, points[0], points[1]]
-        shade = (0, 0, 0, outline[3] // 3)  # so that bright outlines show on bright pixels too
+        shade = (0, 0, 0, outline[3] // 3)  # makes bright outlines visible on bright pixels
         self.pen.line(closed, fill=shade, width=self.line_width + 2 * self.oversampling)
         self.pen.line(closed, fill=outline, width=self.line_width)
 
@@ -210,13 +263,14 @@ class _Canvas:
 
 
 def pixel_errors(image: torch.Tensor, reconstruction: torch.Tensor) -> np.ndarray:
-    """Root mean square over the channels of `image - reconstruction`, both (3, H, W) in [-1, 1] -> (H, W) in levels.
+    """The error of every pixel: two images `(3, H, W)` in [-1, 1] -> root mean square over channels, `(H, W)`.
 
-    One level is one step of an 8-bit image, so the largest error is 255.
+    The unit is one level of an 8-bit image, so the largest error is 255. `reconstruction` is clamped.
     """
     if image.shape != reconstruction.shape or image.ndim != 3:
         raise ValueError(
-            f"expected two images of one shape (3, H, W), got {tuple(image.shape)} and {tuple(reconstruction.shape)}"
+            "image and reconstruction must have one shape (3, H, W), "
+            f"got {tuple(image.shape)} and {tuple(reconstruction.shape)}"
         )
     difference = image.detach().cpu().double() - reconstruction.detach().cpu().double().clamp(-1, 1)
     return (difference.square().mean(dim=0).sqrt() * 127.5).numpy()
@@ -229,19 +283,37 @@ def draw_error_map(
     zoom: int = 1,
     color_map: str = "magma",
 ) -> PIL.Image.Image:
-    """`pixel_errors` in colour, with a bar that says which colour is which error in 8-bit levels.
+    """Draw the error of every pixel in colour, with a colour bar in levels of an 8-bit image.
 
     Args:
-        image, reconstruction: (3, H, W) in [-1, 1].
-        max_error: error of the last colour; larger ones get the same. Give one to compare several maps; by default it
-            is the map's own 99.5th percentile, rounded up to a multiple of 5.
-        zoom: whole factor by which the map is larger than the image.
+        image, reconstruction (`torch.Tensor` of shape `(3, H, W)`): in [-1, 1]; `reconstruction` is clamped.
+        max_error (`float`, *optional*): error of the last colour in 8-bit levels, above 0; larger errors have the same
+            colour. Set it to compare several maps. Defaults to the 99.5th percentile, rounded up to a multiple of 5.
+        zoom (`int`, *optional*, defaults to 1): whole factor of enlargement.
+        color_map (`str`, *optional*, defaults to `"magma"`): `"magma"` or `"viridis"`.
+
+    Returns:
+        `PIL.Image.Image`: the map and its colour bar.
+
+    Raises:
+        ValueError: if the shapes differ, or another argument is out of its range.
+
+    Examples:
+        ```python
+        >>> import torch
+        >>> from gpstoken_hf.visualization import draw_error_map
+
+        >>> image = torch.zeros(3, 48, 64)
+        >>> draw_error_map(image, image + 0.1, max_error=20).height
+        48
+
+        ```
     """
     errors = pixel_errors(image, reconstruction)
     if max_error is None:
         max_error = max(5.0, math.ceil(float(np.percentile(errors, 99.5)) / 5) * 5.0)
     if not max_error > 0:
-        raise ValueError(f"expected max_error > 0, got {max_error}")
+        raise ValueError(f"max_error must be above 0, got {max_error}")
     picture = PIL.Image.fromarray(colors_of(errors / max_error, color_map))
     picture = picture.resize((picture.width * zoom, picture.height * zoom), PIL.Image.Resampling.NEAREST)
     return _with_color_bar(picture, max_error, color_map)
@@ -251,7 +323,7 @@ def _with_color_bar(picture: PIL.Image.Image, maximum: float, color_map: str) ->
     text_px = _text_size(picture.height)
     font = PIL.ImageFont.load_default(text_px)
     labels = [f"{maximum * share:g}" for share in (1.0, 0.5, 0.0)]
-    labels[0] += "+"  # the last colour holds all larger errors too
+    labels[0] += "+"  # larger errors have this colour too
     bar, gap = max(8, text_px), max(4, text_px // 2)
     text_width = max(math.ceil(font.getlength(label)) for label in labels)
     sheet = PIL.Image.new("RGB", (picture.width + 3 * gap + bar + text_width, picture.height), BACKGROUND)
@@ -275,22 +347,38 @@ def contact_sheet(
     gap: int = 12,
     footer: str | None = None,
 ) -> PIL.Image.Image:
-    """Pictures in rows on one sheet, each row as high as its highest picture, titles above them.
+    """Arrange pictures in rows on one sheet.
 
     Args:
-        pictures: of any size; none is resized.
-        titles: one for each picture.
-        columns: pictures in a row; by default about as many as there are rows.
-        gap: pixels between pictures and around the sheet.
-        footer: a line below all of them.
+        pictures (`Sequence[PIL.Image.Image]`): at least one, of any sizes; they are not resized.
+        titles (`Sequence[str]`, *optional*): one per picture, shown above it.
+        columns (`int`, *optional*): pictures per row, at least 1. By default about as many as rows.
+        gap (`int`, *optional*, defaults to 12): pixels between pictures and around the sheet.
+        footer (`str`, *optional*): a line of text below all pictures.
+
+    Returns:
+        `PIL.Image.Image`: the sheet. Every row is as high as its highest picture.
+
+    Raises:
+        ValueError: if there is no picture, the number of titles is not that of pictures, or `columns` is below 1.
+
+    Examples:
+        ```python
+        >>> import PIL.Image
+        >>> from gpstoken_hf.visualization import contact_sheet
+
+        >>> contact_sheet([PIL.Image.new("RGB", (40, 30))] * 6, columns=3, gap=10).size
+        (160, 90)
+
+        ```
     """
     if not pictures:
-        raise ValueError("expected at least one picture, got none")
+        raise ValueError("pictures must hold at least one picture, got none")
     if titles is not None and len(titles) != len(pictures):
-        raise ValueError(f"expected {len(pictures)} titles, one per picture, got {len(titles)}")
+        raise ValueError(f"titles must hold {len(pictures)} titles, one per picture, got {len(titles)}")
     columns = math.ceil(math.sqrt(len(pictures))) if columns is None else columns
     if columns < 1:
-        raise ValueError(f"expected columns >= 1, got {columns}")
+        raise ValueError(f"columns must be at least 1, got {columns}")
     columns = min(columns, len(pictures))
     text_px = _text_size(max(picture.height for picture in pictures))
     font = PIL.ImageFont.load_default(text_px)
@@ -327,7 +415,7 @@ def contact_sheet(
 def panel(
     pictures: Sequence[PIL.Image.Image], titles: Sequence[str] | None = None, footer: str | None = None
 ) -> PIL.Image.Image:
-    """Pictures side by side, titles above them, a line below: `contact_sheet` in one row."""
+    """Arrange pictures side by side: `contact_sheet` with one row."""
     return contact_sheet(pictures, titles, columns=max(1, len(pictures)), footer=footer)
 
 
