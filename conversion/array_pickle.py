@@ -12,6 +12,7 @@ import math
 import os
 import pickle
 import pickletools
+from collections.abc import Set
 from typing import Any
 
 import numpy as np
@@ -76,7 +77,7 @@ def load_array_pickle(path: str | os.PathLike[str]) -> Any:
             raise PickleRefusedError(f"the size of {path} must be at most {MAX_FILE_BYTES} bytes, got {size}")
         data = file.read(size)
     try:
-        _check_instructions(data)
+        check_instructions(data, ALLOWED_INSTRUCTIONS)
         return _finish(_ArrayUnpickler(io.BytesIO(data)).load(), budget=[len(data)])
     except PickleRefusedError as error:
         reason = str(error)
@@ -85,10 +86,18 @@ def load_array_pickle(path: str | os.PathLike[str]) -> Any:
     raise PickleRefusedError(f"{path} was refused: {reason}; nothing in it was run")
 
 
-def _check_instructions(data: bytes) -> None:
+def check_instructions(data: bytes, allowed: Set[str]) -> None:
     """Refuse what `find_class` cannot stop: other ways to call code, and memory or C stack taken before any call.
 
     pickletools reads the instructions without executing them, and fails where one is longer than the rest of the file.
+
+    Args:
+        data (`bytes`): the pickle.
+        allowed (set of `str`): the names of the instructions that it may hold.
+
+    Raises:
+        PickleRefusedError: if it holds another instruction, too many of them, or uses a tuple as a dict key.
+        ValueError, IndexError, KeyError: if it is damaged.
     """
     limit = FREE_INSTRUCTIONS + len(data) // BYTES_PER_INSTRUCTION
     stack: list[Any] = []  # the kind of each object on pickle's stack
@@ -96,7 +105,7 @@ def _check_instructions(data: bytes) -> None:
     end = 0
     for count, (opcode, argument, position) in enumerate(pickletools.genops(data), 1):
         name, end = opcode.name, (position or 0) + 1
-        if name not in ALLOWED_INSTRUCTIONS:
+        if name not in allowed:
             raise PickleRefusedError(f"instruction {name} at byte {position} is not allowed")
         if count > limit:
             raise PickleRefusedError(f"a file of {len(data)} bytes must have at most {limit} instructions, got more")

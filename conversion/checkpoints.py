@@ -8,8 +8,9 @@ model, not of two.
 from __future__ import annotations
 
 import os
-import pickle
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import pickletools
+import zipfile
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,8 @@ from typing import Protocol
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+
+from conversion.array_pickle import ALLOWED_INSTRUCTIONS, PickleRefusedError, check_instructions
 
 # The number types that a checkpoint may hold, by their names in the safetensors format.
 DTYPES = {
@@ -33,6 +36,17 @@ DTYPES = {
     "BOOL": torch.bool,
 }
 TORCH_SUFFIXES = (".pt", ".bin", ".pth", ".ckpt")
+# The released files hold up to 565 tensors. A model takes time and memory for each that a header lists.
+MAX_TENSORS = 10_000
+MAX_HEADER_BYTES = 16 * 2**20
+# What a state dict's pickle needs. STACK_GLOBAL would hide the names from the check.
+TORCH_INSTRUCTIONS = (ALLOWED_INSTRUCTIONS | {"BINPERSID", "LONG1"}) - {"STACK_GLOBAL"}
+TORCH_NAMES = {
+    "collections OrderedDict",
+    *("torch._utils _rebuild_tensor_v2", "torch._utils _rebuild_parameter"),
+    *(f"torch {name}Storage" for name in ("Double", "Float", "Half", "BFloat16")),
+    *(f"torch {name}Storage" for name in ("Long", "Int", "Short", "Char", "Byte", "Bool")),
+}
 
 
 class Checkpoint(Protocol):
@@ -57,6 +71,7 @@ class SafetensorsCheckpoint:
         self.path = path
         self.member: str | None = None
         self._file = file
+        _check_number(path, file.keys())
         self._slices = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118 (not a mapping)
 
     def keys(self) -> list[str]:
@@ -79,6 +94,7 @@ class MappingCheckpoint:
     """A state dict in memory, or mapped by `torch.load`."""
 
     def __init__(self, path: Path, tensors: Mapping[str, torch.Tensor], member: str | None = None):
+        _check_number(path, list(tensors))
         self.path = path
         self.member = member
         self._tensors = tensors
@@ -110,13 +126,17 @@ def open_checkpoint(path: str | os.PathLike[str], members: Iterable[str] = ()) -
     """
     path = Path(path)
     if not path.is_file():
-        raise ValueError(f"the checkpoint {path} is not a file")
+        raise ValueError(f"the checkpoint must be a file, got {path}")
     if path.suffix == ".safetensors":
+        with open(path, "rb") as start:
+            header_bytes = int.from_bytes(start.read(8), "little")
         try:
+            if header_bytes > MAX_HEADER_BYTES:
+                raise SafetensorError(f"a header of {header_bytes} bytes, the most is {MAX_HEADER_BYTES}")
             with safe_open(path, framework="pt") as file:
                 yield SafetensorsCheckpoint(path, file)
         except SafetensorError as error:
-            raise ValueError(f"{path} is not a whole safetensors file: {error}") from None
+            raise ValueError(f"{path} must be a whole safetensors file, got {error}") from None
     elif path.suffix in TORCH_SUFFIXES:
         yield MappingCheckpoint(path, *_load_torch(path, members))
     else:
@@ -127,18 +147,14 @@ def open_checkpoint(path: str | os.PathLike[str], members: Iterable[str] = ()) -
 
 def _load_torch(path: Path, members: Iterable[str]) -> tuple[dict[str, torch.Tensor], str | None]:
     try:
-        # Files that are no zip archive (torch < 1.6) cannot be mapped.
-        with open(path, "rb") as file:
-            mappable = file.read(4) == b"PK\x03\x04"
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=mappable)
-    except pickle.UnpicklingError as error:
-        reason = str(error).strip().splitlines()
-        asked = next(
-            (line for line in reason if "Unsupported" in line or "GLOBAL" in line), reason[-1] if reason else ""
-        )
-        raise ValueError(f"{path} holds more than tensors and was refused, nothing of it was run: {asked}") from None
-    except (RuntimeError, EOFError, KeyError, AttributeError, IndexError, AssertionError, TypeError) as error:
-        raise ValueError(f"{path} is not a whole torch checkpoint: {error}") from None
+        _check_torch_archive(path)
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except PickleRefusedError as error:
+        raise ValueError(f"{path} must hold tensors only and was refused, nothing in it was run: {error}") from None
+    except OSError:
+        raise
+    except Exception as error:  # zipfile, pickletools and torch raise many types at damaged files
+        raise ValueError(f"{path} must be a whole torch checkpoint, got {type(error).__name__}: {error}") from None
     nested = content if isinstance(content, dict) else {}
     member = next((name for name in members if isinstance(nested.get(name), dict)), None)
     if member is not None:
@@ -146,9 +162,36 @@ def _load_torch(path: Path, members: Iterable[str]) -> tuple[dict[str, torch.Ten
     if not isinstance(content, dict) or not content:
         raise ValueError(f"{path} must hold a dict of tensors, got {type(content).__name__}")
     foreign = [str(key) for key, value in content.items() if not isinstance(value, torch.Tensor)]
+    foreign += [repr(key) for key in content if not isinstance(key, str)]
     if foreign:
-        raise ValueError(f"{path} must hold a dict of tensors, but {foreign[:5]} are none")
+        raise ValueError(f"{path} must hold a dict of names and tensors, got something else at {foreign[:5]}")
+    # Strides of 0 make a large tensor of a few bytes.
+    claimed, size = sum(value.nbytes for value in content.values()), path.stat().st_size
+    if claimed > size:
+        raise ValueError(f"the tensors in {path} must be smaller than the file of {size} bytes, got {claimed} bytes")
     return content, member
+
+
+def _check_torch_archive(path: Path) -> None:
+    """Refuse what `weights_only` accepts: compressed contents, and calls such as `bytearray(10**12)`."""
+    with zipfile.ZipFile(path) as archive:
+        entries = archive.infolist()
+        pickles = [entry for entry in entries if entry.filename.endswith("data.pkl")]
+        if len(pickles) != 1 or pickles[0].file_size > MAX_HEADER_BYTES:
+            raise ValueError(f"it must hold one data.pkl of at most {MAX_HEADER_BYTES} bytes")
+        if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
+            raise ValueError("its contents must not be compressed")
+        data = archive.read(pickles[0])
+    check_instructions(data, TORCH_INSTRUCTIONS)
+    for opcode, argument, _ in pickletools.genops(data):
+        if opcode.name == "GLOBAL" and argument not in TORCH_NAMES:
+            name = str(argument).replace(" ", ".")[:100]
+            raise PickleRefusedError(f"it asks for {name!r}; only tensors are allowed")
+
+
+def _check_number(path: Path, names: Sequence[str]) -> None:
+    if len(names) > MAX_TENSORS:
+        raise ValueError(f"{path} must hold at most {MAX_TENSORS} tensors, got {len(names)}")
 
 
 @dataclass(frozen=True)

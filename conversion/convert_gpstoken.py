@@ -19,6 +19,7 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers.utils import logging
 
 from conversion.checkpoints import Checkpoint, PlannedTensor, floating_dtype, open_checkpoint, save_tensors
+from conversion.folders import build_empty, load_gpstoken_config
 from conversion.key_tables import block_count, gpstoken_rules, match_keys, plan_conversion, plan_reverse
 from conversion.model_cards import gpstoken_card
 from conversion.verification import check_errors, compare_tensors, load_arrays, verify_gpstoken
@@ -119,19 +120,14 @@ def build_config(checkpoint: Checkpoint, arguments: argparse.Namespace) -> GPSTo
         raise ValueError(str(error).strip().splitlines()[-1].strip().removeprefix("ValueError: ")) from None
 
 
-def expected_tensors(config: GPSTokenConfig) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of the model's tensors, without its memory."""
-    with torch.device("meta"):
-        model = GPSTokenModel(config)
-    return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-
-
 def plan(checkpoint: Checkpoint, config: GPSTokenConfig) -> tuple[list[PlannedTensor], list[str]]:
     """The converted tensors, and the names that are dropped on purpose."""
+    # Before the model is built: the file must hold every tensor of as many blocks as it claims.
     rules = match_keys(rules_for(config), checkpoint.keys(), WHAT)
-    return plan_conversion(rules, checkpoint, expected_tensors(config)), [
-        f"{rule.source} ({rule.reason})" for rule in rules if not rule.targets
-    ]
+    model = build_empty(lambda: GPSTokenModel(config), checkpoint.path, WHAT)
+    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    dropped = [f"{rule.source} ({rule.reason})" for rule in rules if not rule.targets]
+    return plan_conversion(rules, checkpoint, expected), dropped
 
 
 def convert(arguments: argparse.Namespace) -> None:
@@ -182,7 +178,7 @@ def verify(checkpoint: Checkpoint, folder: Path, config: GPSTokenConfig, arrays:
 
 def reverse(arguments: argparse.Namespace) -> None:
     """From a converted folder back to a file of the release's format."""
-    config = GPSTokenConfig.from_pretrained(arguments.checkpoint)
+    config = load_gpstoken_config(Path(arguments.checkpoint))
     with open_checkpoint(Path(arguments.checkpoint) / WEIGHTS_NAME) as checkpoint:
         tensors, dropped = plan_reverse(rules_for(config), checkpoint)
         with atomic_file(arguments.output) as staging:

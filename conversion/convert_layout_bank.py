@@ -18,6 +18,7 @@ import numpy as np
 import torch
 
 from conversion.array_pickle import load_array_pickle
+from conversion.folders import load_layout_bank
 from conversion.model_cards import layout_bank_card
 from gpstoken_hf.gaussians import NUM_GAUSSIAN_PARAMS
 from gpstoken_hf.layout_bank import GaussianLayoutBank
@@ -108,7 +109,7 @@ def convert(arguments: argparse.Namespace) -> None:
 
 
 def reverse(arguments: argparse.Namespace) -> None:
-    bank = GaussianLayoutBank.from_pretrained(arguments.source)
+    bank = load_layout_bank(arguments.source)
     write_layouts(bank, arguments.output)
     print(f"{arguments.output}: {len(bank)} layouts; columns beyond the Gaussians were not in the bank")
     if arguments.verify:

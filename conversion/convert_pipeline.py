@@ -10,7 +10,6 @@ The components are the folders that the other converters write. Weights are copi
 from __future__ import annotations
 
 import argparse
-import json
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,11 +17,17 @@ from pathlib import Path
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 
-from conversion.checkpoints import open_checkpoint
+from conversion.folders import (
+    build_empty,
+    check_weights,
+    load_gpstoken_config,
+    load_layout_bank,
+    load_sit_config,
+    malformed_as_value_error,
+    read_json,
+)
 from conversion.model_cards import pipeline_card
-from gpstoken_hf.configuration_gpstoken import GPSTokenConfig
 from gpstoken_hf.image_processing_gpstoken import GPSTokenImageProcessor
-from gpstoken_hf.layout_bank import GaussianLayoutBank
 from gpstoken_hf.modeling_gpstoken import GPSTokenModel
 from gpstoken_hf.pipeline_gpstoken import GPSTokenPipeline
 from gpstoken_hf.scheduling_flow_match_sde import FlowMatchSDEScheduler
@@ -33,59 +38,32 @@ from pipelines.shared.publishing import push_folder
 COPIED = ("config.json", "*.safetensors", "*.safetensors.index.json")
 
 
-def component_folder(path: Path, class_name: str) -> Path:
-    """The folder, if its config.json is that of the class.
+def read_id2label(path: Path, num_classes: int) -> dict[str, str]:
+    """Read class names from a JSON file: an object of class id -> name, or a list in the order of the ids.
 
     Raises:
-        ValueError: no such folder, or it holds something else.
+        ValueError: if the file holds something else, or an id that is not below `num_classes`.
     """
-    file = path / "config.json"
-    if not file.is_file():
-        raise ValueError(f"expected the folder of a {class_name}, but {path} has no config.json")
-    try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{file} is no JSON: {error}") from None
-    found = config.get("_class_name") or (config.get("architectures") or [None])[0]
-    if found != class_name:
-        raise ValueError(f"expected the folder of a {class_name}, {path} holds a {found}")
-    return path
-
-
-def check_weights(folder: Path, model: torch.nn.Module) -> None:
-    """Raise ValueError unless the folder's safetensors files hold exactly the model's tensors, by name and shape."""
-    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    found: dict[str, tuple[int, ...]] = {}
-    for file in sorted(folder.glob("*.safetensors")):
-        with open_checkpoint(file) as checkpoint:
-            found.update({key: checkpoint.shape(key) for key in checkpoint.keys()})  # noqa: SIM118 (not a mapping)
-    odd = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
-    if odd:
-        raise ValueError(
-            f"the weights in {folder} are not those of its config.json: {len(odd)} differ, such as {odd[0]}"
-        )
-
-
-def read_id2label(path: Path | None) -> dict[str, str] | None:
-    """Class names from a JSON file: a dict of id -> name, or a list in the order of the ids."""
-    if path is None:
-        return None
-    try:
-        names = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is no JSON: {error}") from None
+    names = read_json(path)
     if isinstance(names, list):
-        names = dict(enumerate(names))
-    if not isinstance(names, dict) or not all(str(key).isdigit() for key in names):
-        raise ValueError(f"{path} must hold a dict of class id -> name, or a list of names")
-    return {str(key): str(name) for key, name in names.items()}
+        names = {str(label): name for label, name in enumerate(names)}
+    if not isinstance(names, dict):
+        raise ValueError(
+            f"{path} must hold an object of class id -> name or a list of names, got {type(names).__name__}"
+        )
+    for label, name in names.items():
+        if not label.isdecimal() or len(label) > 9 or int(label) >= num_classes:
+            raise ValueError(f"class ids in {path} must be integers from 0 to {num_classes - 1}, got {label[:20]!r}")
+        if not isinstance(name, str):
+            raise ValueError(f"the name of class {label} in {path} must be a string, got {type(name).__name__}")
+    return names
 
 
-def load_sit(path: Path) -> SiTTransformer1DModel:
-    """The transformer's shape, without its weights."""
-    folder = component_folder(path, "SiTTransformer1DModel")
-    with torch.device("meta"):
-        model = SiTTransformer1DModel.from_config(SiTTransformer1DModel.load_config(folder))
+def load_empty_sit(folder: Path) -> SiTTransformer1DModel:
+    """Build the generator in a folder on the meta device, after a check that its weights fit its config."""
+    config = load_sit_config(folder)
+    expected = "the config of a SiTTransformer1DModel"
+    model = build_empty(lambda: SiTTransformer1DModel.from_config(config), folder / "config.json", expected)
     check_weights(folder, model)
     return model
 
@@ -97,25 +75,28 @@ def build_pipeline(arguments: argparse.Namespace) -> tuple[GPSTokenPipeline, dic
         ValueError: folders of something else, damaged ones, or components that do not fit together.
     """
     folders = {
-        "vae": component_folder(arguments.vae, "GPSTokenModel"),
+        "vae": arguments.vae,
         "transformer": arguments.transformer,
         "layout_transformer": arguments.layout_transformer,
         "layout_bank": arguments.layout_bank,
     }
-    with torch.device("meta"):
-        vae = GPSTokenModel(GPSTokenConfig.from_pretrained(arguments.vae))
+    config = load_gpstoken_config(arguments.vae)
+    expected = "the config of a GPSTokenModel"
+    vae = build_empty(lambda: GPSTokenModel(config), arguments.vae / "config.json", expected)
     check_weights(arguments.vae, vae)
-    transformer = load_sit(arguments.transformer)
-    layout_transformer = None if arguments.layout_transformer is None else load_sit(arguments.layout_transformer)
-    bank = None
-    if arguments.layout_bank is not None:
-        bank = GaussianLayoutBank.from_pretrained(component_folder(arguments.layout_bank, "GaussianLayoutBank"))
-        num_classes = transformer.config["num_classes"]
-        if bank.class_ids[-1] >= num_classes:
-            raise ValueError(
-                f"the transformer knows classes 0 to {num_classes - 1}, the bank has {bank.class_ids[-1]}"
-            )
-    processor_file = arguments.vae / "preprocessor_config.json"
+    transformer = load_empty_sit(arguments.transformer)
+    num_classes = transformer.config["num_classes"]
+    layout_transformer = None if arguments.layout_transformer is None else load_empty_sit(arguments.layout_transformer)
+    bank = None if arguments.layout_bank is None else load_layout_bank(arguments.layout_bank)
+    if bank is not None and bank.class_ids[-1] >= num_classes:
+        raise ValueError(
+            f"the class ids of the bank must be below the transformer's {num_classes}, got {bank.class_ids[-1]}"
+        )
+    processor, processor_file = None, arguments.vae / "preprocessor_config.json"
+    if processor_file.is_file():
+        read_json(processor_file)
+        with malformed_as_value_error(processor_file, "the config of a GPSTokenImageProcessor"):
+            processor = GPSTokenImageProcessor.from_pretrained(arguments.vae)
     pipeline = GPSTokenPipeline(
         vae=vae,
         transformer=transformer,
@@ -123,8 +104,8 @@ def build_pipeline(arguments: argparse.Namespace) -> tuple[GPSTokenPipeline, dic
         layout_transformer=layout_transformer,
         layout_scheduler=None if layout_transformer is None else FlowMatchEulerDiscreteScheduler(),
         layout_bank=bank,
-        image_processor=GPSTokenImageProcessor.from_pretrained(arguments.vae) if processor_file.is_file() else None,
-        id2label=read_id2label(arguments.id2label),
+        image_processor=processor,
+        id2label=None if arguments.id2label is None else read_id2label(arguments.id2label, num_classes),
     )
     return pipeline, {name: folder for name, folder in folders.items() if folder is not None}
 
@@ -176,7 +157,8 @@ def convert(arguments: argparse.Namespace) -> None:
     with atomic_directory(arguments.output) as staging:
         write(pipeline, folders, staging)
         if arguments.verify:
-            verify(staging)
+            with malformed_as_value_error(arguments.output, "a pipeline that makes images"):
+                verify(staging)
     absent = [name for name in ("layout_transformer", "layout_bank") if getattr(pipeline, name) is None]
     if not pipeline.is_one_stage and len(absent) == 2:
         print("neither layout bank nor layout transformer: every call of the pipeline must be given a layout")

@@ -14,10 +14,12 @@ import argparse
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from conversion.checkpoints import Checkpoint, open_checkpoint, save_tensors
+from conversion.folders import build_empty, load_sit_config
 from conversion.key_tables import KeyRule, block_count, match_keys, plan_conversion, plan_reverse, sit_rules
 from conversion.model_cards import sit_card
 from conversion.verification import check_errors, compare_tensors, load_arrays, verify_sit
@@ -63,7 +65,7 @@ def choose_weights(keys: Sequence[str], wanted: str | None) -> str:
     return choice
 
 
-def read_sizes(checkpoint: Checkpoint, prefix: str) -> dict[str, object]:
+def read_sizes(checkpoint: Checkpoint, prefix: str) -> dict[str, Any]:
     """The constructor's arguments that the tensors tell.
 
     Raises:
@@ -99,13 +101,12 @@ def read_sizes(checkpoint: Checkpoint, prefix: str) -> dict[str, object]:
     }
 
 
-def attention_heads(num_layers: object, width: object, asked: int | None) -> int:
+def attention_heads(num_layers: int, width: int, asked: int | None) -> int:
     """The heads that were asked for, or those of the SiT preset of this depth and width.
 
     Raises:
         ValueError: there is no such preset and none were asked for, or they do not divide the width.
     """
-    assert isinstance(width, int)
     for preset in SIT_PRESETS.values():
         preset_width = preset["num_attention_heads"] * preset["attention_head_dim"]
         if asked is None and (preset["num_layers"], preset_width) == (num_layers, width):
@@ -117,12 +118,11 @@ def attention_heads(num_layers: object, width: object, asked: int | None) -> int
     return asked
 
 
-def build_config(checkpoint: Checkpoint, prefix: str, arguments: argparse.Namespace) -> dict[str, object]:
+def build_config(checkpoint: Checkpoint, prefix: str, arguments: argparse.Namespace) -> dict[str, Any]:
     """The arguments of SiTTransformer1DModel: sizes from the tensors, the rest from the options."""
     config = read_sizes(checkpoint, prefix)
     width = config.pop("width")
     heads = attention_heads(config["num_layers"], width, arguments.num_attention_heads)
-    assert isinstance(width, int)
     mean, std = arguments.latents_mean, arguments.latents_std
     is_m128_texture = config["condition_channels"] is not None and config["in_channels"] == len(M128_TEXTURE_MEAN)
     if mean is None and std is None and is_m128_texture:
@@ -135,12 +135,6 @@ def build_config(checkpoint: Checkpoint, prefix: str, arguments: argparse.Namesp
         "latents_std": std,
         "gaussian_target": arguments.gaussian_target,
     }
-
-
-def meta_model(config: dict[str, object]) -> SiTTransformer1DModel:
-    """The model without its memory: names, shapes, config."""
-    with torch.device("meta"):
-        return SiTTransformer1DModel(**config)
 
 
 def select(keys: Sequence[str], rules: Sequence[KeyRule], weights: str) -> tuple[list[KeyRule], list[str]]:
@@ -171,23 +165,24 @@ def convert(arguments: argparse.Namespace) -> None:
         # In a .pt file the kind of weights is a member, whose names have no prefix.
         weights = "plain" if checkpoint.member else choose_weights(keys, arguments.weights)
         prefix = PREFIXES[weights]
-        model = meta_model(build_config(checkpoint, prefix, arguments))
-        config = model.config
+        config = build_config(checkpoint, prefix, arguments)
         table = sit_rules(config["num_layers"], config["condition_channels"] is not None)
+        # Before the model is built: the file must hold every tensor of as many blocks as it claims.
         rules, left_out = select(keys, table, weights)
+        model = build_empty(lambda: SiTTransformer1DModel(**config), checkpoint.path, WHAT)
         expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
         tensors = plan_conversion(rules, checkpoint, expected, prefix)
         with atomic_directory(arguments.output) as staging:
             save_tensors(staging / WEIGHTS_NAME, tensors)
             model.save_config(staging)
             write_time_convention(staging / "config.json")
-            card = sit_card(dict(config), Path(arguments.checkpoint).name, weights)
+            card = sit_card(dict(model.config), Path(arguments.checkpoint).name, weights)
             (staging / "README.md").write_text(card, encoding="utf-8")
             num_parameters = sum(torch.Size(tensor.shape).numel() for tensor in tensors)
             print(f"{len(tensors)} tensors from {len(rules)} ({weights} weights), {num_parameters:,} parameters")
             for line in left_out:
                 print(f"dropped {line}")
-            if config["latents_mean"] is None:
+            if model.config["latents_mean"] is None:
                 print(
                     "no channel statistics: the pipeline takes its tokenizer's, or give --latents_mean --latents_std"
                 )
@@ -218,9 +213,9 @@ def verify(checkpoint: Checkpoint, folder: Path, table: Sequence[KeyRule], prefi
 def reverse(arguments: argparse.Namespace) -> None:
     """From a converted folder back to a file of the release's format."""
     folder = Path(arguments.checkpoint)
-    config = SiTTransformer1DModel.load_config(folder)
+    config = load_sit_config(folder)
     prefix = PREFIXES[arguments.weights or "ema"]
-    table = sit_rules(config["num_layers"], config["condition_channels"] is not None)
+    table = sit_rules(config["num_layers"], config.get("condition_channels") is not None)
     with open_checkpoint(folder / WEIGHTS_NAME) as checkpoint:
         tensors, _ = plan_reverse(table, checkpoint, prefix)
         with atomic_file(arguments.output) as staging:

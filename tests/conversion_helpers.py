@@ -55,25 +55,28 @@ def broken_checkpoints(source, folder, marker):
         save_file(content, path)
         files[name] = (path, message)
     for name, content, message in (
-        ("truncated", data[: len(data) // 2], "not a whole safetensors file"),
-        ("header only", data[:100], "not a whole safetensors file"),
-        ("no bytes", b"", "not a whole safetensors file"),
-        ("bytes too many", data + b"\0", "not a whole safetensors file"),
-        ("text", b"not a checkpoint at all", "not a whole safetensors file"),
+        ("truncated", data[: len(data) // 2], "must be a whole safetensors file"),
+        ("header only", data[:100], "must be a whole safetensors file"),
+        ("no bytes", b"", "must be a whole safetensors file"),
+        ("bytes too many", data + b"\0", "must be a whole safetensors file"),
+        ("text", b"not a checkpoint at all", "must be a whole safetensors file"),
     ):
         path = folder / f"{name.replace(' ', '_')}.safetensors"
         path.write_bytes(content)
         files[name] = (path, message)
     torch.save({**tensors, "hostile": Hostile(marker)}, folder / "hostile.pt")
-    files["hostile pickle"] = (folder / "hostile.pt", "more than tensors and was refused, nothing of it was run")
+    files["hostile pickle"] = (
+        folder / "hostile.pt",
+        "must hold tensors only and was refused, nothing in it was run: it asks for '_?io.open'",
+    )
     torch.save({"state_dict": {"a": 1}}, folder / "numbers.pt")
-    files["no tensors"] = (folder / "numbers.pt", "must hold a dict of tensors")
+    files["no tensors"] = (folder / "numbers.pt", "must hold a dict of names and tensors")
     torch.save(tensors, folder / "whole.pt")
     (folder / "cut.pt").write_bytes((folder / "whole.pt").read_bytes()[:-1000])
-    files["truncated .pt"] = (folder / "cut.pt", "not a whole torch checkpoint")
+    files["truncated .pt"] = (folder / "cut.pt", "must be a whole torch checkpoint")
     (folder / "weights.onnx").write_bytes(data)
     files["other suffix"] = (folder / "weights.onnx", "must be a .safetensors file")
-    files["missing file"] = (folder / "missing.safetensors", "is not a file")
+    files["missing file"] = (folder / "missing.safetensors", "must be a file")
     return files
 
 

@@ -14,7 +14,9 @@ from conversion_helpers import GOLDEN
 
 from conversion import convert_gpstoken, convert_sit
 from conversion.checkpoints import open_checkpoint
+from conversion.folders import build_empty
 from conversion.key_tables import plan_conversion, sit_rules
+from gpstoken_hf.transformer_sit import SiTTransformer1DModel
 
 SHAPES = json.loads((GOLDEN / "official_state_dict_shapes.json").read_text())
 # Parameters of the converted models, and encoder or SiT blocks.
@@ -78,7 +80,7 @@ def test_generator_keys_are_all_accounted_for(tmp_path):
     with open_checkpoint(tmp_path / "w.safetensors") as checkpoint:
         # The heads of SiT-XL follow from its depth and width.
         config = convert_sit.build_config(checkpoint, "ema_model.", argparse.Namespace(**dict.fromkeys(options)))
-        model = convert_sit.meta_model(config)
+        model = build_empty(lambda: SiTTransformer1DModel(**config), checkpoint.path, "a generator")
         rules, left_out = convert_sit.select(checkpoint.keys(), sit_rules(config["num_layers"], True), "ema")
         expected = {key: tuple(tensor.shape) for key, tensor in model.state_dict().items()}
         tensors = plan_conversion(rules, checkpoint, expected, "ema_model.")

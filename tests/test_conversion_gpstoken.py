@@ -186,13 +186,12 @@ def test_dropped_keys_are_named_and_may_be_absent(tmp_path, capsys, converted):
 
 
 @pytest.mark.parametrize(
-    ("name", "legacy", "member"),
-    [("w.pt", False, None), ("w.bin", False, "state_dict"), ("w.ckpt", False, "model"), ("w.pth", True, None)],
+    ("name", "member"), [("w.pt", None), ("w.bin", "state_dict"), ("w.ckpt", "model"), ("w.pth", None)]
 )
-def test_torch_files_convert_to_the_same_bytes(tmp_path, converted, name, legacy, member):
+def test_torch_files_convert_to_the_same_bytes(tmp_path, converted, name, member):
     tensors = load_file(OFFICIAL)
     content = {member: tensors, "epoch": 3} if member else tensors
-    torch.save(content, tmp_path / name, _use_new_zipfile_serialization=not legacy)
+    torch.save(content, tmp_path / name)
     assert run("--checkpoint", tmp_path / name, "--output", tmp_path / "out", *OPTIONS) == 0
     assert (tmp_path / "out" / "model.safetensors").read_bytes() == (converted / "model.safetensors").read_bytes()
 

@@ -5,6 +5,7 @@ import json
 import pickle
 import re
 import shutil
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -168,10 +169,10 @@ def broken_config(folder):
 @pytest.mark.parametrize(
     ("edit", "message"),
     [
-        (cut_weights, "not a whole safetensors file"),
-        (without_weights, "are not those of its config.json"),
-        (other_depth, "are not those of its config.json"),
-        (broken_config, "is no JSON"),
+        (cut_weights, "must be a whole safetensors file"),
+        (without_weights, "must be those of its config.json, got 0 blocks"),
+        (other_depth, "must be those of its config.json, got [23] blocks .* for [34]"),
+        (broken_config, "must be a JSON file"),
     ],
 )
 def test_damaged_components_are_refused(components, tmp_path, capsys, option, source, edit, message):
@@ -183,10 +184,10 @@ def test_damaged_components_are_refused(components, tmp_path, capsys, option, so
 @pytest.mark.parametrize(
     ("option", "source", "message"),
     [
-        ("--tokenizer", "sit", "expected the folder of a GPSTokenModel, .* holds a SiTTransformer1DModel"),
-        ("--transformer", "bank", "expected the folder of a SiTTransformer1DModel, .* holds a GaussianLayoutBank"),
-        ("--layout_bank", "vae", "expected the folder of a GaussianLayoutBank, .* holds a GPSTokenModel"),
-        ("--tokenizer", "missing", "has no config.json"),
+        ("--tokenizer", "sit", "must be the folder of a GPSTokenModel, got that of a SiTTransformer1DModel"),
+        ("--transformer", "bank", "must be the folder of a SiTTransformer1DModel, got that of a GaussianLayoutBank"),
+        ("--layout_bank", "vae", "must be the folder of a GaussianLayoutBank, got that of a GPSTokenModel"),
+        ("--tokenizer", "missing", "got no config.json in it"),
     ],
 )
 def test_swapped_components_are_refused(components, tmp_path, capsys, option, source, message):
@@ -205,14 +206,115 @@ def test_components_that_do_not_fit_are_refused(components, tmp_path, capsys):
     (tmp_path / "initg.pickle").write_bytes(pickle.dumps({10: [np.full((4, 5), 0.5, "f4")]}))
     assert run(convert_layout_bank, tmp_path / "initg.pickle", "--output", tmp_path / "bank") == 0
     argv = [*arguments(components, "--layout_bank", tmp_path / "bank"), "--output", tmp_path / "out"]
-    refusal(capsys, argv, "knows classes 0 to 9, the bank has 10")
+    refusal(capsys, argv, "must be below the transformer's 10, got 10")
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("content", ["{", '{"a": "b"}', "3"])
-def test_bad_class_names_are_refused(components, tmp_path, capsys, content):
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"{", "must be a JSON file"),
+        (b"\xff\xfe", "must be a JSON file, got UnicodeDecodeError"),
+        (b"[" * 100_000, "must be a JSON file, got RecursionError"),
+        (b"1" * 5000, "must be a JSON file"),
+        (b" " * (10 * 2**20 + 1), "must be at most 10485760 bytes, got 10485761"),
+        (b'{"a": "b"}', "must be integers from 0 to 9, got 'a'"),
+        ('{"²": "b"}'.encode(), "must be integers from 0 to 9"),
+        (b'{"-1": "b"}', "must be integers from 0 to 9, got '-1'"),
+        (b'["name"]\n' + b"x", "must be a JSON file"),
+        (str(["name"] * 11).replace("'", '"').encode(), "must be integers from 0 to 9, got '10'"),
+        (b'{"1": ["b"]}', "the name of class 1 in .* must be a string, got list"),
+        (b"[null]", "the name of class 0 in .* must be a string, got NoneType"),
+        (b"3", "must hold an object of class id -> name or a list of names, got int"),
+    ],
+)
+def test_bad_class_names_are_refused(components, tmp_path, capsys, content, message):
     names = tmp_path / "names.json"
-    names.write_text(content)
+    names.write_bytes(content)
     argv = [*arguments(components), "--id2label", names, "--output", tmp_path / "out"]
-    refusal(capsys, argv, "is no JSON|must hold a dict of class id")
+    refusal(capsys, argv, message)
     assert [path.name for path in tmp_path.iterdir()] == ["names.json"]
+
+
+def config_with(**changes):
+    def edit(folder):
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps({**config, **changes}))
+
+    return edit
+
+
+def config_text(text):
+    def edit(folder):
+        (folder / "config.json").write_text(text)
+
+    return edit
+
+
+HOSTILE_CONFIGS = {
+    "list": ("vae", config_text("[1, 2]"), "must hold a JSON object, got a list"),
+    "deep list": ("vae", config_text("[" * 100_000), "must be a JSON file, got RecursionError"),
+    "architectures is a number": ("vae", config_with(architectures=5), "got that of a None"),
+    "architectures is a list of lists": ("vae", config_with(architectures=[[]]), "got that of a None"),
+    "a billion layers": ("vae", config_with(num_hidden_layers=10**9), "must be those of .* for 1000000000"),
+    "a billion residual blocks": ("vae", config_with(decoder_layers_per_block=10**9), "must be those of"),
+    "a million levels": ("vae", config_with(decoder_channel_multipliers=[1] * 10**6), "must be those of"),
+    "a wide encoder": (
+        "vae",
+        config_with(hidden_size=2**33),
+        "must be the config of a GPSTokenModel|must be those of",
+    ),
+    "wide features": ("vae", config_with(texture_channels=10**12), "must be those of"),
+    "text for a size": ("vae", config_with(hidden_size="64"), "must be the config of a GPSTokenModel"),
+    "negative size": ("vae", config_with(num_tokens=-1), "must be the config of a GPSTokenModel"),
+    "dtype of another world": ("vae", config_with(dtype=["x"]), "must be the config of a GPSTokenModel"),
+    "a generator of a billion layers": ("sit", config_with(num_layers=10**9), "must be those of .* for 1000000000"),
+    "a generator of text layers": ("sit", config_with(num_layers="2"), "must be those of .* for '2'"),
+    "no layers": ("sit", config_with(num_layers=None), "must be those of .* for None"),
+    "a wide generator": (
+        "sit",
+        config_with(attention_head_dim=2**40),
+        "must be the config of a SiTTransformer1DModel",
+    ),
+    "a billion classes": ("sit", config_with(num_classes=10**9), "must be those of its config.json, got .* different"),
+    "text for channels": ("sit", config_with(in_channels="21"), "must be the config of a SiTTransformer1DModel"),
+    "statistics of text": ("sit", config_with(latents_mean="x"), "must be the config of a SiTTransformer1DModel"),
+    "a bank of a trillion tokens": ("bank", config_with(total_tokens=10**12), "must be those of its config.json"),
+    "a bank of a trillion layouts": ("bank", config_with(num_layouts=10**12), "must be those of its config.json"),
+    "a bank of a list": ("bank", config_with(num_layouts=[3]), "must be integers, got \\[3\\] and"),
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE_CONFIGS)
+def test_hostile_configs_are_one_line(components, tmp_path, capsys, name):
+    source, edit, message = HOSTILE_CONFIGS[name]
+    folder = edited(components, tmp_path, source, edit)
+    option = {"vae": "--tokenizer", "sit": "--transformer", "bank": "--layout_bank"}[source]
+    tracemalloc.start()
+    try:
+        refusal(capsys, [*arguments(components, option, folder), "--output", tmp_path / "out"], message)
+        assert tracemalloc.get_traced_memory()[1] < 100e6
+    finally:
+        tracemalloc.stop()
+    # The way back reads the same folders.
+    program = {"vae": convert_gpstoken, "sit": convert_sit, "bank": convert_layout_bank}[source]
+    first = [folder] if source == "bank" else ["--checkpoint", folder]
+    if name not in NOT_READ_IN_REVERSE:
+        assert run(program, *first, "--output", tmp_path / "back.safetensors", "--reverse") == 2
+        assert capsys.readouterr().err.count("\n") == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["edited"]
+
+
+# The weights alone say how to go back.
+NOT_READ_IN_REVERSE = {
+    *("a wide encoder", "wide features", "a wide generator", "a billion classes", "text for channels"),
+    "statistics of text",
+}
+
+
+@pytest.mark.parametrize("text", ["[]", '{"crop_size": "x"}', "{"])
+def test_a_hostile_image_processor_is_one_line(components, tmp_path, capsys, text):
+    folder = edited(components, tmp_path, "vae", lambda folder: (folder / "preprocessor_config.json").write_text(text))
+    argv = [*arguments(components, "--tokenizer", folder), "--output", tmp_path / "out"]
+    refusal(capsys, argv, "preprocessor_config.json must be")
+    assert [path.name for path in tmp_path.iterdir()] == ["edited"]
