@@ -25,7 +25,8 @@ from tqdm.auto import tqdm
 
 from gpstoken_hf.gaussians import NUM_GAUSSIAN_PARAMS, gaussians_to_logits
 from gpstoken_hf.modeling_gpstoken import GPSTokenModel
-from pipelines.shared.programs import ProgramError, atomic_directory, atomic_file, run_program
+from pipelines.shared.outputs import atomic_directory, atomic_file
+from pipelines.shared.programs import ProgramError, run_program
 from pipelines.shared.programs import positive_int as positive
 from training.data import (
     BatchRequest,

@@ -28,7 +28,8 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType, ProjectConfiguration, broadcast, set_seed
 from tqdm.auto import tqdm
 
-from pipelines.shared.programs import ProgramError, atomic_directory
+from pipelines.shared.outputs import atomic_directory
+from pipelines.shared.programs import ProgramError
 from training.data import close_loader
 from training.ema import ExponentialMovingAverage
 from training.options import save_options

@@ -24,7 +24,8 @@ from gpstoken_hf.configuration_gpstoken import GPSTokenConfig
 from gpstoken_hf.image_processing_gpstoken import GPSTokenImageProcessor
 from gpstoken_hf.metrics import psnr
 from gpstoken_hf.modeling_gpstoken import GPSTokenModel
-from pipelines.shared.programs import ProgramError, atomic_file, non_negative_float, run_program
+from pipelines.shared.outputs import atomic_file
+from pipelines.shared.programs import ProgramError, non_negative_float, run_program
 from pipelines.shared.programs import positive_int as positive
 from training.data import (
     BatchPlan,
