@@ -26,7 +26,8 @@ from conversion.verification import check_errors, compare_tensors, load_arrays, 
 from gpstoken_hf.configuration_gpstoken import GPSTokenConfig
 from gpstoken_hf.image_processing_gpstoken import GPSTokenImageProcessor
 from gpstoken_hf.modeling_gpstoken import GPSTokenModel
-from pipelines.shared.programs import atomic_directory, atomic_file, positive_float, positive_int, run_program
+from pipelines.shared.outputs import atomic_directory, atomic_file
+from pipelines.shared.programs import positive_float, positive_int, run_program
 from pipelines.shared.publishing import push_folder
 
 RELEASED_PRESETS = ("s64", "m128", "l256")

@@ -22,7 +22,8 @@ from conversion.folders import load_layout_bank
 from conversion.model_cards import layout_bank_card
 from gpstoken_hf.gaussians import NUM_GAUSSIAN_PARAMS
 from gpstoken_hf.layout_bank import GaussianLayoutBank
-from pipelines.shared.programs import ProgramError, atomic_directory, atomic_file, run_program
+from pipelines.shared.outputs import atomic_directory, atomic_file
+from pipelines.shared.programs import ProgramError, run_program
 from pipelines.shared.publishing import push_folder
 
 

@@ -32,7 +32,8 @@ from gpstoken_hf.modeling_gpstoken import GPSTokenModel
 from gpstoken_hf.pipeline_gpstoken import GPSTokenPipeline
 from gpstoken_hf.scheduling_flow_match_sde import FlowMatchSDEScheduler
 from gpstoken_hf.transformer_sit import SiTTransformer1DModel
-from pipelines.shared.programs import atomic_directory, run_program
+from pipelines.shared.outputs import atomic_directory
+from pipelines.shared.programs import run_program
 from pipelines.shared.publishing import push_folder
 
 COPIED = ("config.json", "*.safetensors", "*.safetensors.index.json")

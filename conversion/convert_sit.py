@@ -24,7 +24,8 @@ from conversion.key_tables import KeyRule, block_count, match_keys, plan_convers
 from conversion.model_cards import sit_card
 from conversion.verification import check_errors, compare_tensors, load_arrays, verify_sit
 from gpstoken_hf.transformer_sit import SIT_PRESETS, SiTTransformer1DModel
-from pipelines.shared.programs import atomic_directory, atomic_file, positive_int, run_program
+from pipelines.shared.outputs import atomic_directory, atomic_file
+from pipelines.shared.programs import positive_int, run_program
 from pipelines.shared.publishing import push_folder
 
 WHAT = "a SiT generator of patch size 1"

@@ -39,8 +39,10 @@ import gpstoken_hf
 from gpstoken_hf.image_processing_gpstoken import open_image
 from gpstoken_hf.partition import partition_images
 from gpstoken_hf.triton_support import is_available
-from pipelines.shared.programs import atomic_directory, make_parser, positive_int, run_program
+from pipelines.shared.outputs import atomic_directory
+from pipelines.shared.programs import make_parser, positive_int, run_program
 
+PROGRAM = "pipelines.benchmark_partition"
 REFERENCE = Path(__file__).resolve().parent.parent / "tests" / "partition_reference.py"
 # (pixels along a side, tokens)
 HEADLINE_CASES = [(256, 64), (256, 128), (256, 256)]
@@ -271,7 +273,7 @@ def machine() -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = make_parser("pipelines.benchmark_partition", __doc__)
+    parser = make_parser(PROGRAM, __doc__)
     parser.add_argument("--output", required=True, help="folder for the tables and the plot; must not exist yet")
     parser.add_argument("--overwrite", action="store_true", help="replace the output folder")
     parser.add_argument("--image", help="a picture to use in the place of the astronaut")
@@ -291,7 +293,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "fixed": QUICK_CASES if arguments.quick else FIXED_CASES,
     }
     environment = machine()
-    with atomic_directory(arguments.output, overwrite=arguments.overwrite) as folder:
+    with atomic_directory(arguments.output, arguments.overwrite, PROGRAM) as folder:
         threads = torch.get_num_threads()
         torch.set_num_threads(1)
         try:

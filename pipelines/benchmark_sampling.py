@@ -29,8 +29,10 @@ from gpstoken_hf.modeling_gpstoken import GPSTokenModel
 from gpstoken_hf.pipeline_gpstoken import GPSTokenPipeline
 from gpstoken_hf.scheduling_flow_match_sde import FlowMatchSDEScheduler
 from gpstoken_hf.transformer_sit import SiTTransformer1DModel
-from pipelines.shared.programs import atomic_file, make_parser, positive_float, positive_int, run_program
+from pipelines.shared.outputs import atomic_directory
+from pipelines.shared.programs import make_parser, positive_float, positive_int, run_program
 
+PROGRAM = "pipelines.benchmark_sampling"
 SCHEDULERS = {
     "sde": FlowMatchSDEScheduler,
     "euler": FlowMatchEulerDiscreteScheduler,
@@ -77,6 +79,24 @@ def clock(device: torch.device) -> float:
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = _parse(argv)
+    if args.output is None:
+        results = benchmark(args)
+    else:
+        with atomic_directory(args.output, args.overwrite, PROGRAM) as staging:
+            results = benchmark(args)
+            settings = {key: value for key, value in vars(args).items() if key not in ("output", "overwrite")}
+            report = json.dumps({"settings": settings, "results": results}, indent=2)
+            (staging / "results.json").write_text(report + "\n")
+            (staging / "results.md").write_text(table(results) + "\n")
+    print(table(results))
+    above = [name for name, result in results.items() if result["overhead_percent"] > args.limit]
+    if above:
+        print(f"above the limit of {args.limit:g} %: {', '.join(above)}")
+    return 1 if above else 0
+
+
+def benchmark(args: argparse.Namespace) -> dict[str, dict[str, float]]:
+    """The figures of each scheduler, by name."""
     pipeline = make_pipeline(args)
     labels = [label % NUM_CLASSES for label in range(args.batch_size)]
     runs: dict[str, list[dict[str, float]]] = {name: [] for name in args.schedulers}
@@ -99,20 +119,11 @@ def main(argv: Sequence[str] | None = None) -> int:
                         "texture_loop_s": pipeline.loop_s["texture"],
                     }
                 )
-    results = {name: summarise(measured, args) for name, measured in runs.items()}
-    print(table(results))
-    if args.json is not None:
-        settings = {key: value for key, value in vars(args).items() if key != "json"}
-        with atomic_file(args.json) as staging:
-            staging.write_text(json.dumps({"settings": settings, "results": results}, indent=2) + "\n")
-    above = [name for name, result in results.items() if result["overhead_percent"] > args.limit]
-    if above:
-        print(f"above the limit of {args.limit:g} %: {', '.join(above)}")
-    return 1 if above else 0
+    return {name: summarise(measured, args) for name, measured in runs.items()}
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = make_parser("pipelines.benchmark_sampling", __doc__)
+    parser = make_parser(PROGRAM, __doc__)
     parser.add_argument("--layers", type=positive_int, default=4, help="of the texture transformer")
     parser.add_argument("--width", type=positive_int, default=256)
     parser.add_argument("--heads", type=positive_int, default=4)
@@ -124,7 +135,8 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--limit", type=positive_float, default=3.0, help="percent that the loop may add")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--json", type=Path, help="write settings and results here")
+    parser.add_argument("--output", type=Path, help="new folder for results.md and results.json; default: print only")
+    parser.add_argument("--overwrite", action="store_true", help="replace an output folder of this program")
     args = parser.parse_args(argv)
     if args.width % args.heads:
         raise ValueError(f"--width must be a multiple of --heads, got {args.width} and {args.heads}")

@@ -32,7 +32,10 @@ from tqdm.auto import tqdm
 
 from gpstoken_hf import splatting_triton, triton_support
 from gpstoken_hf.splatting import splat_gaussians, splat_reference
-from pipelines.shared.programs import ProgramError, atomic_directory, make_parser, positive_int, run_program
+from pipelines.shared.outputs import atomic_directory
+from pipelines.shared.programs import ProgramError, make_parser, positive_int, run_program
+
+PROGRAM = "pipelines.benchmark_splatting"
 
 # (gaussians, features, size, support, mask) -> maps
 Splat = Callable[..., torch.Tensor]
@@ -463,7 +466,7 @@ def draw(curves: dict[str, list[dict[str, float]]], path: Path) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = make_parser("pipelines.benchmark_splatting", __doc__)
+    parser = make_parser(PROGRAM, __doc__)
     parser.add_argument(
         "--output", type=Path, required=True, help="new folder for results.md, results.json and growth.png"
     )
@@ -479,7 +482,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     threads_before = torch.get_num_threads()
     torch.set_num_threads(arguments.threads)
     try:
-        with atomic_directory(arguments.output) as folder:
+        with atomic_directory(arguments.output, program=PROGRAM) as folder:
             command = "python -m pipelines.benchmark_splatting " + " ".join(sys.argv[1:] if argv is None else argv)
             report: dict[str, Any] = {"command": command.strip(), "machine": machine(device), "cases": []}
             report["checks"] = check(device, arguments.quick)

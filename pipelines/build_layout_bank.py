@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import shutil
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -30,28 +29,29 @@ from gpstoken_hf.configuration_gpstoken import GPSTokenConfig
 from gpstoken_hf.layout_bank import GaussianLayoutBank
 from gpstoken_hf.partition import partition_images
 from gpstoken_hf.visualization import contact_sheet, draw_gaussians
+from pipelines.shared.outputs import OwnDirectory, atomic_directory, atomic_file, own_directory
 from pipelines.shared.programs import (
     ProgramError,
-    atomic_directory,
-    atomic_file,
     make_parser,
     non_negative_float,
     non_negative_int,
     positive_float,
     positive_int,
+    printable,
     run_program,
 )
 from pipelines.shared.publishing import push_folder
 from training.data import center_crop, decode_image, image_to_array, load_image_dataset
 from training.options import add_dataset_options, describe_options, parse_options
 
+PROGRAM = "pipelines.build_layout_bank"
 SETTINGS = ("resolution", "num_tokens", "complexity_exponent", "min_region_size", "sigma_scale")
 SHEET_LAYOUTS = 16
 SHEET_SIDE = 192
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = make_parser("pipelines.build_layout_bank", __doc__)
+    parser = make_parser(PROGRAM, __doc__)
     parser.add_argument("--config", type=Path, help="YAML file of defaults for these options; the command line wins")
     parser.add_argument("--output_dir", type=Path, required=True, help="folder to write")
     parser.add_argument(
@@ -136,31 +136,31 @@ def build_part(dataset: Any, rows: Sequence[int], options: argparse.Namespace, b
     }
 
 
-def build_parts(dataset: Any, rows: Sequence[int], options: argparse.Namespace, folder: Path) -> list[Path]:
+def build_parts(dataset: Any, rows: Sequence[int], options: argparse.Namespace, folder: OwnDirectory) -> list[Path]:
     """Every part as a file; those that are there already are taken as they are.
 
     Raises:
-        ProgramError: the parts that are there were made with other options.
+        ProgramError: If the parts that are there were made with other options.
     """
     resolved = json.dumps({"rows": list(rows), **{name: getattr(options, name) for name in SETTINGS}})
-    record = folder / "options.json"
-    if record.exists() and record.read_text(encoding="utf-8") != resolved:
-        raise ProgramError(f"{folder} holds parts made with other options or data: finish with those, or delete it")
-    folder.mkdir(parents=True, exist_ok=True)
+    record = folder.path / "options.json"
+    if record.exists() and record.read_text(encoding="utf-8", errors="replace") != resolved:
+        raise ProgramError(
+            f"{folder.path} holds parts made with other options or data: finish with those, or delete it"
+        )
+    parts = [rows[start : start + options.part_size] for start in range(0, len(rows), options.part_size)]
+    files = [folder.path / f"{part[0]:08d}-{len(part)}.safetensors" for part in parts]
+    folder.expect([record.name, *(file.name for file in files)])
     with atomic_file(record) as staging:
         staging.write_text(resolved, encoding="utf-8")
-    files = []
     with tqdm(total=len(rows), unit="image", desc="layouts", disable=None, file=sys.stderr) as bar:
-        for start in range(0, len(rows), options.part_size):
-            part = rows[start : start + options.part_size]
-            file = folder / f"{start:08d}-{len(part)}.safetensors"
+        for part, file in zip(parts, files):
             if file.exists():
                 bar.update(len(part))
             else:
                 tensors = build_part(dataset, part, options, bar)
                 with atomic_file(file) as staging:
                     save_file(tensors, staging)
-            files.append(file)
     return files
 
 
@@ -201,8 +201,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise ProgramError("the dataset holds no rows")
 
     parts = options.output_dir.parent / f"{options.output_dir.name}.parts"
-    with atomic_directory(options.output_dir) as staging:
-        files = build_parts(dataset, rows, options, parts)
+    with own_directory(parts, PROGRAM) as folder:
+        make_bank(dataset, rows, options, folder)
+        folder.remove()
+    if options.push_to_hub:
+        print(f"pushed {options.output_dir} to {push_folder(options.output_dir, options.push_to_hub)}")
+    return 0
+
+
+def make_bank(dataset: Any, rows: Sequence[int], options: argparse.Namespace, folder: OwnDirectory) -> None:
+    """Write the bank, its sheet and its card to the output folder; parts are kept in `folder`."""
+    with atomic_directory(options.output_dir, program=PROGRAM) as staging:
+        files = build_parts(dataset, rows, options, folder)
         layouts: dict[int, list[torch.Tensor]] = {}
         for label, layout in read_parts(files):
             layouts.setdefault(label, []).append(layout)
@@ -210,19 +220,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         bank.save_pretrained(staging)
         draw_layouts(bank).save(staging / "layouts.png")
         source = options.dataset_name or options.train_data_dir or ", ".join(options.train_data_files)
-        card = layout_bank_card(bank, f"taken from images of `{Path(source).name}`", "that dataset")
+        card = layout_bank_card(bank, f"taken from images of `{printable(Path(source).name)}`", "that dataset")
         settings = ", ".join(f"{name} {getattr(options, name)}" for name in SETTINGS)
         card += f"\nPartition: {settings}.\n\n![some of the layouts](layouts.png)\n"
         (staging / "README.md").write_text(card, encoding="utf-8")
-    shutil.rmtree(parts)
     counts = bank.class_counts.values()
     print(
-        f"wrote {options.output_dir}: {len(bank)} layouts of {len(counts)} classes "
+        f"wrote {printable(options.output_dir)}: {len(bank)} layouts of {len(counts)} classes "
         f"({min(counts)} to {max(counts)} per class), tokens per layout {sorted(bank.token_counts)}"
     )
-    if options.push_to_hub:
-        print(f"pushed {options.output_dir} to {push_folder(options.output_dir, options.push_to_hub)}")
-    return 0
 
 
 if __name__ == "__main__":

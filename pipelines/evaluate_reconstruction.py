@@ -41,10 +41,23 @@ from gpstoken_hf.image_processing_gpstoken import GPSTokenImageProcessor, open_i
 from gpstoken_hf.metrics import psnr, ssim
 from gpstoken_hf.modeling_gpstoken import GPSTokenModel
 from gpstoken_hf.visualization import contact_sheet, tensor_to_pil
-from pipelines.reconstruct import DEFAULT_MODEL, Box, load_model, parse_box, weights_digest
-from pipelines.shared.programs import atomic_file, make_parser, non_negative_float, positive_int, run_program
+from pipelines.shared.checkpoints import DEFAULT_MODEL, load_tokenizer, weights_fingerprint
+from pipelines.shared.outputs import OwnDirectory, atomic_file, own_directory
+from pipelines.shared.photographs import find_photographs
+from pipelines.shared.programs import (
+    PixelBox,
+    ProgramError,
+    make_parser,
+    non_negative_float,
+    pixel_box,
+    positive_int,
+    printable,
+    run_program,
+)
 
+PROGRAM = "pipelines.evaluate_reconstruction"
 PER_IMAGE_FILE = "per_image.jsonl"
+OUTPUTS = (PER_IMAGE_FILE, "results.json", "table.md", "curve.png", "examples.png")
 NUM_EXAMPLES = 6
 
 
@@ -52,31 +65,45 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = _parse(argv)
     images = ImageSet(args.data, args.image_column, args.resolution, args.max_images, args.resample)
     if args.focus and (args.focus[2] >= args.resolution or args.focus[3] >= args.resolution):
-        raise ValueError(
+        raise ProgramError(
             f"expected a focus box inside {args.resolution} x {args.resolution} pixels, "
             f"got {','.join(map(str, args.focus))}"
         )
-    model = load_model(args.model, args.device)
+    model = load_tokenizer(args.model, args.device)
     token_counts = sorted(set(args.tokens or [model.config.num_tokens]))
     settings = {
         "version": gpstoken_hf.__version__,
-        "data": [path.name for path in args.data],
+        "data": [printable(path.name) for path in args.data],
         "images": len(images),
         "model": args.model,
-        "weights": weights_digest(model),
+        "weights": weights_fingerprint(model),
         "resolution": args.resolution,
         "resample": args.resample,
         "tokens": token_counts,
         "focus": args.focus and list(args.focus),
         "focus_weight": args.focus_weight if args.focus else None,
     }
-    args.output.mkdir(parents=True, exist_ok=True)
-    done = _open_progress(args.output / PER_IMAGE_FILE, settings, args.overwrite)
+    with own_directory(args.output, PROGRAM) as folder:
+        evaluate(args, model, images, token_counts, settings, folder)
+    return 0
+
+
+def evaluate(
+    args: argparse.Namespace,
+    model: GPSTokenModel,
+    images: ImageSet,
+    token_counts: Sequence[int],
+    settings: dict[str, Any],
+    folder: OwnDirectory,
+) -> None:
+    """Score the images that have no scores yet, then write and print what follows from all of them."""
+    output = folder.path
+    done = _open_progress(folder, settings, args.overwrite)
     if done:
-        print(f"{done} of {len(images)} images are scored already in {args.output / PER_IMAGE_FILE}; going on there")
+        print(f"{done} of {len(images)} images are scored already in {printable(output / PER_IMAGE_FILE)}; resuming")
 
     with (
-        (args.output / PER_IMAGE_FILE).open("a") as log,
+        (output / PER_IMAGE_FILE).open("a", encoding="utf-8") as log,
         tqdm(total=len(images), initial=done, unit=" images", disable=None) as bar,
     ):
         for start in range(done, len(images), args.batch_size):
@@ -86,21 +113,20 @@ def main(argv: Sequence[str] | None = None) -> int:
             log.flush()
             bar.update(len(batch))
 
-    rows = [json.loads(line) for line in (args.output / PER_IMAGE_FILE).read_text().splitlines()[1:]]
+    rows = [json.loads(line) for line in (output / PER_IMAGE_FILE).read_text(encoding="utf-8").splitlines()[1:]]
     results = summarize(rows, token_counts, model.config.token_channels, args.resolution)
-    with atomic_file(args.output / "results.json") as staging:
+    with atomic_file(output / "results.json") as staging:
         staging.write_text(json.dumps({"settings": settings, "results": results}, indent=2) + "\n")
     table = as_markdown(results, settings)
-    with atomic_file(args.output / "table.md") as staging:
-        staging.write_text(table)
-    _draw_curve(args.output / "curve.png", results, settings)
-    _draw_examples(args.output / "examples.png", model, images, token_counts)
+    with atomic_file(output / "table.md") as staging:
+        staging.write_text(table, encoding="utf-8")
+    _draw_curve(output / "curve.png", results, settings)
+    _draw_examples(output / "examples.png", model, images, token_counts)
     print(table)
-    return 0
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = make_parser("pipelines.evaluate_reconstruction", __doc__)
+    parser = make_parser(PROGRAM, __doc__)
     parser.add_argument("data", nargs="+", type=Path, help="parquet files, image files, and folders of images")
     parser.add_argument("--image_column", default="image", help="column of the parquet files")
     parser.add_argument("--resolution", type=positive_int, default=64)
@@ -109,7 +135,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--max_images", type=positive_int, help="the first so many only")
     parser.add_argument("--batch_size", type=positive_int, default=16)
     parser.add_argument("--model", default=DEFAULT_MODEL, help="folder, Hub repository, or the bundled checkpoint")
-    parser.add_argument("--focus", type=parse_box, metavar="x0,y0,x1,y1", help="box in pixels of the cropped images")
+    parser.add_argument("--focus", type=pixel_box, metavar="x0,y0,x1,y1", help="box in pixels of the cropped images")
     parser.add_argument("--focus_weight", type=non_negative_float, default=30.0, help="importance per pixel there")
     parser.add_argument("--output", type=Path, default=Path("out/evaluate_reconstruction"))
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -132,23 +158,15 @@ class ImageSet:
             do_center_crop=True,
             crop_size=resolution,
         )
-        known = PIL.Image.registered_extensions()
         for path in paths:
-            if path.is_dir():
-                files = sorted(file for file in path.rglob("*") if file.suffix.lower() in known and file.is_file())
-                if not files:
-                    raise ValueError(f"expected images in the folder {path}, found none")
-                self.entries += files
-            elif not path.exists():
-                raise ValueError(f"expected a parquet file, an image or a folder, found no such file: {path}")
-            elif path.suffix == ".parquet":
+            if path.suffix == ".parquet" and path.is_file():
                 rows = _parquet_column(path, column)
                 self.entries += [(rows, row) for row in range(len(rows))]
             else:
-                self.entries.append(path)
+                self.entries += [file for file, _ in find_photographs([path])]
         self.entries = self.entries[:max_images]
         if not self.entries:
-            raise ValueError(f"expected images, found none in {', '.join(map(str, paths))}")
+            raise ProgramError(f"expected images, found none in {', '.join(map(str, paths))}")
 
     def __len__(self) -> int:
         return len(self.entries)
@@ -165,12 +183,12 @@ class ImageSet:
         value = column[row].as_py()
         content = value.get("bytes") if isinstance(value, dict) else value
         if not isinstance(content, bytes):
-            raise ValueError(f"expected an encoded image in row {row}, got {type(content).__name__}")
+            raise ProgramError(f"expected an encoded image in row {row}, got {type(content).__name__}")
         try:
             image = PIL.Image.open(BytesIO(content))
             image.load()
         except (OSError, SyntaxError, EOFError) as error:
-            raise ValueError(f"expected a readable image in row {row}: {error}") from error
+            raise ProgramError(f"expected a readable image in row {row}: {error}") from error
         return image
 
 
@@ -179,14 +197,14 @@ def _parquet_column(path: Path, column: str) -> Any:
         import pyarrow
         import pyarrow.parquet
     except ImportError as error:
-        raise ValueError("parquet files need pyarrow: pip install gpstoken-hf[train]") from error
+        raise ProgramError("parquet files need pyarrow: pip install gpstoken-hf[train]") from error
     try:
         file = pyarrow.parquet.ParquetFile(path)
         if column not in file.schema_arrow.names:
-            raise ValueError(f"expected a column {column!r} in {path}, got {', '.join(file.schema_arrow.names)}")
+            raise ProgramError(f"expected a column {column!r} in {path}, got {', '.join(file.schema_arrow.names)}")
         return file.read([column]).column(column)
     except pyarrow.ArrowInvalid as error:
-        raise ValueError(f"expected a parquet file, cannot read {path}: {error}") from error
+        raise ProgramError(f"expected a parquet file, cannot read {path}: {error}") from error
 
 
 # ---------------------------------------------------------------------------------------------------------- scores
@@ -215,7 +233,11 @@ def reconstruct(
 
 
 def score_batch(
-    model: GPSTokenModel, images: torch.Tensor, token_counts: Sequence[int], focus: Box | None, focus_weight: float
+    model: GPSTokenModel,
+    images: torch.Tensor,
+    token_counts: Sequence[int],
+    focus: PixelBox | None,
+    focus_weight: float,
 ) -> Iterator[dict[str, dict[str, float]]]:
     """The scores of every image of a batch: number of tokens -> score -> value."""
     columns: dict[str, dict[str, list[float]]] = {}
@@ -278,25 +300,26 @@ def _standard_error(values: Sequence[float]) -> float | None:
 # --------------------------------------------------------------------------------------------------------- outputs
 
 
-def _open_progress(path: Path, settings: dict[str, Any], overwrite: bool) -> int:
-    """Makes `per_image.jsonl` ready for the next line; returns how many images it holds.
+def _open_progress(folder: OwnDirectory, settings: dict[str, Any], overwrite: bool) -> int:
+    """Make `PER_IMAGE_FILE` ready for the next line; returns how many images it holds.
 
     The first line holds the settings. A last line that was cut off in the middle is dropped.
 
     Raises:
-        ValueError: the file is of other settings, unless `overwrite`.
+        ProgramError: If the file is of other settings, unless `overwrite`.
     """
-    header = json.dumps(settings)
+    path, header, complete = folder.path / PER_IMAGE_FILE, json.dumps(settings), []
     if path.exists() and not overwrite:
-        lines = path.read_text().split("\n")
+        lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
         if lines[0] != header:
-            raise ValueError(f"{path} holds the scores of other settings; choose another --output, or --overwrite")
+            raise ProgramError(f"{path} holds the scores of other settings; choose another --output, or --overwrite")
         complete = lines[1:-1]  # what follows the last line break is empty, or was cut off
-        with atomic_file(path) as staging:
-            staging.write_text("\n".join([header, *complete]) + "\n")
-        return len(complete)
-    path.write_text(header + "\n")
-    return 0
+    elif overwrite:
+        folder.clear()
+    folder.expect(OUTPUTS)
+    with atomic_file(path) as staging:
+        staging.write_text("\n".join([header, *complete]) + "\n", encoding="utf-8")
+    return len(complete)
 
 
 def as_markdown(results: Sequence[dict[str, Any]], settings: dict[str, Any]) -> str:

@@ -21,20 +21,16 @@ With several processes each makes its own share of the images, and no image is m
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
-import shutil
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import diffusers
 import numpy as np
 import PIL.Image
 import torch
-import transformers
 from accelerate import PartialState
 from diffusers import (
     DPMSolverMultistepScheduler,
@@ -52,16 +48,20 @@ from gpstoken_hf.layout import GaussianLayout
 from gpstoken_hf.pipeline_gpstoken import GPSTokenPipeline
 from gpstoken_hf.scheduling_flow_match_sde import FlowMatchSDEScheduler
 from gpstoken_hf.visualization import contact_sheet, draw_gaussians
+from pipelines.shared.checkpoints import DEFAULT_PIPELINE, load_pipeline, quiet_loading, weights_fingerprint
+from pipelines.shared.outputs import OwnDirectory, atomic_file, own_directory
+from pipelines.shared.photographs import file_digest
 from pipelines.shared.programs import (
-    atomic_file,
+    ProgramError,
     make_parser,
     non_negative_float,
     non_negative_int,
     positive_int,
+    printable,
     run_program,
 )
 
-DEFAULT_PIPELINE = "gpstoken-digits"
+PROGRAM = "pipelines.generate"
 SCHEDULERS = {
     "sde": FlowMatchSDEScheduler,
     "euler": FlowMatchEulerDiscreteScheduler,
@@ -82,11 +82,13 @@ class Job:
     label: int
     index: int
 
-    def image_path(self, output: Path) -> Path:
-        return output / "images" / f"{self.label:04d}" / f"{self.index:05d}.png"
+    @property
+    def image_file(self) -> str:
+        return f"images/{self.label:04d}/{self.index:05d}.png"
 
-    def layout_path(self, output: Path) -> Path:
-        return output / "layouts" / f"{self.label:04d}" / f"{self.index:05d}.safetensors"
+    @property
+    def layout_file(self) -> str:
+        return f"layouts/{self.label:04d}/{self.index:05d}.safetensors"
 
     def generator(self, seed: int) -> torch.Generator:
         """On the CPU, so that every device starts from the same noise."""
@@ -98,14 +100,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = _parse(argv)
     state = PartialState(cpu=args.device == "cpu")
     layout = None if args.layout is None else read_layout(args.layout)
-    with _quiet_loading():
-        pipeline = load_pipeline(args.pipeline, DTYPES[args.dtype], args.device or state.device)
+    pipeline = load_pipeline(args.pipeline, DTYPES[args.dtype], args.device or state.device)
     swap_scheduler(pipeline, args.scheduler)
     labels = class_ids(pipeline, args.classes)
     settings = {
         "version": gpstoken_hf.__version__,
         "pipeline": args.pipeline,
-        "weights": weights_fingerprint(pipeline),
+        "weights": weights_fingerprint(
+            pipeline.vae, pipeline.transformer, pipeline.layout_transformer, pipeline.layout_bank
+        ),
         "scheduler": type(pipeline.scheduler).__name__,
         "steps": args.steps,
         "layout_steps": args.layout_steps,
@@ -115,29 +118,32 @@ def main(argv: Sequence[str] | None = None) -> int:
         "dtype": args.dtype,
         "seed": args.seed,
     }
-    with state.main_process_first():
-        open_output(args.output, settings, may_clear=args.overwrite and state.is_main_process)
-
     jobs = [Job(label, index) for index in range(args.count) for label in labels]
-    # The share of a process follows from the list alone, not from what is done already: no two can meet.
-    share = jobs[state.process_index :: state.num_processes]
-    pending = [job for job in share if not job.image_path(args.output).exists()]
-    with tqdm(
-        total=len(share), initial=len(share) - len(pending), unit="image", disable=not state.is_main_process
-    ) as bar:
-        for start in range(0, len(pending), args.batch_size):
-            batch = pending[start : start + args.batch_size]
-            make_images(pipeline, batch, layout, args, bar)
-            bar.update(len(batch))
-    state.wait_for_everyone()
-    if state.is_main_process:
-        draw_sheets(pipeline, labels, args.count, args.output)
-        state.print(f"{len(jobs)} images of {len(labels)} classes, see {args.output / 'sheet.png'}")
+    with ExitStack() as stack:
+        with state.main_process_first():
+            if state.is_main_process:
+                folder = stack.enter_context(own_directory(args.output, PROGRAM))
+                open_output(folder, jobs, settings, args.overwrite)
+
+        # The share of a process follows from the list alone, not from what is done already: no two can meet.
+        share = jobs[state.process_index :: state.num_processes]
+        pending = [job for job in share if not (args.output / job.image_file).exists()]
+        with tqdm(
+            total=len(share), initial=len(share) - len(pending), unit="image", disable=not state.is_main_process
+        ) as bar:
+            for start in range(0, len(pending), args.batch_size):
+                batch = pending[start : start + args.batch_size]
+                make_images(pipeline, batch, layout, args, bar)
+                bar.update(len(batch))
+        state.wait_for_everyone()
+        if state.is_main_process:
+            draw_sheets(pipeline, labels, args.count, args.output)
+            state.print(f"{len(jobs)} images of {len(labels)} classes, see {printable(args.output / 'sheet.png')}")
     return 0
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = make_parser("pipelines.generate", __doc__)
+    parser = make_parser(PROGRAM, __doc__)
     parser.add_argument(
         "--pipeline",
         default=DEFAULT_PIPELINE,
@@ -167,42 +173,12 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--batch_size", type=positive_int, default=16)
     parser.add_argument("--dtype", choices=DTYPES, default="float32")
     parser.add_argument("--device", help="default: the accelerator of this process, or the CPU")
-    parser.add_argument("--output", type=Path, default=Path("out"))
+    parser.add_argument("--output", type=Path, default=Path("out/generate"))
     parser.add_argument("--overwrite", action="store_true", help="clear an output folder of other settings")
     return parser.parse_args(argv)
 
 
 # ---------------------------------------------------------------------------------------------------------- inputs
-
-
-def load_pipeline(name: str, dtype: torch.dtype, device: str | torch.device) -> GPSTokenPipeline:
-    """A folder, a Hub repository or the bundled pipeline -> the pipeline, ready to run."""
-    is_folder = Path(name).is_dir()
-    if not is_folder and name != DEFAULT_PIPELINE and name.count("/") != 1:
-        raise ValueError(f"expected {DEFAULT_PIPELINE}, a pipeline folder or a Hub repository owner/name, got {name}")
-    pipeline = GPSTokenPipeline.from_pretrained(name if is_folder or "/" in name else gpstoken_hf.bundled(name))
-    pipeline.set_progress_bar_config(disable=True)
-    if dtype != torch.float32:
-        pipeline.to(dtype)
-    return pipeline.to(device)
-
-
-@contextmanager
-def _quiet_loading() -> Iterator[None]:
-    """One bar, for the images, is enough."""
-    modules = (diffusers.utils.logging, transformers.utils.logging)
-    shown = [module for module in modules if module.is_progress_bar_enabled()]
-    levels = [(module, module.get_verbosity()) for module in modules]
-    for module in modules:
-        module.disable_progress_bar()
-        module.set_verbosity_error()
-    try:
-        yield
-    finally:
-        for module, level in levels:
-            module.set_verbosity(level)
-        for module in shown:
-            module.enable_progress_bar()
 
 
 def swap_scheduler(pipeline: GPSTokenPipeline, name: str | None) -> None:
@@ -212,7 +188,7 @@ def swap_scheduler(pipeline: GPSTokenPipeline, name: str | None) -> None:
     # Diffusers' multistep solvers serve many kinds of models and must be told that this is a flow model.
     flow = {"prediction_type": "flow_prediction", "use_flow_sigmas": True}
     is_multistep = name in ("dpmsolver++", "unipc")
-    with _quiet_loading():
+    with quiet_loading():
         pipeline.scheduler = SCHEDULERS[name].from_config(pipeline.scheduler.config, **(flow if is_multistep else {}))
 
 
@@ -252,43 +228,34 @@ def read_layout(source: str) -> str | GaussianLayout | PIL.Image.Image:
 def _layout_setting(source: str | None) -> str | None:
     if source is None or source in ("generated", "bank"):
         return source
-    return hashlib.sha256(Path(source).read_bytes()).hexdigest() if Path(source).is_file() else source
+    return file_digest(source) if Path(source).is_file() else source
 
 
-def weights_fingerprint(pipeline: GPSTokenPipeline) -> str:
-    """Changes when the weights do: a hash of the sum and the sum of squares of every tensor."""
-    digest = hashlib.sha256()
-    for name in ("vae", "transformer", "layout_transformer", "layout_bank"):
-        component = getattr(pipeline, name)
-        for key, value in sorted(component.state_dict().items()) if component is not None else ():
-            value = value.double()
-            digest.update(f"{name}.{key} {value.sum().item():.9g} {value.square().sum().item():.9g}\n".encode())
-    return digest.hexdigest()[:16]
-
-
-def open_output(output: Path, settings: dict[str, Any], may_clear: bool) -> None:
-    """Make the output folder, or go on in one of the same settings.
+def open_output(folder: OwnDirectory, jobs: Sequence[Job], settings: dict[str, Any], overwrite: bool) -> None:
+    """Make the output folder ready for `jobs`, beside the images of the same settings that it holds already.
 
     Raises:
-        ValueError: the folder holds images of other settings, or something else.
+        ProgramError: If the folder holds images of other settings, unless `overwrite`.
     """
-    path = output / SETTINGS_FILE
-    if path.is_file():
-        present = json.loads(path.read_text())
+    path = folder.path / SETTINGS_FILE
+    if path.exists():
+        try:
+            present = dict(json.loads(path.read_text(encoding="utf-8")))
+        except (ValueError, TypeError, RecursionError):
+            present = {"damaged": True}
         changed = sorted(key for key in {*present, *settings} if present.get(key) != settings.get(key))
-        if not changed:
-            return
-        if not may_clear:
+        if changed and not overwrite:
             pairs = ", ".join(f"{key} {present.get(key)!r} (now {settings.get(key)!r})" for key in changed)
-            raise ValueError(
-                f"{output} holds images of other settings: {pairs}; expected another --output or --overwrite"
+            raise ProgramError(
+                f"{folder.path} holds images of other settings: {pairs}; expected another --output or --overwrite"
             )
-        for name in ("images", "layouts"):
-            shutil.rmtree(output / name, ignore_errors=True)
-    elif output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise ValueError(f"the output {output} must be new, empty or of this program; it holds something else")
-    with atomic_file(path) as staging:
-        staging.write_text(json.dumps(settings, indent=2) + "\n")
+        if changed:
+            folder.clear()
+    files = [file for job in jobs for file in (job.image_file, job.layout_file)]
+    folder.expect([SETTINGS_FILE, "sheet.png", "layouts.png", *files])
+    if not path.exists():
+        with atomic_file(path) as staging:
+            staging.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
 
 
 # ---------------------------------------------------------------------------------------------------------- images
@@ -325,9 +292,9 @@ def make_images(
             is_real = output.layout.attention_mask[i].bool().cpu()
             tensors = {"tokens": tokens[is_real], "layout": output.layout[i].gaussians[0].cpu().contiguous()}
         metadata = {"class": str(job.label), "index": str(job.index), "seed": str(args.seed)}
-        with atomic_file(job.layout_path(args.output)) as staging:
+        with atomic_file(args.output / job.layout_file) as staging:
             save_file(tensors, staging, metadata)
-        with atomic_file(job.image_path(args.output)) as staging:
+        with atomic_file(args.output / job.image_file) as staging:
             output.images[i].save(staging)
 
 
@@ -338,9 +305,9 @@ def draw_sheets(pipeline: GPSTokenPipeline, labels: Sequence[int], count: int, o
     jobs = [Job(label, index) for label in labels[:SHEET_ROWS] for index in range(columns)]
     pictures, layouts, titles = [], [], []
     for job in jobs:
-        image = PIL.Image.open(job.image_path(output)).convert("RGB")
+        image = PIL.Image.open(output / job.image_file).convert("RGB")
         zoom = -(-DRAWN_SIDE // max(image.size))
-        tensors = load_file(job.layout_path(output))
+        tensors = load_file(output / job.layout_file)
         gaussians = tensors["layout"] if "layout" in tensors else tensors["tokens"][:, :5]
         pictures.append(image.resize((image.width * zoom, image.height * zoom), PIL.Image.Resampling.NEAREST))
         layouts.append(draw_gaussians(image, gaussians, zoom=zoom))

@@ -23,12 +23,11 @@ code is 0 when every image was reconstructed and 2 when at least one could not b
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import math
+import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -36,35 +35,46 @@ from typing import Any
 
 import PIL.Image
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from tqdm import tqdm
-from transformers.utils import logging as transformers_logging
 
 import gpstoken_hf
 from gpstoken_hf.image_processing_gpstoken import GPSTokenImageProcessor, open_image
 from gpstoken_hf.metrics import SSIM_WINDOW, psnr, ssim
 from gpstoken_hf.modeling_gpstoken import GPSTokenModel
 from gpstoken_hf.visualization import contact_sheet, draw_boxes, draw_error_map, draw_gaussians, panel, tensor_to_pil
+from pipelines.shared.checkpoints import DEFAULT_MODEL, load_tokenizer, weights_fingerprint
+from pipelines.shared.outputs import OutputError, atomic_directory, atomic_file, claim_file, plan_names
+from pipelines.shared.photographs import (
+    Photograph,
+    file_digest,
+    find_photographs,
+    read_photograph,
+    sample_photograph,
+)
 from pipelines.shared.programs import (
     EXIT_BAD_INPUT,
-    atomic_directory,
-    atomic_file,
+    FILE_ERRORS,
+    PixelBox,
+    ProgramError,
     make_parser,
     non_negative_float,
     non_negative_int,
     one_line,
+    pixel_box,
     positive_int,
+    printable,
+    progress,
     run_program,
 )
+from pipelines.shared.tiles import choose_tile_size, decode_in_tiles, num_tiles, tile_bar
+from pipelines.shared.token_files import load_tokens, save_tokens
 
-DEFAULT_MODEL = "gpstoken-nano"
+PROGRAM = "pipelines.reconstruct"
 SAMPLES = ("astronaut", "chelsea", "coffee", "rocket")
-TOKENS_FILE, SCORES_FILE = "tokens.safetensors", "scores.json"
+TOKENS_FILE, SCORES_FILE, OVERVIEW_FILE = "tokens.safetensors", "scores.json", "overview.png"
 DRAWN_SIDE = 512  # small images are drawn enlarged, to about this many pixels
 MAX_PANELS_IN_OVERVIEW = 16
-
-Box = tuple[int, int, int, int]
+SSIM_BAND_ROWS = 128
 
 
 @dataclass
@@ -77,71 +87,77 @@ class Source:
     digest: Callable[[], str]
 
 
-@dataclass
-class Photograph:
-    """An image as the model takes it, and how it was reduced from the original."""
-
-    pixel_values: torch.Tensor  # (1, 3, H, W)
-    original_size: tuple[int, int]  # (H, W)
-
-    @property
-    def size(self) -> tuple[int, int]:
-        height, width = self.pixel_values.shape[-2:]
-        return height, width
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     args = _parse(argv)
     if args.from_tokens:
         if args.images or args.focus or args.importance or args.tokens:
-            raise ValueError(
+            raise ProgramError(
                 "--from_tokens decodes what is stored: expected no images, --tokens, --focus, --importance"
             )
         return _decode_files(args)
 
-    sources = collect_sources(args.images)
+    sources = collect_sources(args.images, args.output)
     settings = {
         "version": gpstoken_hf.__version__,
         "model": args.model,
         "tokens": args.tokens,
         "focus": args.focus,
         "focus_weight": args.focus_weight,
-        "importance": args.importance and _digest(Path(args.importance)),
+        "importance": args.importance and file_digest(args.importance),
         "tile_size": args.tile_size,
         "max_side": args.max_side,
     }
     mask = None if args.importance is None else read_mask(args.importance)
-    model = load_model(args.model, args.device)
-    settings["weights"] = weights_digest(model)
+    model = load_tokenizer(args.model, args.device)
+    settings["weights"] = weights_fingerprint(model)
+    if len(sources) > 1:
+        claim_file(args.output / OVERVIEW_FILE, PROGRAM)
 
-    failures: list[str] = []
-    scores: dict[str, dict[str, Any]] = {}
-    for source in _progress(sources, "images"):
-        try:
-            scores[source.label] = _reconstruct_source(model, source, mask, settings, args)
-        except (ValueError, OSError) as error:
-            failures.append(source.label)
-            tqdm.write(f"error: {source.label}: {one_line(error)}", file=sys.stderr)
-    if len(scores) > 1:
-        _write_overview(args.output, [args.output / source.folder for source in sources if source.label in scores])
+    def work(source: Source) -> dict[str, Any]:
+        return _reconstruct_source(model, source, mask, settings, args)
+
+    done, failures = _run_batch(sources, "images", [source.label for source in sources], work)
+    if len(done) > 1:
+        _write_overview(args.output, [args.output / source.folder for source, _ in done])
+        scores = [scores for _, scores in done]
         print(
-            f"{len(scores)} images: mean PSNR {_mean(scores, 'psnr'):.2f} dB, mean SSIM {_mean(scores, 'ssim'):.4f}, "
-            f"see {args.output / 'overview.png'}"
+            f"{len(done)} images: mean PSNR {_mean(scores, 'psnr'):.2f} dB, mean SSIM {_mean(scores, 'ssim'):.4f}, "
+            f"see {printable(args.output / OVERVIEW_FILE)}"
         )
-    if failures and len(sources) > 1:
-        print(f"{len(failures)} of {len(sources)} images not reconstructed: {', '.join(failures)}", file=sys.stderr)
+    return _report(failures, len(sources), "images not reconstructed")
+
+
+def _run_batch(
+    items: Sequence[Any], unit: str, labels: Sequence[str], work: Callable[[Any], Any]
+) -> tuple[list[tuple[Any, Any]], list[str]]:
+    """Work on each item whatever becomes of the others; items with their results, and the labels of failures."""
+    done, failures = [], []
+    for item, label in zip(progress(items, unit), labels):
+        try:
+            done.append((item, work(item)))
+        except OutputError:  # no other item would fare better
+            raise
+        except FILE_ERRORS as error:
+            failures.append(label)
+            tqdm.write(f"error: {label}: {one_line(error)}", file=sys.stderr)
+    return done, failures
+
+
+def _report(failures: Sequence[str], count: int, what: str) -> int:
+    if failures and count > 1:
+        print(f"{len(failures)} of {count} {what}: {', '.join(failures)}", file=sys.stderr)
     return EXIT_BAD_INPUT if failures else 0
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = make_parser("pipelines.reconstruct", __doc__)
+    parser = make_parser(PROGRAM, __doc__)
     parser.add_argument("images", nargs="*", type=Path, help="image files and folders of them (searched recursively)")
     parser.add_argument(
         "--tokens", type=positive_int, help="tokens of an image; default: as many per pixel as in the model's training"
     )
     parser.add_argument(
         "--focus",
-        type=parse_box,
+        type=pixel_box,
         action="append",
         default=[],
         metavar="x0,y0,x1,y1",
@@ -170,81 +186,42 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def parse_box(text: str) -> Box:
-    """An argparse type: `x0,y0,x1,y1`, inclusive pixels."""
-    try:
-        x0, y0, x1, y1 = (int(number) for number in text.split(","))
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"expected four integers x0,y0,x1,y1, got {text!r}") from None
-    if not (0 <= x0 <= x1 and 0 <= y0 <= y1):
-        raise argparse.ArgumentTypeError(f"expected 0 <= x0 <= x1 and 0 <= y0 <= y1, got {text!r}")
-    return x0, y0, x1, y1
-
-
 # ---------------------------------------------------------------------------------------------------------- inputs
 
 
-def collect_sources(paths: Sequence[Path]) -> list[Source]:
+def collect_sources(paths: Sequence[Path], output: Path) -> list[Source]:
     """Files, and the images of folders in alphabetical order -> sources, each with an output folder of its own.
 
+    `photo.jpg` goes to `photo`, or to `photo.jpg` where another result would share, contain or lie in that folder, or
+    to `photo.jpg-<hash of its path>` where even that is taken.
+
     Raises:
-        ValueError: a path does not exist, or a folder holds no image.
+        ProgramError: If a path does not exist, or if a folder holds no image.
     """
     if not paths:
-        return [_sample(name) for name in SAMPLES]
-    found: list[tuple[Path, Path]] = []  # the file, and its name within what was asked for
-    for path in paths:
-        if path.is_dir():
-            known = PIL.Image.registered_extensions()
-            files = sorted(file for file in path.rglob("*") if file.suffix.lower() in known and file.is_file())
-            if not files:
-                raise ValueError(f"expected images in the folder {path}, found none")
-            found += [(file, file.relative_to(path)) for file in files]
-        elif path.exists():
-            found.append((path, Path(path.name)))
-        else:
-            raise ValueError(f"expected an image file or a folder, found no such file: {path}")
-    stems = [name.with_suffix("").as_posix() for _, name in found]
-    # photo.jpg and photo.png would share a folder: these go by their full names, numbered where even those are equal.
-    folders = [stem if stems.count(stem) == 1 else name.as_posix() for stem, (_, name) in zip(stems, found)]
-    counts: dict[str, int] = {}
-    sources = []
-    for (file, _), folder in zip(found, folders):
-        counts[folder] = counts.get(folder, 0) + 1
-        unique = folder if counts[folder] == 1 else f"{folder}-{counts[folder]}"
-        sources.append(Source(str(file), unique, partial(open_image, file), partial(_digest, file)))
-    return sources
+        return [
+            Source(f"sample {name}", name, partial(sample_photograph, name), partial(str, f"skimage.data.{name}"))
+            for name in SAMPLES
+        ]
+    root = os.path.abspath(output)
+    files: dict[str, Path] = {}  # one source for each file, however often and by which way it was named
+    names: dict[str, Path] = {}
+    for file, name in find_photographs(paths):
+        key = os.path.abspath(file)
+        files.setdefault(key, file)
+        names[key] = min(name, names.get(key, name), key=lambda path: (len(path.parts), path))
+    inputs = [Path(key).relative_to(root).as_posix() for key in files if Path(key).is_relative_to(root)]
+    folders = plan_names({key: _result_names(name) for key, name in names.items()}, [*inputs, OVERVIEW_FILE])
+    return [
+        Source(printable(file), folders[key], partial(open_image, file), partial(file_digest, file))
+        for key, file in files.items()
+    ]
 
 
-def _sample(name: str) -> Source:
-    def read() -> PIL.Image.Image:
-        try:
-            import skimage.data
-        except ImportError as error:
-            raise ValueError(
-                "the sample photographs come with scikit-image: pip install gpstoken-hf[demo], or name an image file"
-            ) from error
-        return PIL.Image.fromarray(getattr(skimage.data, name)())
-
-    return Source(f"sample {name}", name, read, lambda: f"skimage.data.{name}")
-
-
-def read_photograph(image: PIL.Image.Image, max_side: int) -> Photograph:
-    """An image of any mode -> `pixel_values`, reduced until its longer side is `max_side` (0: never)."""
-    original = (image.height, image.width)
-    processor = GPSTokenImageProcessor()
-    reduced = reduced_size(original, max_side)
-    resize = {} if reduced == original else {"do_resize": True, "size": {"height": reduced[0], "width": reduced[1]}}
-    return Photograph(processor(image, return_tensors="pt", **resize).pixel_values, original)
-
-
-def reduced_size(size: tuple[int, int], max_side: int) -> tuple[int, int]:
-    """(H, W) with the longer side at most `max_side`, the shape kept; 0 keeps everything."""
-    longest = max(size)
-    if not max_side or longest <= max_side:
-        return size
-    height, width = (max(1, round(side * max_side / longest)) for side in size)
-    return height, width
+def _result_names(name: Path) -> list[str]:
+    stem = name.name.removesuffix(name.suffix)
+    shared = [] if stem in ("", ".", "..") else [(name.parent / stem).as_posix()]
+    return [*shared, name.as_posix()]
 
 
 def read_mask(path: str) -> torch.Tensor:
@@ -254,7 +231,7 @@ def read_mask(path: str) -> torch.Tensor:
 
 
 def importance_map(
-    photograph: Photograph, mask: torch.Tensor | None, boxes: Sequence[Box], weight: float
+    photograph: Photograph, mask: torch.Tensor | None, boxes: Sequence[PixelBox], weight: float
 ) -> torch.Tensor | None:
     """Mask and boxes, in pixels of the original -> (1, H, W) importance of the image as the model takes it.
 
@@ -286,34 +263,6 @@ def importance_map(
 # -------------------------------------------------------------------------------------------------- reconstruction
 
 
-def load_model(name: str, device: str) -> GPSTokenModel:
-    """A folder, a Hub repository or the bundled checkpoint -> the model, ready to run.
-
-    Raises:
-        ValueError: there is no such checkpoint, or its weights are not those of the model.
-    """
-    if not Path(name).is_dir() and name != DEFAULT_MODEL and name.count("/") != 1:
-        raise ValueError(f"expected {DEFAULT_MODEL}, a checkpoint folder or a Hub repository owner/name, got {name}")
-    path = gpstoken_hf.bundled(name) if name == DEFAULT_MODEL and not Path(name).is_dir() else name
-    with _quiet_loading():
-        model = GPSTokenModel.from_pretrained(path)
-    return model.eval().to(device)
-
-
-@contextmanager
-def _quiet_loading() -> Iterator[None]:
-    """No bar and no table of keys from transformers: what is wrong with a checkpoint is said in one line."""
-    shows_bar, verbosity = transformers_logging.is_progress_bar_enabled(), transformers_logging.get_verbosity()
-    transformers_logging.disable_progress_bar()
-    transformers_logging.set_verbosity_error()
-    try:
-        yield
-    finally:
-        transformers_logging.set_verbosity(verbosity)
-        if shows_bar:
-            transformers_logging.enable_progress_bar()
-
-
 def default_num_tokens(model: GPSTokenModel, size: tuple[int, int]) -> int:
     """As many tokens per pixel as in training."""
     return max(1, round(model.config.num_tokens * size[0] * size[1] / model.config.image_size**2))
@@ -324,11 +273,8 @@ def _reconstruct_source(
 ) -> dict[str, Any]:
     folder = args.output / source.folder
     settings = {**settings, "source": source.digest()}
-    if not args.overwrite and (folder / SCORES_FILE).exists():
-        known = json.loads((folder / SCORES_FILE).read_text())
-        if known.get("settings") != json.loads(json.dumps(settings)):
-            raise ValueError(f"{folder} holds the outputs of other settings; choose another --output, or --overwrite")
-        tqdm.write(f"{source.label}: done before, skipped (--overwrite makes it anew): {folder}")
+    known = _done_before(folder, settings, source.label, args.overwrite)
+    if known is not None:
         return known
 
     photograph = read_photograph(source.read(), args.max_side)
@@ -337,32 +283,59 @@ def _reconstruct_source(
         tqdm.write(f"{source.label}: reduced from {old_w} x {old_h} to {new_w} x {new_h} (--max_side {args.max_side})")
     importance = importance_map(photograph, mask, args.focus, args.focus_weight)
     num_tokens = args.tokens or default_num_tokens(model, photograph.size)
-    pixel_values = photograph.pixel_values.to(model.device)
-    with torch.inference_mode():
-        encoded = model.encode(
-            pixel_values,
-            num_tokens=num_tokens,
-            importance=None if importance is None else importance.to(model.device),
-            tile_size=args.tile_size,
+    tile_size = args.tile_size or choose_tile_size(model, photograph.size, num_tokens)
+    if tile_size is not None and args.tile_size is None:
+        height, width = photograph.size
+        tqdm.write(
+            f"{source.label}: {width} x {height} pixels are too many for one pass: encoded in "
+            f"{num_tiles(photograph.size, tile_size)} tiles of {tile_size} pixels (--tile_size chooses another side)"
         )
-        sample = model.decode(
-            encoded.tokens, photograph.size, attention_mask=encoded.attention_mask, tile_size=args.tile_size
-        ).sample
-    reconstruction = sample.float().clamp(-1, 1)
-    scores = _scores(pixel_values, reconstruction, encoded)
-    boxes = [_scaled_box(box, photograph) for box in args.focus]
-    if boxes:
-        scores["psnr_in_focus"] = [
-            psnr(pixel_values[..., y0 : y1 + 1, x0 : x1 + 1], reconstruction[..., y0 : y1 + 1, x0 : x1 + 1]).item()
-            for x0, y0, x1, y1 in boxes
-        ]
-    with atomic_directory(folder, overwrite=args.overwrite) as staging:
+    num_parts = 1 if tile_size is None else num_tiles(photograph.size, tile_size)
+    pixel_values = photograph.pixel_values.to(model.device)
+    with atomic_directory(folder, args.overwrite, PROGRAM) as staging:
+        with tile_bar(model.encoder, num_parts, f"encode {source.label}"), torch.inference_mode():
+            encoded = model.encode(
+                pixel_values,
+                num_tokens=num_tokens,
+                importance=None if importance is None else importance.to(model.device),
+                tile_size=tile_size,
+            )
+        reconstruction = decode_in_tiles(
+            model, encoded.tokens, encoded.attention_mask, photograph.size, tile_size, source.label
+        )
+        scores = _scores(pixel_values, reconstruction, encoded)
+        scores["tile_size"] = tile_size
+        boxes = [_scaled_box(box, photograph) for box in args.focus]
+        if boxes:
+            scores["psnr_in_focus"] = [
+                psnr(pixel_values[..., y0 : y1 + 1, x0 : x1 + 1], reconstruction[..., y0 : y1 + 1, x0 : x1 + 1]).item()
+                for x0, y0, x1, y1 in boxes
+            ]
         images = pixel_values[0].cpu(), reconstruction[0].cpu()
-        _write_pictures(staging, source.folder, *images, encoded, scores, boxes)
-        save_tokens(staging / TOKENS_FILE, encoded, photograph.size, args.tile_size, args.model)
+        _write_pictures(staging, printable(source.folder), *images, encoded, scores, boxes)
+        save_tokens(staging / TOKENS_FILE, encoded, photograph.size, tile_size, args.model)
         (staging / SCORES_FILE).write_text(json.dumps({**scores, "settings": settings}, indent=2) + "\n")
-    tqdm.write(f"{source.label}: {_in_words(scores)} -> {folder}")
+    tqdm.write(f"{source.label}: {_in_words(scores)} -> {printable(folder)}")
     return scores
+
+
+def _done_before(folder: Path, settings: dict[str, Any], label: str, overwrite: bool) -> dict[str, Any] | None:
+    """What a former run has written to `SCORES_FILE`; `None` if there is nothing or it is to be made anew.
+
+    Raises:
+        ProgramError: If the folder holds the results of other settings.
+    """
+    if overwrite or not (folder / SCORES_FILE).is_file():
+        return None
+    try:
+        known = json.loads((folder / SCORES_FILE).read_text(encoding="utf-8"))
+        same = known["settings"] == json.loads(json.dumps(settings))
+    except (ValueError, LookupError, TypeError, RecursionError):
+        same = False
+    if not same:
+        raise ProgramError(f"{folder} holds the outputs of other settings; choose another --output, or --overwrite")
+    tqdm.write(f"{label}: done before, skipped (--overwrite makes it anew): {printable(folder)}")
+    return known
 
 
 def _scores(pixel_values: torch.Tensor, reconstruction: torch.Tensor, encoded: Any) -> dict[str, Any]:
@@ -375,8 +348,19 @@ def _scores(pixel_values: torch.Tensor, reconstruction: torch.Tensor, encoded: A
         "tokens": num_tokens,
         "floats": num_tokens * encoded.tokens.shape[-1],
         "psnr": psnr(reconstruction, pixel_values).item(),
-        "ssim": ssim(reconstruction, pixel_values).item() if large_enough else None,
+        "ssim": _ssim_in_bands(reconstruction, pixel_values) if large_enough else None,
     }
+
+
+def _ssim_in_bands(images: torch.Tensor, reference: torch.Tensor) -> float:
+    """`ssim` of one image (1, 3, H, W) in bands of rows. It keeps 19 float64 copies, 2.7 GB of 3000 x 2000 pixels."""
+    num_rows = images.shape[2] - SSIM_WINDOW + 1  # of windows
+    total = 0.0
+    for top in range(0, num_rows, SSIM_BAND_ROWS):
+        count = min(SSIM_BAND_ROWS, num_rows - top)
+        rows = (..., slice(top, top + count + SSIM_WINDOW - 1), slice(None))
+        total += count * ssim(images[rows], reference[rows]).item()
+    return total / num_rows
 
 
 def _in_words(scores: dict[str, Any]) -> str:
@@ -392,7 +376,7 @@ def _in_words(scores: dict[str, Any]) -> str:
     return ", ".join(words)
 
 
-def _scaled_box(box: Box, photograph: Photograph) -> Box:
+def _scaled_box(box: PixelBox, photograph: Photograph) -> PixelBox:
     """A box in pixels of the original -> the pixels of the image as the model takes it that it touches."""
     scale_y, scale_x = (new / old for new, old in zip(photograph.size, photograph.original_size))
     x0, y0, x1, y1 = box
@@ -410,7 +394,7 @@ def _write_pictures(
     reconstruction: torch.Tensor,
     encoded: Any,
     scores: dict[str, Any],
-    focus: Sequence[Box],
+    focus: Sequence[PixelBox],
 ) -> None:
     original, decoded = tensor_to_pil(image), tensor_to_pil(reconstruction)
     zoom = max(1, round(DRAWN_SIDE / max(original.size)))
@@ -444,111 +428,46 @@ def _write_overview(output: Path, folders: Sequence[Path]) -> None:
         with PIL.Image.open(folder / "panel.png") as picture:
             picture.thumbnail((1600, 1600))
             panels.append(picture.copy())
-    with atomic_file(output / "overview.png") as staging:
+    with atomic_file(output / OVERVIEW_FILE) as staging:
         contact_sheet(panels, columns=1).save(staging)
 
 
-def save_tokens(path: Path, encoded: Any, size: tuple[int, int], tile_size: int | None, model: str) -> None:
-    """Writes what `load_tokens` reads: tokens, where they came from, and the size to decode to."""
-    tensors = {
-        "tokens": encoded.tokens.float(),
-        "init_gaussians": encoded.layout.gaussians.float(),
-        "boxes": encoded.layout.boxes,
-        "attention_mask": encoded.attention_mask,
-    }
-    metadata = {
-        "format": "gpstoken_hf tokens",
-        "height": str(size[0]),
-        "width": str(size[1]),
-        "tile_size": "" if tile_size is None else str(tile_size),
-        "model": model,
-    }
-    save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, path, metadata=metadata)
-
-
-@dataclass
-class StoredTokens:
-    """Tokens of one image and how to decode them."""
-
-    tokens: torch.Tensor  # (1, L, 5 + C)
-    attention_mask: torch.Tensor  # (1, L)
-    size: tuple[int, int]  # (H, W)
-    tile_size: int | None
-
-
-def load_tokens(path: Path) -> StoredTokens:
-    """Reads a file of `save_tokens`.
-
-    Raises:
-        ValueError: there is no such file, or it holds something else.
-    """
-    if not path.is_file():
-        raise ValueError(f"expected a file of tokens, found no such file: {path}")
-    try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            tokens, attention_mask = file.get_tensor("tokens"), file.get_tensor("attention_mask")
-        size = int(metadata["height"]), int(metadata["width"])
-        tile_size = int(metadata["tile_size"]) if metadata["tile_size"] else None
-    except (SafetensorError, KeyError, ValueError) as error:
-        raise ValueError(f"expected tokens as this program writes them, cannot read {path}: {error}") from error
-    return StoredTokens(tokens, attention_mask, size, tile_size)
-
-
 def _decode_files(args: argparse.Namespace) -> int:
-    model = load_model(args.model, args.device)
-    failures = 0
-    for path in _progress(args.from_tokens, "files"):
-        try:
-            stored = load_tokens(path)
-            with torch.inference_mode():
-                sample = model.decode(
-                    stored.tokens.to(model.device),
-                    stored.size,
-                    attention_mask=stored.attention_mask.to(model.device),
-                    tile_size=stored.tile_size,
-                ).sample
-            decoded = tensor_to_pil(sample[0].float())
-            name = path.parent.resolve().name if path.name == TOKENS_FILE else path.stem
-            folder = args.output / f"{name}-from-tokens"
-            zoom = max(1, round(DRAWN_SIDE / max(decoded.size)))
-            with atomic_directory(folder, overwrite=args.overwrite) as staging:
-                decoded.save(staging / "reconstruction.png")
-                drawn = draw_gaussians(decoded, stored.tokens[0, :, :5], stored.attention_mask[0], zoom=zoom)
-                drawn.save(staging / "refined_gaussians.png")
-            count = int(stored.attention_mask.sum())
-            height, width = stored.size
-            floats = count * stored.tokens.shape[-1]
-            tqdm.write(f"{path}: {width} x {height}, {count} tokens, {floats} floats -> {folder}")
-        except (ValueError, OSError) as error:
-            failures += 1
-            tqdm.write(f"error: {path}: {one_line(error)}", file=sys.stderr)
-    return EXIT_BAD_INPUT if failures else 0
+    files = {os.path.abspath(path): path for path in args.from_tokens}
+    names = {key: Path(key).parent.name if Path(key).name == TOKENS_FILE else Path(key).stem for key in files}
+    folders = plan_names({key: [f"{name}-from-tokens"] for key, name in names.items()}, [OVERVIEW_FILE])
+    model = load_tokenizer(args.model, args.device)
+    settings = {"version": gpstoken_hf.__version__, "model": args.model, "weights": weights_fingerprint(model)}
+
+    def work(key: str) -> None:
+        _decode_file(model, files[key], args.output / folders[key], settings, args.overwrite)
+
+    labels = [printable(path) for path in files.values()]
+    failures = _run_batch(list(files), "files", labels, work)[1]
+    return _report(failures, len(files), "files not decoded")
 
 
-# ---------------------------------------------------------------------------------------------------- small helpers
+def _decode_file(model: GPSTokenModel, path: Path, folder: Path, settings: dict[str, Any], overwrite: bool) -> None:
+    label = printable(path)
+    stored = load_tokens(path, model.config.token_channels)
+    settings = {**settings, "source": file_digest(path)}
+    if _done_before(folder, settings, label, overwrite) is not None:
+        return
+    with atomic_directory(folder, overwrite, PROGRAM) as staging:
+        sample = decode_in_tiles(model, stored.tokens, stored.attention_mask, stored.size, stored.tile_size, label)
+        decoded = tensor_to_pil(sample[0].cpu())
+        zoom = max(1, round(DRAWN_SIDE / max(decoded.size)))
+        decoded.save(staging / "reconstruction.png")
+        drawn = draw_gaussians(decoded, stored.tokens[0, :, :5], stored.attention_mask[0], zoom=zoom)
+        drawn.save(staging / "refined_gaussians.png")
+        (staging / SCORES_FILE).write_text(json.dumps({"settings": settings}, indent=2) + "\n")
+    count, (height, width) = int(stored.attention_mask.sum()), stored.size
+    floats = count * stored.tokens.shape[-1]
+    tqdm.write(f"{label}: {width} x {height}, {count} tokens, {floats} floats -> {printable(folder)}")
 
 
-def weights_digest(model: torch.nn.Module) -> str:
-    """A fingerprint of all weights, so that a changed checkpoint is not taken for the one used before."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        digest.update(name.encode())
-        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()[:16]
-
-
-def _digest(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
-
-
-def _progress(items: Sequence[Any], unit: str) -> Iterator[Any]:
-    # disable=None: no bar where standard error is not a terminal
-    return iter(tqdm(items, unit=f" {unit}", disable=True if len(items) == 1 else None))
-
-
-def _mean(scores: dict[str, dict[str, Any]], key: str) -> float:
-    values = [entry[key] for entry in scores.values() if entry[key] is not None]
+def _mean(scores: Sequence[dict[str, Any]], key: str) -> float:
+    values = [entry[key] for entry in scores if entry[key] is not None]
     return sum(values) / len(values) if values else math.nan
 
 

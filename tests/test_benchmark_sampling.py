@@ -13,10 +13,11 @@ TINY += ["--repeats", "1", "--device", "cpu"]
 
 
 def test_times_are_consistent_and_written(tmp_path, capsys):
-    assert run_program(main, [*TINY, "--limit", "1e6", "--json", str(tmp_path / "times.json")]) == 0
-    results = json.loads((tmp_path / "times.json").read_text())["results"]
+    assert run_program(main, [*TINY, "--limit", "1e6", "--output", str(tmp_path / "times")]) == 0
+    results = json.loads((tmp_path / "times" / "results.json").read_text())["results"]
     assert set(results) == set(SCHEDULERS)
     table = capsys.readouterr().out
+    assert (tmp_path / "times" / "results.md").read_text() in table
     for name, result in results.items():
         assert f"| {name} |" in table
         assert result["model_ms_per_step"] > 0

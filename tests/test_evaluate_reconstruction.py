@@ -16,7 +16,7 @@ from gpstoken_hf.modeling_gpstoken import GPSTokenModel
 from pipelines import evaluate_reconstruction as evaluate
 from pipelines.shared.programs import run_program
 
-OUTPUTS = {"per_image.jsonl", "results.json", "table.md", "curve.png", "examples.png"}
+OUTPUTS = {".gpstoken.json", "per_image.jsonl", "results.json", "table.md", "curve.png", "examples.png"}
 
 
 @pytest.fixture(scope="module")

@@ -132,7 +132,7 @@ def test_an_interrupted_run_leaves_whole_images_and_goes_on(generate, tmp_path, 
     monkeypatch.setattr(program, "make_images", stop_at_the_second)
     assert generate("--classes", 1, "--count", 4, "--batch_size", 2) == 130
     assert len(images(tmp_path / "out")) == 2
-    assert not list((tmp_path / "out").rglob(".*"))
+    assert [path.name for path in (tmp_path / "out").rglob(".*")] == [".gpstoken.json"]
     monkeypatch.setattr(program, "make_images", real)
     assert generate("--classes", 1, "--count", 4, "--batch_size", 2) == 0
     assert len(images(tmp_path / "out")) == 4
@@ -186,7 +186,10 @@ def test_layouts_from_a_file_an_image_and_the_bank(generate, tmp_path):
         (["--classes", "10"], "class ids are 0 to 9, got 10"),
         (["--classes", "-1"], "class ids are 0 to 9, got -1"),
         (["--guidance_interval", "0.9", "0.1"], "low <= high"),
-        (["--pipeline", "nowhere"], "a pipeline folder or a Hub repository owner/name, got nowhere"),
+        (
+            ["--pipeline", "nowhere"],
+            "--pipeline must be a folder, a Hub repository owner/name or one of gpstoken-digits",
+        ),
         (["--pipeline", "."], "model_index.json"),
         (["--layout", "missing.png"], "no such file: missing.png"),
         (["--layout", "missing.safetensors"], "missing.safetensors"),
@@ -206,7 +209,7 @@ def test_a_folder_of_something_else_is_left_alone(generate, tmp_path, capsys):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "notes.txt").write_text("mine")
     assert generate("--classes", 1, "--count", 1, "--overwrite") == 2
-    assert "holds something else" in capsys.readouterr().err
+    assert "written by pipelines.generate, got a folder that holds notes.txt" in capsys.readouterr().err
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["notes.txt"]
 
 
@@ -235,7 +238,7 @@ def test_processes_share_the_work_and_no_image_is_made_twice(generate, tmp_path,
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     arguments = ["--pipeline", saved, "--output", output, "--steps", 3, "--layout_steps", 2, "--batch_size", 2]
     arguments += ["--classes", 1, 2, 4, "--count", 3, "--device", "cpu"]
-    environment = {**os.environ, "RECORD": str(record), "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "RECORD": str(record), "PYTHONPATH": f"{ROOT / 'src'}:{ROOT}", "OMP_NUM_THREADS": "1"}
     command = [*launch, str(tmp_path / "launched.py"), *map(str, arguments)]
     result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900, cwd=tmp_path)
     assert result.returncode == 0, result.stderr[-3000:]

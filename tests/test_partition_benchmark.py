@@ -16,7 +16,12 @@ def test_quick_run_writes_tables_numbers_and_plot(tmp_path):
     output = tmp_path / "results"
     arguments = ["--quick", "--seconds", "1", "--output", str(output)]
     assert run_program(benchmark_partition.main, arguments) == 0
-    assert sorted(path.name for path in output.iterdir()) == ["growth.png", "results.json", "results.md"]
+    assert sorted(path.name for path in output.iterdir()) == [
+        ".gpstoken.json",
+        "growth.png",
+        "results.json",
+        "results.md",
+    ]
     results = json.loads((output / "results.json").read_text())
     for row in results["headline"]:
         assert row["plain_ms"] > row["ours_ms"] > 0
@@ -24,8 +29,11 @@ def test_quick_run_writes_tables_numbers_and_plot(tmp_path):
     assert "| 128 x 128 | 64 |" in (output / "results.md").read_text()
     with PIL.Image.open(output / "growth.png") as plot:
         assert plot.size == (1200, 504)
-    # What is there is not overwritten unasked.
+    # What is there is not overwritten unasked, and what somebody has added not even then.
     assert run_program(benchmark_partition.main, arguments) == 2
+    (output / "notes.txt").write_text("mine")
+    assert run_program(benchmark_partition.main, [*arguments, "--overwrite"]) == 2
+    assert (output / "notes.txt").read_text() == "mine"
 
 
 def test_pictures_of_every_size_are_mirrored_from_one():

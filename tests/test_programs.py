@@ -1,19 +1,15 @@
 # Copyright 2026 The gpstoken-hf authors. Licensed under the Apache License, Version 2.0.
-"""What programs share: one-line errors, and output that is whole or absent."""
+"""What programs share: their options, one-line errors, argument types, finding photographs and models."""
 
 import argparse
 import importlib
-import os
 import re
-import stat
 from pathlib import Path
 
 import pytest
 
 from pipelines.shared.programs import (
     ProgramError,
-    atomic_directory,
-    atomic_file,
     non_negative_float,
     non_negative_int,
     positive_float,
@@ -30,13 +26,6 @@ def fail_with(error):
         raise error
 
     return main
-
-
-def write_half(output, error):
-    """Begin an output and fail."""
-    with output as staging:
-        (staging / "half" if staging.is_dir() else staging).write_text("half")
-        raise error
 
 
 def test_run_program_passes_arguments_and_the_exit_code():
@@ -65,92 +54,6 @@ def test_faults_of_the_program_keep_their_traceback():
 def test_interruption(capsys):
     assert run_program(fail_with(KeyboardInterrupt())) == 130
     assert capsys.readouterr().err == "interrupted\n"
-
-
-def test_atomic_directory_appears_whole(tmp_path):
-    target = tmp_path / "deep" / "out"
-    with atomic_directory(target) as staging:
-        (staging / "weights.bin").write_bytes(b"1")
-        assert not target.exists()
-        assert staging.parent == target.parent  # on one file system, so that the move is atomic
-    assert sorted(path.name for path in target.iterdir()) == ["weights.bin"]
-    assert list(target.parent.iterdir()) == [target]
-
-
-def test_atomic_directory_has_the_usual_permissions(tmp_path):
-    usual = tmp_path / "usual"
-    usual.mkdir()
-    with atomic_directory(tmp_path / "out"):
-        pass
-    assert stat.S_IMODE((tmp_path / "out").stat().st_mode) == stat.S_IMODE(usual.stat().st_mode)
-
-
-def test_atomic_directory_leaves_nothing_after_an_error(tmp_path):
-    with pytest.raises(RuntimeError, match="disk"):
-        write_half(atomic_directory(tmp_path / "out"), RuntimeError("disk"))
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_atomic_directory_leaves_nothing_after_an_interruption(tmp_path):
-    with pytest.raises(KeyboardInterrupt):
-        write_half(atomic_directory(tmp_path / "out"), KeyboardInterrupt())
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_atomic_directory_does_not_overwrite_unless_asked(tmp_path):
-    target = tmp_path / "out"
-    target.mkdir()
-    with atomic_directory(target) as staging:  # an empty folder may be filled
-        (staging / "first").touch()
-    with pytest.raises(ValueError, match="must not exist or be an empty folder; it exists and is not empty"):
-        atomic_directory(target).__enter__()
-    (tmp_path / "file").touch()
-    with pytest.raises(ValueError, match="must not exist or be an empty folder"):
-        atomic_directory(tmp_path / "file").__enter__()
-    with pytest.raises(RuntimeError, match="disk"):
-        write_half(atomic_directory(target, overwrite=True), RuntimeError("disk"))
-    assert [path.name for path in target.iterdir()] == ["first"]
-    with atomic_directory(target, overwrite=True) as staging:
-        (staging / "second").touch()
-    assert [path.name for path in target.iterdir()] == ["second"]
-
-
-def test_atomic_directory_replaces_a_file_when_asked(tmp_path):
-    target = tmp_path / "out"
-    target.write_text("old")
-    with atomic_directory(target, overwrite=True) as staging:
-        (staging / "new").touch()
-    assert [path.name for path in target.iterdir()] == ["new"]
-
-
-def test_atomic_file(tmp_path):
-    target = tmp_path / "deep" / "out.png"
-    with atomic_file(target) as staging:
-        assert staging.suffix == ".png"
-        staging.write_text("first")
-        assert not target.exists()
-    assert target.read_text() == "first"
-    usual = tmp_path / "usual"
-    usual.touch()
-    assert stat.S_IMODE(target.stat().st_mode) == stat.S_IMODE(usual.stat().st_mode)
-    with pytest.raises(RuntimeError, match="disk"):
-        write_half(atomic_file(target), RuntimeError("disk"))
-    assert target.read_text() == "first"
-    assert list(target.parent.iterdir()) == [target]
-    with atomic_file(target) as staging:
-        staging.write_text("second")
-    assert target.read_text() == "second"
-
-
-def test_the_umask_is_left_alone(tmp_path):
-    before = os.umask(0o027)
-    try:
-        with atomic_file(tmp_path / "file") as staging:
-            staging.touch()
-        assert os.umask(0o027) == 0o027
-        assert stat.S_IMODE((tmp_path / "file").stat().st_mode) == 0o640
-    finally:
-        os.umask(before)
 
 
 @pytest.mark.parametrize(

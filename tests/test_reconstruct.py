@@ -13,9 +13,11 @@ from safetensors.torch import load_file, save_file
 from gpstoken_hf.configuration_gpstoken import GPSTokenConfig
 from gpstoken_hf.modeling_gpstoken import GPSTokenModel
 from pipelines import reconstruct
+from pipelines.shared.outputs import MARKER
 from pipelines.shared.programs import run_program
 
 OUTPUTS = {
+    ".gpstoken.json",
     "error.png",
     "initial_gaussians.png",
     "panel.png",
@@ -149,9 +151,9 @@ def test_focus_and_mask_bring_tokens(run, tmp_path, capsys):
 def test_samples_without_an_argument(run, tmp_path, capsys, monkeypatch):
     pytest.importorskip("skimage")
     assert run("--tokens", 8, "--max_side", 48) == 0
+    assert {entry.name for entry in (tmp_path / "out").iterdir()} == {*reconstruct.SAMPLES, "overview.png", MARKER}
     for name in reconstruct.SAMPLES:
         assert {file.name for file in (tmp_path / "out" / name).iterdir()} == OUTPUTS
-    assert (tmp_path / "out/overview.png").exists()
     assert "4 images: mean PSNR" in capsys.readouterr().out
 
 
@@ -172,7 +174,7 @@ def test_folder_with_an_unreadable_file(run, tmp_path, capsys):
     assert "4 images: mean PSNR" in printed.out
     folders = {file.parent.relative_to(tmp_path / "out").as_posix() for file in tmp_path.rglob("out/**/scores.json")}
     assert folders == {"a", "sub/a", "b.jpg", "b.png"}
-    assert not list(tmp_path.rglob("out/**/.*"))  # nothing half-written
+    assert {file.name for file in tmp_path.rglob("out/**/.*")} == {".gpstoken.json"}  # nothing half-written
 
 
 def test_the_same_command_goes_on_where_it_stopped(run, tmp_path, capsys):

@@ -26,7 +26,8 @@ from tqdm.auto import tqdm
 from gpstoken_hf.gaussians import NUM_GAUSSIAN_PARAMS
 from gpstoken_hf.layout import GaussianLayout
 from gpstoken_hf.modeling_gpstoken import GPSTokenModel
-from pipelines.shared.programs import ProgramError, atomic_file, non_negative_int, run_program
+from pipelines.shared.outputs import atomic_file
+from pipelines.shared.programs import ProgramError, non_negative_int, run_program
 from pipelines.shared.programs import positive_int as positive
 from training.data import (
     BatchRequest,

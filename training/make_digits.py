@@ -35,12 +35,8 @@ from gpstoken_hf.metrics import psnr
 from gpstoken_hf.modeling_gpstoken import GPSTokenModel
 from gpstoken_hf.pipeline_gpstoken import GPSTokenPipeline
 from gpstoken_hf.transformer_sit import SiTTransformer1DModel
-from pipelines.shared.programs import (
-    atomic_file,
-    non_negative_float,
-    non_negative_int,
-    run_program,
-)
+from pipelines.shared.outputs import atomic_file
+from pipelines.shared.programs import non_negative_float, non_negative_int, run_program
 from pipelines.shared.programs import positive_int as positive
 from training.checkpoints import checkpoints_of, read_run_state
 from training.options import unit_interval

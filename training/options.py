@@ -12,7 +12,8 @@ from typing import Any
 
 import yaml
 
-from pipelines.shared.programs import ProgramError, atomic_file, non_negative_float, non_negative_int, positive_float
+from pipelines.shared.outputs import atomic_file
+from pipelines.shared.programs import ProgramError, non_negative_float, non_negative_int, positive_float
 from pipelines.shared.programs import positive_int as positive
 
 LR_SCHEDULERS = ("constant", "constant_with_warmup", "cosine", "linear")

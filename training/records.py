@@ -13,7 +13,7 @@ from typing import Protocol
 
 import torch
 
-from pipelines.shared.programs import atomic_file
+from pipelines.shared.outputs import atomic_file
 
 
 class Extent(Protocol):

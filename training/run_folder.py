@@ -17,7 +17,8 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-from pipelines.shared.programs import ProgramError, atomic_directory, one_line
+from pipelines.shared.outputs import atomic_directory
+from pipelines.shared.programs import ProgramError, one_line
 
 MARKER = ".gpstoken.json"
 FORMAT = 1

@@ -31,14 +31,8 @@ from gpstoken_hf.image_processing_gpstoken import GPSTokenImageProcessor
 from gpstoken_hf.layout import GaussianLayout
 from gpstoken_hf.metrics import psnr
 from gpstoken_hf.modeling_gpstoken import GPSTokenModel
-from pipelines.shared.programs import (
-    ProgramError,
-    atomic_file,
-    non_negative_float,
-    non_negative_int,
-    positive_float,
-    run_program,
-)
+from pipelines.shared.outputs import atomic_file
+from pipelines.shared.programs import ProgramError, non_negative_float, non_negative_int, positive_float, run_program
 from pipelines.shared.programs import positive_int as positive
 from training.data import (
     CROPS,

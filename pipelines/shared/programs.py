@@ -1,32 +1,57 @@
 # Copyright 2026 The gpstoken-hf authors. Licensed under the Apache License, Version 2.0.
-"""What every program of this project shares: one-line errors, argument types, and output that is whole or absent."""
+"""What every program of this project shares: its parser and argument types, one-line errors, progress bars."""
 
 from __future__ import annotations
 
 import argparse
-import os
-import shutil
+import struct
 import sys
-import tempfile
+import zlib
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from pathlib import Path
+from typing import Any
 
 from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
+from tqdm import tqdm
 
 EXIT_BAD_INPUT = 2
+
+# Errors whose message is written for the user. All of them speak of input or of the output's disk.
+INPUT_ERRORS = (ValueError, OSError, StrictDataclassError, SafetensorError)
+# What a damaged file can make its reader or the model raise. A batch reports these and goes on to the next file.
+FILE_ERRORS = (
+    *INPUT_ERRORS,
+    RuntimeError,
+    MemoryError,
+    ArithmeticError,
+    AttributeError,
+    EOFError,
+    LookupError,
+    SyntaxError,
+    TypeError,
+    struct.error,
+    zlib.error,
+)
+
+PixelBox = tuple[int, int, int, int]
 
 
 class ProgramError(ValueError):
     """A message for the person at the terminal: printed as one line, exit code 2."""
 
 
+# ---------------------------------------------------------------------------------------------------- run a program
+
+
 def run_program(main: Callable[[Sequence[str] | None], int | None], argv: Sequence[str] | None = None) -> int:
     """Run `main(argv)` and turn the errors that its input can cause into one line and exit code 2.
 
-    ValueError, OSError and what a configuration raises at a bad field speak of input; anything else is a fault of the
-    program and keeps its traceback.
+    Other errors are faults of the program and keep their traceback.
     """
+    for stream in (sys.stdout, sys.stderr):
+        # A file name that the terminal cannot show must not end a batch.
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
     try:
         return main(argv) or 0
     except KeyboardInterrupt:
@@ -34,14 +59,33 @@ def run_program(main: Callable[[Sequence[str] | None], int | None], argv: Sequen
         return 130
     except BrokenPipeError:
         raise
-    except (ValueError, OSError, StrictDataclassError) as error:
+    except INPUT_ERRORS as error:
         print(f"error: {one_line(error)}", file=sys.stderr)
         return EXIT_BAD_INPUT
 
 
 def one_line(error: BaseException) -> str:
-    """The message of an error on one line."""
-    return " ".join(str(error).split()) or type(error).__name__
+    """The message of an error on one line, after its type where the message was not written for users."""
+    message = printable(" ".join(str(error).split()))
+    if not message:
+        return type(error).__name__
+    return message if isinstance(error, INPUT_ERRORS) else f"{type(error).__name__}: {message}"
+
+
+def printable(text: object) -> str:
+    """`text` with line breaks, control characters and bytes that are not UTF-8 written as escapes."""
+    return "".join(
+        character if character.isprintable() else character.encode("unicode_escape").decode("ascii")
+        for character in str(text)
+    )
+
+
+def progress(items: Sequence[Any], unit: str) -> Iterator[Any]:
+    """Iterate with a progress bar; one item, and output that is not a terminal, get none."""
+    return iter(tqdm(items, unit=f" {unit}", disable=True if len(items) == 1 else None))
+
+
+# ------------------------------------------------------------------------------------------------------- arguments
 
 
 def make_parser(program: str, description: str) -> argparse.ArgumentParser:
@@ -52,58 +96,6 @@ def make_parser(program: str, description: str) -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-
-
-@contextmanager
-def atomic_directory(path: str | os.PathLike[str], overwrite: bool = False) -> Iterator[Path]:
-    """A new folder that appears at `path` only when the block ends without an error.
-
-    Raises:
-        ValueError: `path` already exists and is not an empty folder, unless `overwrite`.
-    """
-    path = Path(path)
-    if path.exists() and not overwrite and (not path.is_dir() or any(path.iterdir())):
-        raise ValueError(f"the output {path} must not exist or be an empty folder; it exists and is not empty")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    staging = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
-    try:
-        yield staging
-        staging.chmod(0o777 & ~_umask())
-        if path.is_file():
-            path.unlink()
-        elif path.exists():
-            # What is replaced goes only when its successor is in place.
-            replaced = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
-            path.rename(replaced)
-            staging.rename(path)
-            shutil.rmtree(replaced)
-            return
-        staging.rename(path)
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
-
-
-@contextmanager
-def atomic_file(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """A temporary path beside `path` that takes its place only when the block ends without an error."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    # The suffix stays: savers choose their format by it.
-    handle, name = tempfile.mkstemp(prefix=f".{path.stem}.", suffix=path.suffix, dir=path.parent)
-    os.close(handle)
-    staging = Path(name)
-    try:
-        yield staging
-        staging.chmod(0o666 & ~_umask())
-        staging.replace(path)
-    finally:
-        staging.unlink(missing_ok=True)
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 def positive_int(text: str) -> int:
@@ -134,3 +126,14 @@ def _number(text: str, kind: type, accept: Callable[[float], bool], expected: st
     if not accept(value):
         raise argparse.ArgumentTypeError(f"expected {expected}, got {text!r}")
     return value
+
+
+def pixel_box(text: str) -> PixelBox:
+    """An argparse type: `x0,y0,x1,y1`, inclusive pixels."""
+    try:
+        x0, y0, x1, y1 = (int(number) for number in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected four integers x0,y0,x1,y1, got {text!r}") from None
+    if not (0 <= x0 <= x1 and 0 <= y0 <= y1):
+        raise argparse.ArgumentTypeError(f"expected 0 <= x0 <= x1 and 0 <= y0 <= y1, got {text!r}")
+    return x0, y0, x1, y1

@@ -1,0 +1,517 @@
+# Copyright 2026 The gpstoken-hf authors. Licensed under the Apache License, Version 2.0.
+"""What programs write: unique names planned first, folders that are whole or absent, and only their own replaced.
+
+A folder that a program has written holds a marker, `.gpstoken.json`:
+
+    {"program": "pipelines.reconstruct", "format": 1, "files": ["panel.png", ...]}
+
+The program is the one that may replace the folder, the files are those that it wrote there. Whatever is not listed
+belongs to somebody else and is never deleted.
+
+Everything is written in a staging folder beside its target, `.gpstoken-<hash of the target's name>`, and moved into
+place when it is whole. A process that writes holds a lock on the marker of its staging folder. The lock of a killed
+process is gone, so the next process that writes the same target knows that the folder is left over and removes it.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import re
+import shutil
+import unicodedata
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import IO
+
+from safetensors import SafetensorError
+
+from pipelines.shared.programs import ProgramError
+
+try:
+    import fcntl
+except ImportError:  # Windows: what a killed run leaves behind has to be removed by hand
+    fcntl = None  # type: ignore[assignment]
+
+MARKER = ".gpstoken.json"
+FORMAT = 1
+STAGING_PREFIX = ".gpstoken-"
+MAX_NAME_BYTES = 255
+
+# Errors of the disk, not of one file: nothing else could be written either.
+DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS}
+
+
+class OutputError(ProgramError):
+    """The output cannot be written: the disk is full or read-only. No other file of a batch would fare better."""
+
+
+# ---------------------------------------------------------------------------------------------------- planning names
+
+
+def plan_names(candidates: Mapping[str, Sequence[str]], reserved: Iterable[str] = ()) -> dict[str, str]:
+    """A name for the result of each input, before any work is done.
+
+    No two names are equal, not even where case is ignored, and none lies inside another. Names do not depend on the
+    order of the inputs. An input takes its first candidate that does not clash with another input, and after its last
+    one a name made unique by a hash of its key.
+
+    Args:
+        candidates (`Mapping[str, Sequence[str]]`):
+            For the key of each input (its absolute path) relative paths with `/`, in order of preference.
+        reserved (`Iterable[str]`, *optional*, defaults to none):
+            Relative paths of files that no result may replace, contain or lie in.
+
+    Returns:
+        `dict[str, str]`: For each key the name of its result.
+    """
+    choices = {key: [*names, _hashed_name(names[-1], key)] for key, names in candidates.items()}
+    levels = dict.fromkeys(choices, 0)
+    taken = {_comparable(name) for name in (*reserved, MARKER)}
+    taken_parents = {path[:length] for path in taken for length in range(1, len(path))}
+    while True:
+        paths = {key: _comparable(choices[key][level]) for key, level in levels.items()}
+        used = Counter(paths.values())
+        parents = {path[:length] for path in used for length in range(1, len(path))}
+        clashing = [
+            key
+            for key, path in paths.items()
+            if used[path] > 1
+            or path in parents
+            or path in taken_parents
+            or any(path[:length] in taken for length in range(1, len(path) + 1))
+            or any(path[:length] in used for length in range(1, len(path)))
+            or any(len(os.fsencode(part)) > MAX_NAME_BYTES for part in choices[key][levels[key]].split("/"))
+        ]
+        clashing = [key for key in clashing if levels[key] + 1 < len(choices[key])]
+        if not clashing:
+            return {key: choices[key][level] for key, level in levels.items()}
+        for key in clashing:
+            levels[key] += 1
+
+
+def _comparable(name: str) -> tuple[str, ...]:
+    """Equal for names that some file system takes for one."""
+    return tuple(unicodedata.normalize("NFC", unicodedata.normalize("NFC", name).casefold()).split("/"))
+
+
+def _hashed_name(name: str, key: str) -> str:
+    suffix = "-" + _name_hash(key)
+    flat = name.replace("/", "-")
+    while len(os.fsencode(flat)) > MAX_NAME_BYTES - len(suffix):
+        flat = flat[:-1]
+    return flat + suffix
+
+
+def _name_hash(name: str) -> str:
+    return hashlib.sha256(os.fsencode(name)).hexdigest()[:12]
+
+
+# ----------------------------------------------------------------------------------------------------------- markers
+
+
+@dataclass(frozen=True)
+class Marker:
+    """Who has written a folder, and which of its files, as relative paths with `/`."""
+
+    program: str
+    files: frozenset[str]
+
+
+def read_marker(folder: Path) -> Marker | None:
+    """The marker of a folder; `None` where there is none that this module has written."""
+    try:
+        content = json.loads((folder / MARKER).read_text(encoding="utf-8"))
+        if content["format"] != FORMAT:
+            return None
+        program, files = content["program"], content["files"]
+    except (OSError, ValueError, LookupError, TypeError, RecursionError):
+        return None
+    if not isinstance(program, str) or not isinstance(files, list) or not all(isinstance(f, str) for f in files):
+        return None
+    return Marker(program, frozenset(files))
+
+
+def is_staged(path: Path) -> bool:
+    """True if `path` is, or lies in, a staging folder."""
+    return any(part.startswith(STAGING_PREFIX) for part in path.parts)
+
+
+def _write_marker(folder: Path, marker: Marker, staging: Path) -> None:
+    content = {"program": marker.program, "format": FORMAT, "files": sorted(marker.files)}
+    whole = staging / MARKER
+    whole.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    whole.replace(folder / MARKER)
+
+
+def _entries(folder: Path) -> Iterator[str]:
+    """Every file, symbolic link and empty folder below `folder`, but neither its marker nor left-over staging."""
+    for parent, folders, files in os.walk(folder, onerror=_raise):
+        place = Path(parent)
+        links = [name for name in folders if (place / name).is_symlink()]
+        folders[:] = [name for name in folders if name not in links and not _is_staging(place / name)]
+        if not files and not folders and not links and place != folder:
+            yield place.relative_to(folder).as_posix() + "/"
+        for name in (*files, *links):
+            relative = (place / name).relative_to(folder).as_posix()
+            if relative != MARKER:
+                yield relative
+
+
+def _raise(error: OSError) -> None:
+    raise error
+
+
+def _first_foreign(folder: Path, program: str) -> str | None:
+    """An entry of `folder` that `program` has not written, if there is any."""
+    marker = read_marker(folder)
+    files = marker.files if marker is not None and marker.program == program else frozenset()
+    # A folder that was to hold one of the files may be empty after a killed run.
+    written = files.union(f"{parent.as_posix()}/" for file in files for parent in PurePosixPath(file).parents)
+    return next((entry for entry in _entries(folder) if entry not in written), None)
+
+
+def _check_replaceable(folder: Path, program: str, shown: Path) -> None:
+    foreign = _first_foreign(folder, program)
+    if foreign is not None:
+        raise ProgramError(
+            f"the output {shown} must be written by {program} to be replaced, got a folder that also holds {foreign}"
+        )
+
+
+# ------------------------------------------------------------------------------------------- whole folders and files
+
+
+@contextmanager
+def atomic_directory(
+    path: str | os.PathLike[str], overwrite: bool = False, program: str = "gpstoken_hf"
+) -> Iterator[Path]:
+    """A new folder that appears at `path`, with a marker, only when the block ends without an error.
+
+    Args:
+        path (`str` or `os.PathLike`): Where the folder appears. Its parents are created.
+        overwrite (`bool`, *optional*, defaults to `False`):
+            Replace a folder of which `program` has written every file.
+        program (`str`, *optional*, defaults to `"gpstoken_hf"`): Module name of the program, for the marker.
+
+    Raises:
+        ProgramError: If `path` exists and is not an empty folder, unless it may be replaced; if another run is
+            writing it; if the disk is full or read-only.
+    """
+    path = Path(os.path.realpath(path))
+    with _staging(path) as staging:
+        _check_free(path, overwrite, program)
+        content = staging / "new" / path.name
+        with _disk_errors(path):
+            content.mkdir()
+            yield content
+            files = frozenset(entry for entry in _entries(content) if not entry.endswith("/"))
+            for name in files:
+                _make_readable(content / name)
+            _write_marker(content, Marker(program, files), staging / "new")
+        _move_into_place(content, path, staging, overwrite, program)
+
+
+def _check_free(path: Path, overwrite: bool, program: str) -> None:
+    if not path.exists():
+        return
+    if not path.is_dir():
+        raise ProgramError(f"the output {path} must not exist or be an empty folder, got a file")
+    if not any(path.iterdir()):
+        return
+    if not overwrite:
+        raise ProgramError(f"the output {path} must not exist or be an empty folder; it exists and is not empty")
+    _check_replaceable(path, program, path)
+
+
+def _move_into_place(content: Path, path: Path, staging: Path, overwrite: bool, program: str) -> None:
+    if overwrite and path.exists():
+        # Checked again where nobody adds to it any more. `_discard` moves it back if anything fails from here on.
+        path.rename(staging / "old")
+        _check_replaceable(staging / "old", program, path)
+    content.rename(path)
+
+
+@contextmanager
+def atomic_file(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """A temporary path, of the same name, that takes the place of `path` only when the block ends without an error.
+
+    Raises:
+        ProgramError: If another run is writing `path`; if the disk is full or read-only.
+    """
+    path = Path(path)
+    with _staging(path) as staging:
+        content = staging / "new" / path.name
+        with _disk_errors(path):
+            yield content
+            _make_readable(content)
+            content.replace(path)
+
+
+def _make_readable(file: Path) -> None:
+    """Give a file the usual permissions. Some savers write files that only their owner may read."""
+    if not file.is_symlink():
+        mask = os.umask(0)
+        os.umask(mask)
+        file.chmod(0o666 & ~mask)
+
+
+# ---------------------------------------------------------------------------------------- folders that grow
+
+
+class OwnDirectory:
+    """A folder that one run of a program fills file by file; see `own_directory`.
+
+    Attributes:
+        path (`Path`): The folder.
+        is_temporary (`bool`): Whether the folder goes when the run ends and it is empty.
+    """
+
+    def __init__(self, path: Path, program: str, staging: Path, is_temporary: bool):
+        self.path, self._program, self._staging, self.is_temporary = path, program, staging, is_temporary
+
+    @property
+    def files(self) -> frozenset[str]:
+        """The files that the program has written or is going to write, as relative paths with `/`."""
+        marker = read_marker(self.path)
+        return frozenset() if marker is None else marker.files
+
+    def expect(self, files: Iterable[str]) -> None:
+        """Add to the list of files that the program writes. To be called before they are written."""
+        wanted = Marker(self._program, self.files.union(files))
+        if wanted != read_marker(self.path):
+            with _disk_errors(self.path):
+                _write_marker(self.path, wanted, self._staging / "new")
+
+    def clear(self) -> None:
+        """Delete every file that the program has written here.
+
+        Raises:
+            ProgramError: If the folder holds anything else. Nothing is deleted then.
+        """
+        _check_replaceable(self.path, self._program, self.path)
+        _delete_listed(self.path, self.files)
+        with _disk_errors(self.path):
+            _write_marker(self.path, Marker(self._program, frozenset()), self._staging / "new")
+
+    def remove(self) -> None:
+        """Delete every file that the program has written here, and at the end the folder if nothing else is in it."""
+        _delete_listed(self.path, self.files)
+        self.is_temporary = True
+
+
+@contextmanager
+def own_directory(path: str | os.PathLike[str], program: str) -> Iterator[OwnDirectory]:
+    """Hold a folder for one run of `program`, which goes on where another run of it has stopped.
+
+    Args:
+        path (`str` or `os.PathLike`): The folder. It is created, and marked, if need be.
+        program (`str`): Module name of the program, for the marker.
+
+    Raises:
+        ProgramError: If `path` is not empty and not marked by `program`; if another run holds it; if it cannot be
+            written.
+    """
+    path = Path(os.path.realpath(path))
+    if path.exists() and not path.is_dir():
+        raise ProgramError(f"the output {path} must be a folder, got a file")
+    marker = read_marker(path)
+    foreign = _first_foreign(path, program) if path.exists() else None
+    if foreign is not None and (marker is None or marker.program != program):
+        raise ProgramError(
+            f"the output {path} must be new, empty or written by {program}, got a folder that holds {foreign}"
+        )
+    is_new = not path.exists()
+    folder = None
+    try:
+        with _staging(path / MARKER, shown=path) as staging:
+            folder = OwnDirectory(path, program, staging, is_temporary=is_new)
+            folder.expect(())
+            try:
+                yield folder
+            finally:
+                if folder.is_temporary and next(_entries(path), None) is None:
+                    (path / MARKER).unlink(missing_ok=True)
+    finally:
+        if folder is not None and folder.is_temporary:
+            with suppress(OSError):  # not empty
+                path.rmdir()
+
+
+def claim_file(path: Path, program: str) -> None:
+    """Make sure that `program` may write the file `path` in a folder that may also hold other things.
+
+    The file is listed in the marker of its folder, so that the program may replace it later.
+
+    Raises:
+        ProgramError: If the file exists and `program` has not written it; if the folder is another program's.
+    """
+    marker = read_marker(path.parent)
+    if marker is not None and marker.program == program and path.name in marker.files:
+        return
+    if marker is not None and marker.program != program:
+        raise ProgramError(f"the output {path.parent} must not be another program's, got one of {marker.program}")
+    if os.path.lexists(path):
+        raise ProgramError(f"the output {path} must not exist or be written by {program}, got another file")
+    with _staging(path.parent / MARKER, shown=path) as staging, _disk_errors(path):
+        known = frozenset() if marker is None else marker.files
+        _write_marker(path.parent, Marker(program, known | {path.name}), staging / "new")
+
+
+def _delete_listed(folder: Path, files: Iterable[str]) -> None:
+    """Delete files by name, then the folders that this leaves empty, and staging that killed runs have left."""
+    listed = frozenset(files)
+    for entry in list(_entries(folder)):  # what is there, so that no name can lead out of the folder
+        if entry in listed:
+            (folder / entry).unlink()
+    places = []
+    for parent, folders, _ in os.walk(folder):
+        staging = [name for name in folders if _is_staging(Path(parent) / name)]
+        for name in staging:
+            _remove_left_over(Path(parent) / name)
+        folders[:] = [name for name in folders if name not in staging]
+        places += [Path(parent) / name for name in folders]
+    for place in reversed(places):
+        with suppress(OSError):  # not empty, or a symbolic link
+            place.rmdir()
+
+
+# ----------------------------------------------------------------------------------------------------------- staging
+
+
+@contextmanager
+def _staging(target: Path, shown: Path | None = None) -> Iterator[Path]:
+    """Hold the staging folder of `target`, empty but for its marker and a folder `new`; remove it afterwards."""
+    shown = target if shown is None else shown
+    folder = target.parent / f"{STAGING_PREFIX}{_name_hash(target.name)}"
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        lock = _take(folder, target, shown)
+    except OSError as error:
+        raise OutputError(f"cannot write {shown}: {error.strerror or error}") from error
+    if fcntl is None:  # an open file cannot be removed there
+        lock.close()
+    try:
+        with _disk_errors(shown):
+            (folder / "new").mkdir()
+        yield folder
+    finally:
+        _discard(folder, target)
+        lock.close()
+
+
+def _take(folder: Path, target: Path, shown: Path) -> IO[bytes]:
+    """Create or take over a staging folder; returns its marker, opened and locked."""
+    while True:
+        with suppress(FileExistsError):
+            folder.mkdir()
+        if not _is_staging(folder) and os.path.lexists(folder):
+            raise ProgramError(f"{folder} must not exist or be left by a killed run, got something else")
+        try:
+            lock = os.fdopen(os.open(folder / MARKER, os.O_RDWR | os.O_CREAT, 0o666), "r+b", buffering=0)
+        except FileNotFoundError:  # another run was about to remove the folder
+            continue
+        try:
+            is_new = not lock.read(1)
+            locked = _try_lock(lock)
+            if locked is False or (locked is None and not is_new):
+                raise ProgramError(f"{shown} is being written by another run (if by none, remove {folder})")
+            if not _is_at(lock, folder / MARKER):  # removed, and perhaps made anew, before the lock was ours
+                lock.close()
+                continue
+            try:
+                _empty(folder, target)
+                lock.seek(0)
+                lock.truncate()
+                lock.write(json.dumps({"staging_of": target.name, "format": FORMAT}).encode())
+            except BaseException:
+                _discard(folder, target)
+                raise
+            return lock
+        except BaseException:
+            lock.close()
+            raise
+
+
+def _remove_left_over(folder: Path) -> None:
+    """Remove a staging folder unless a process holds it, this one included."""
+    with suppress(FileNotFoundError), (folder / MARKER).open("r+b") as lock:
+        if _try_lock(lock) and _is_at(lock, folder / MARKER):
+            _discard(folder, None)
+
+
+def _is_staging(folder: Path) -> bool:
+    """True for a folder with the name of a staging folder that holds nothing but what one holds."""
+    if not folder.name.startswith(STAGING_PREFIX) or folder.is_symlink() or not folder.is_dir():
+        return False
+    try:
+        names = set(os.listdir(folder))
+    except FileNotFoundError:  # another run has just removed the folder
+        return True
+    if names <= {MARKER}:  # a process can be killed before the marker is whole, but writes nothing else before
+        return True
+    if MARKER not in names or not names <= {MARKER, "new", "old"}:
+        return False
+    try:
+        return json.loads((folder / MARKER).read_bytes())["format"] == FORMAT
+    except FileNotFoundError:  # another run is removing the folder
+        return _is_staging(folder)
+    except (ValueError, LookupError, TypeError, RecursionError):
+        return False
+
+
+def _try_lock(file: IO[bytes]) -> bool | None:
+    """True: locked. False: another process holds the lock. None: there are no locks here."""
+    if fcntl is None:
+        return None
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:  # a file system without locks
+        return None
+    return True
+
+
+def _is_at(file: IO[bytes], path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), path.stat())
+    except FileNotFoundError:
+        return False
+
+
+def _empty(folder: Path, target: Path | None) -> None:
+    """Remove what a staging folder holds but its marker."""
+    old = folder / "old"
+    if target is not None and old.exists() and not os.path.lexists(target):
+        old.rename(target)  # the run ended between the two moves that replace a folder
+    for place in (folder / "new", old):
+        if place.exists():
+            shutil.rmtree(place)
+
+
+def _discard(folder: Path, target: Path | None) -> None:
+    # The marker goes last: as long as there is anything else, it says whose it is.
+    with suppress(OSError):  # what is left is removed by the next run
+        _empty(folder, target)
+        (folder / MARKER).unlink(missing_ok=True)
+        folder.rmdir()
+
+
+@contextmanager
+def _disk_errors(path: Path) -> Iterator[None]:
+    """Turn the errors of a full or read-only disk, from whichever library, into an OutputError."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        number = error.errno if isinstance(error, OSError) else None
+        if number is None and (match := re.search(r"\(os error (\d+)\)", str(error))):
+            number = int(match[1])
+        if number not in DISK_ERRORS:
+            raise
+        raise OutputError(f"cannot write {path}: {os.strerror(number)}") from error
