@@ -47,8 +47,10 @@ class TimedPipeline(GPSTokenPipeline):
     loop_s: dict[str, float]
     model_s: dict[str, float]
 
-    def _sample(self, transformer: SiTTransformer1DModel, *args: Any, **kwargs: Any) -> Any:
-        stage = "layout" if transformer is self.layout_transformer else "texture"
+    def _sample(self, stage: str, *args: Any, **kwargs: Any) -> Any:
+        transformer: SiTTransformer1DModel = getattr(
+            self, "layout_transformer" if stage == "layout" else "transformer"
+        )
         device = next(transformer.parameters()).device
         inside, begun = 0.0, 0.0
 
@@ -62,7 +64,7 @@ class TimedPipeline(GPSTokenPipeline):
 
         hooks = [transformer.register_forward_pre_hook(begin), transformer.register_forward_hook(end)]
         start = clock(device)
-        result = super()._sample(transformer, *args, **kwargs)
+        result = super()._sample(stage, *args, **kwargs)
         self.loop_s[stage] = clock(device) - start
         self.model_s[stage] = inside
         for hook in hooks:

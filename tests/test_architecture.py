@@ -72,9 +72,11 @@ ARROWS = {
     "scheduling_flow_match_sde": set(),
     "layout_bank": {"gaussians", "layout"},
     "hub": set(),
+    "guidance": {"layout", "transformer_sit"},
     "pipeline_gpstoken": {
         "calibration",
         "gaussians",
+        "guidance",
         "hub",
         "image_processing_gpstoken",
         "layout",

@@ -1,7 +1,7 @@
 # Copyright 2026 The gpstoken-hf authors. Licensed under the Apache License, Version 2.0.
 """GPSTokenPipeline: class label -> layout -> calibration -> texture -> image (paper Sec. 3.3).
 
-Letters: B batch, L tokens, C texture channels, H x W pixels.
+Shapes: B batch, L tokens, C texture channels, H x W pixels of an image.
 """
 
 from __future__ import annotations
@@ -9,8 +9,7 @@ from __future__ import annotations
 import difflib
 import inspect
 import os
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, TypeAlias
 
@@ -25,6 +24,7 @@ from diffusers.utils.torch_utils import randn_tensor
 
 from .calibration import calibrate_layout
 from .gaussians import NUM_GAUSSIAN_PARAMS
+from .guidance import GuidedPredictor, mask_of
 from .hub import HubDownloadMixin
 from .image_processing_gpstoken import GPSTokenImageProcessor
 from .layout import GaussianLayout
@@ -34,25 +34,29 @@ from .partition import partition_images
 from .transformer_sit import SiTTransformer1DModel, latents_to_tokens, timestep_to_time
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent", "layout")
-LAYOUT_SOURCES = ("generated", "bank")
-# The paper's time of a step is compared with the guidance interval after a trip through float32.
+# Names of sources of layouts, and the components that each needs.
+LAYOUT_SOURCES = {"generated": ("layout_transformer", "layout_scheduler"), "bank": ("layout_bank",)}
+# A step at the end of the guidance interval must count as inside, though its timestep was rounded to float32.
 TIME_TOLERANCE = 1e-6
 
 Labels: TypeAlias = int | str | Sequence[int | str] | torch.Tensor
 Images: TypeAlias = PIL.Image.Image | np.ndarray | torch.Tensor | Sequence[PIL.Image.Image | np.ndarray]
 Generators: TypeAlias = torch.Generator | list[torch.Generator] | None
+StepCallback: TypeAlias = Callable[[Any, int, torch.Tensor, dict[str, Any]], dict[str, Any] | None]
 
 
 @dataclass
 class GPSTokenPipelineOutput(BaseOutput):
-    """What a call of the pipeline made.
+    """Output of a [`GPSTokenPipeline`].
 
     Args:
-        images: B PIL images; `(B, H, W, 3)` NumPy or `(B, 3, H, W)` torch in [0, 1]; for `output_type="latent"` the
-            standardised latents `(B, L, 5 + C)`; `None` for `output_type="layout"`.
-        layout: the [`GaussianLayout`] that the texture was made for. Edit it and pass it back as `layout=`. `None` in
-            one-stage mode.
-        tokens: `(B, L, 5 + C)` float32, what was decoded; `None` for `output_type="layout"`.
+        images (list of B `PIL.Image.Image`, `np.ndarray` or `torch.Tensor`): for `output_type="np"` of shape
+            `(B, H, W, 3)` and for `"pt"` of shape `(B, 3, H, W)`, both in [0, 1]; for `"latent"` the standardised
+            latents `(B, L, 5 + C)`; `None` for `"layout"`.
+        layout ([`GaussianLayout`]): the layout that the texture was generated for. Pass it as `layout=` to use it
+            again, edited or not. `None` if one transformer generates layout and texture.
+        tokens (`torch.Tensor` of shape `(B, L, 5 + C)`): the decoded tokens, float32; `None` for
+            `output_type="layout"`.
     """
 
     images: list[PIL.Image.Image] | np.ndarray | torch.Tensor | None = None
@@ -60,34 +64,48 @@ class GPSTokenPipelineOutput(BaseOutput):
     tokens: torch.Tensor | None = None
 
 
-def guide(output_null: torch.Tensor, output_class: torch.Tensor, w: float) -> torch.Tensor:
-    """Classifier-free guidance, `v_null + w (v_class - v_null)`; the same for either sign of v."""
-    return output_null + w * (output_class - output_null)
-
-
 class GPSTokenPipeline(HubDownloadMixin, DiffusionPipeline):
     r"""Class-conditional image generation in two stages: a layout of Gaussians, then their texture.
 
-    Where the layout comes from: the layout transformer, whose output is calibrated (Alg. 2); the bank of stored
-    layouts; or the caller. A texture transformer without condition makes layout and texture at once (the one-stage
-    baseline) and goes without all of these.
+    The layout comes from the layout transformer, whose output is calibrated (Alg. 2), from a bank of stored layouts,
+    or from the caller. A texture transformer without condition generates layout and texture at once (the one-stage
+    baseline of the paper) and uses none of these.
 
     Args:
-        vae: the tokenizer that decodes.
-        transformer: the generator of texture (`condition_channels=5`), or of whole tokens (no condition).
-        scheduler: its sampler: `FlowMatchSDEScheduler` or one of diffusers' for flow models.
-        layout_transformer: the generator of layouts, 5 channels, no condition.
-        layout_scheduler: its sampler.
-        layout_bank: stored layouts per class.
-        image_processor: turns images to layouts and tensors to images; a default one if `None`.
-        id2label: class id -> name; several names are separated by commas.
+        vae ([`GPSTokenModel`]): the tokenizer, which decodes tokens.
+        transformer ([`SiTTransformer1DModel`]): generator of texture (`condition_channels=5`) or of layout and texture
+            (no condition), with the `in_channels` of the tokenizer's tokens, 5 + C.
+        scheduler ([`~diffusers.SchedulerMixin`]): its sampler, a [`FlowMatchSDEScheduler`] or a flow scheduler of
+            diffusers.
+        layout_transformer ([`SiTTransformer1DModel`], *optional*): generator of layouts (`in_channels=5`, no
+            condition), for the same classes.
+        layout_scheduler ([`~diffusers.SchedulerMixin`], *optional*): its sampler.
+        layout_bank ([`GaussianLayoutBank`], *optional*): stored layouts per class.
+        image_processor ([`GPSTokenImageProcessor`], *optional*): prepares images that lend their layout, and returns
+            the generated ones. A default one is used if `None`.
+        id2label (`dict`, *optional*): class id -> name, or several names separated by commas.
 
     Raises:
-        ValueError: components that do not fit together.
+        ValueError: if the components do not fit together.
+
+    Examples:
+        ```python
+        >>> import torch
+        >>> from gpstoken_hf import GPSTokenPipeline, bundled
+
+        >>> pipe = GPSTokenPipeline.from_pretrained(bundled("gpstoken-digits"))
+        >>> generators = [torch.Generator().manual_seed(seed) for seed in (0, 1)]
+        >>> output = pipe(["three", 7], num_inference_steps=4, generator=generators)
+        >>> [image.size for image in output.images]
+        [(32, 32), (32, 32)]
+        >>> output.layout.gaussians.shape
+        torch.Size([2, 16, 5])
+
+        ```
     """
 
     model_cpu_offload_seq = "layout_transformer->transformer->vae"
-    # Accelerate finds out where a module is by its parameters, and a bank has buffers only. It is small.
+    # Accelerate finds the device of a module by its parameters. A bank has only buffers, and is small.
     _exclude_from_cpu_offload: ClassVar[list[str]] = ["layout_bank"]
     _optional_components: ClassVar[list[str]] = [
         "layout_transformer",
@@ -142,11 +160,11 @@ class GPSTokenPipeline(HubDownloadMixin, DiffusionPipeline):
             kwargs["dtype"] = torch.float32
         return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
 
-    # ------------------------------------------------------------------------------------------------ what is running
+    # -- state of a running call, for callbacks
 
     @property
     def guidance_scale(self) -> float:
-        """w of the running call; a callback may change `_guidance_scale`."""
+        """w of the running call. A callback may set `_guidance_scale`."""
         return self._guidance_scale
 
     @property
@@ -156,24 +174,24 @@ class GPSTokenPipeline(HubDownloadMixin, DiffusionPipeline):
 
     @property
     def current_timestep(self) -> torch.Tensor | None:
-        """The timestep that is being computed; `None` between calls."""
+        """The running timestep; `None` between calls."""
         return self._current_timestep
 
     @property
     def interrupt(self) -> bool:
-        """Set `_interrupt` (from a callback or another thread) to skip the steps that are left."""
+        """Whether to skip the remaining steps. A callback or another thread may set `_interrupt`."""
         return self._interrupt
 
     @property
     def is_one_stage(self) -> bool:
-        """The transformer makes layout and texture at once."""
+        """Whether `transformer` generates layout and texture at once."""
         return self.transformer.config.condition_channels is None
 
-    # --------------------------------------------------------------------------------------------------------- labels
+    # -- labels
 
     @property
     def labels(self) -> dict[str, list[int]]:
-        """Every class name, as a whole and split at commas, in lower case -> the ids that carry it."""
+        """Class name in lower case -> the ids that carry it. Names count as a whole and split at commas."""
         names: dict[str, list[int]] = {}
         for key, label in (self.config.id2label or {}).items():
             for name in dict.fromkeys([label, *label.split(",")]):
@@ -181,21 +199,27 @@ class GPSTokenPipeline(HubDownloadMixin, DiffusionPipeline):
         return names
 
     def get_label_ids(self, label: str | Sequence[str]) -> list[int]:
-        """Class names -> ids.
+        """The ids of class names.
+
+        Args:
+            label (`str` or `Sequence[str]`): one name or several, in any case.
+
+        Returns:
+            `list[int]`: one id per name.
 
         Raises:
-            ValueError: an unknown name, or one that several classes share.
+            ValueError: if a name is unknown or several classes share it.
         """
         labels, ids = self.labels, []
         for name in [label] if isinstance(label, str) else label:
             found = labels.get(name.strip().casefold(), [])
             if not labels:
-                raise ValueError(f"this pipeline has no class names (id2label): expected class ids, got {name!r}")
+                raise ValueError(f"label must be a class id, as this pipeline has no id2label, got {name!r}")
             if not found:
                 near = difflib.get_close_matches(name.casefold(), labels, n=3) or sorted(labels)[:3]
-                raise ValueError(f"expected one of {len(labels)} class names, such as {near}, got {name!r}")
+                raise ValueError(f"label must be one of {len(labels)} class names, such as {near}, got {name!r}")
             if len(found) > 1:
-                raise ValueError(f"expected a name of one class, got {name!r}, which the classes {found} share")
+                raise ValueError(f"label must name one class, got {name!r}, which the classes {found} share")
             ids.append(found[0])
         return ids
 
@@ -212,15 +236,15 @@ class GPSTokenPipeline(HubDownloadMixin, DiffusionPipeline):
                 ids.append(int(label))
             else:
                 raise ValueError(f"class_labels must be class names or ids, got {label!r}")
-        num_classes = self.transformer.config.num_classes
         if not ids:
             raise ValueError("class_labels must name at least one class, got none")
+        last = self.transformer.config.num_classes - 1
         for label_id in ids:
-            if not 0 <= label_id < num_classes:
-                raise ValueError(f"class ids are 0 to {num_classes - 1}, got {label_id}")
+            if not 0 <= label_id <= last:
+                raise ValueError(f"class_labels must be between 0 and {last}, got {label_id}")
         return ids
 
-    # ------------------------------------------------------------------------------------------------------- the call
+    # -- the call
 
     @torch.no_grad()
     def __call__(
@@ -236,120 +260,120 @@ class GPSTokenPipeline(HubDownloadMixin, DiffusionPipeline):
         layout_latents: torch.Tensor | None = None,
         output_type: str = "pil",
         return_dict: bool = True,
-        callback_on_step_end: Callable[[Any, int, torch.Tensor, dict], dict] | None = None,
+        callback_on_step_end: StepCallback | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
     ) -> GPSTokenPipelineOutput | tuple:
         r"""Generate one image for each class label.
 
         Args:
-            class_labels: class ids or names (`id2label`), one or a list or a tensor of ids.
-            num_inference_steps: steps of the texture stage.
-            num_layout_steps: steps of the layout stage.
-            guidance_scale: w of `v_null + w (v_class - v_null)` in the texture stage; 1: no guidance, one forward
-                pass a step. The layout stage is not guided.
-            guidance_interval: `(low, high)` of the paper's time t, 0 noise to 1 data, in which guidance acts; outside
-                of it there is one forward pass a step.
-            layout: where to put the tokens. `None`: generated if there is a layout transformer, else from the bank;
-                "generated" and "bank" name one of them. A [`GaussianLayout`] of B images, or of one for all, is used
-                as it is. An image or a list of B (PIL, NumPy, or a `(B, 3, H, W)` tensor in [0, 1]) lends its own
-                layout, after a resize and centre crop to the size of the generated image.
-            generator: of all noise. With a list of B generators an image does not depend on the others of its batch
-                (if their layouts have the same number of tokens).
-            latents: `(B, L, 5 + C)` in place of the noise that the texture stage starts from.
-            layout_latents: `(B, L, 5)` in place of the noise that the layout stage starts from.
-            output_type: "pil", "np", "pt", "latent", or "layout" to stop after the first stage.
-            return_dict: return a `GPSTokenPipelineOutput` instead of the tuple `(images, layout, tokens)`.
-            callback_on_step_end: called as `f(pipeline, step, timestep, tensors)` after each step of the texture
-                stage; the tensors it returns take the place of those of the loop.
-            callback_on_step_end_tensor_inputs: which of `pipeline._callback_tensor_inputs` it is given.
+            class_labels (`int`, `str`, a sequence of these, or `torch.Tensor`): B class ids or names of `id2label`.
+            num_inference_steps (`int`, *optional*, defaults to 250): steps of the texture stage, at least 1.
+            num_layout_steps (`int`, *optional*, defaults to 5): steps of the layout stage, at least 1.
+            guidance_scale (`float`, *optional*, defaults to 1.5): w of `v_null + w (v_class - v_null)` in the texture
+                stage, at least 0. With 1 there is no guidance. The layout stage is never guided.
+            guidance_interval (`tuple[float, float]`, *optional*, defaults to `(0.2, 1.0)`): `(low, high)` with
+                0 <= low <= high <= 1 in the paper's time (0 noise, 1 data). Steps outside are not guided, which halves
+                their cost.
+            layout ([`GaussianLayout`], images, or `str`, *optional*): where the tokens go. A layout of B images, or of
+                one for all, is used unchanged. Images, B or one for all (PIL, NumPy, or a `(B, 3, H, W)` tensor in
+                [0, 1]), lend the layout that the tokenizer chooses for them after a resize and centre crop.
+                `"generated"` and `"bank"` name a source. By default layouts are generated if the pipeline has a layout
+                transformer, and drawn from the bank if not.
+            generator (`torch.Generator` or list of B of them, *optional*): source of all noise, for the batch or per
+                image. With one per image, an image does not depend on the others of its batch, as long as their
+                layouts have equally many tokens.
+            latents (`torch.Tensor` of shape `(B, L, 5 + C)`, *optional*): initial noise of the texture stage.
+            layout_latents (`torch.Tensor` of shape `(B, L, 5)`, *optional*): initial noise of the layout stage.
+            output_type (`str`, *optional*, defaults to `"pil"`): `"pil"`, `"np"`, `"pt"`, `"latent"`, or `"layout"` to
+                stop after the first stage.
+            return_dict (`bool`, *optional*, defaults to `True`): return a [`GPSTokenPipelineOutput`] instead of the
+                tuple `(images, layout, tokens)`.
+            callback_on_step_end (`Callable`, *optional*): called as `f(pipeline, step, timestep, state)` after every
+                step of the texture stage. Entries of the dict that it returns replace those of the loop.
+            callback_on_step_end_tensor_inputs (`Sequence[str]`, *optional*, defaults to `("latents",)`): entries of
+                `state`: `"latents"` `(B, L, 5 + C)` and `"layout"`, a [`GaussianLayout`].
+
+        Returns:
+            [`GPSTokenPipelineOutput`] or `tuple`: the images, their layout and their tokens.
 
         Raises:
-            ValueError: what was expected and what came, before anything is computed.
+            ValueError: before anything is computed, if an argument is out of its range, a class is unknown, a shape
+                does not fit B, or a component that `layout` needs is missing; after the layout, if `latents` does not
+                have its number of tokens.
+
+        Examples:
+            ```python
+            >>> import torch
+            >>> from gpstoken_hf import GPSTokenPipeline, bundled
+
+            >>> pipe = GPSTokenPipeline.from_pretrained(bundled("gpstoken-digits"))
+            >>> layout = pipe(5, output_type="layout", generator=torch.Generator().manual_seed(0)).layout
+            >>> both = pipe([5, 8], num_inference_steps=4, layout=layout, output_type="pt")  # one layout for both
+            >>> both.images.shape
+            torch.Size([2, 3, 32, 32])
+
+            ```
         """
         labels = self._label_ids(class_labels)
-        self._check_call(
-            len(labels),
-            num_inference_steps,
-            num_layout_steps,
-            guidance_scale,
-            guidance_interval,
-            layout,
-            generator,
-            layout_latents,
-            output_type,
-            callback_on_step_end_tensor_inputs,
-        )
-        self._guidance_scale = guidance_scale
-        self._interrupt = False
-        device = self._execution_device
-        label_ids = torch.tensor(labels, device=device)
+        _check_sampling(num_inference_steps, num_layout_steps, guidance_scale, guidance_interval)
+        self._check_outputs(len(labels), generator, output_type, callback_on_step_end_tensor_inputs)
+        source = self._layout_source(layout, layout_latents, output_type, len(labels))
+        self._guidance_scale, self._interrupt = guidance_scale, False
+        label_ids = torch.tensor(labels, device=self._execution_device)
 
-        # 1. The layout: generated and calibrated, from the bank, or given.
-        made: GaussianLayout | None = None
-        if not self.is_one_stage:
-            made = self._make_layout(labels, label_ids, layout, num_layout_steps, layout_latents, generator)
-            if output_type == "layout":
-                self.maybe_free_model_hooks()
-                return GPSTokenPipelineOutput(layout=made) if return_dict else (None, made, None)
-        gaussians = None if made is None else made.gaussians
-        mask = made.attention_mask if made is not None and made.is_padded else None
-
-        # 2. The texture and the refinement of the layout (or everything, in one stage).
-        num_tokens = self.transformer.config.sample_size if gaussians is None else gaussians.shape[1]
-        shape = (len(labels), num_tokens, self.transformer.config.in_channels)
-        latents = self._prepare_latents("latents", latents, shape, generator, device)
-        latents, gaussians = self._sample(
-            self.transformer,
-            self.scheduler,
-            latents,
-            label_ids,
-            gaussians,
-            mask,
-            num_inference_steps,
-            guidance_interval,
-            generator,
-            "texture",
-            callback_on_step_end,
-            callback_on_step_end_tensor_inputs,
-        )
-
-        # 3. Tokens, and the image.
-        tokens = self._to_tokens(self.transformer, latents, gaussians)
-        if output_type == "latent":
-            images = latents
-        else:
-            sample = self.vae.decode(tokens, attention_mask=mask).sample
-            images = self._processor().post_process(sample, output_type=output_type)
+        # 1. The layout.
+        made = self._make_layout(source, label_ids, num_layout_steps, layout_latents, generator)
+        images, tokens = None, None
+        if output_type != "layout":
+            # 2. The texture, with the refinement of the layout.
+            latents, made = self._sample(
+                "texture",
+                label_ids,
+                made,
+                latents,
+                num_inference_steps,
+                generator,
+                guidance_interval,
+                callback_on_step_end,
+                callback_on_step_end_tensor_inputs,
+            )
+            # 3. The image.
+            tokens = self._to_tokens(self.transformer, latents, made)
+            if output_type == "latent":
+                images = latents
+            else:
+                sample = self.vae.decode(tokens, attention_mask=mask_of(made)).sample
+                images = self._processor().post_process(sample, output_type=output_type)
         self.maybe_free_model_hooks()
-        if made is not None and gaussians is not made.gaussians:  # a callback edited them
-            made = GaussianLayout(gaussians, None, mask)
         if not return_dict:
             return (images, made, tokens)
         return GPSTokenPipelineOutput(images=images, layout=made, tokens=tokens)
 
     def _sample(
         self,
-        transformer: SiTTransformer1DModel,
-        scheduler: SchedulerMixin,
-        latents: torch.Tensor,
-        labels: torch.Tensor,
-        layout: torch.Tensor | None,
-        mask: torch.Tensor | None,
-        num_steps: int,
-        guidance_interval: tuple[float, float] | None,
-        generator: Generators,
         stage: str,
-        callback: Callable[[Any, int, torch.Tensor, dict], dict] | None = None,
+        labels: torch.Tensor,
+        layout: GaussianLayout | None,
+        latents: torch.Tensor | None,
+        num_steps: int,
+        generator: Generators,
+        guidance_interval: tuple[float, float] = (1.0, 0.0),
+        callback: StepCallback | None = None,
         callback_inputs: Sequence[str] = (),
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """The sampling loop of either stage: noise -> latents `(B, L, C)`, and the layout (callbacks may edit it)."""
+    ) -> tuple[torch.Tensor, GaussianLayout | None]:
+        """The loop of the "layout" or "texture" stage: noise -> latents `(B, L, C)` and the layout after callbacks."""
+        name = "layout_" if stage == "layout" else ""
+        transformer, scheduler = getattr(self, f"{name}transformer"), getattr(self, f"{name}scheduler")
+        num_tokens = transformer.config.sample_size if layout is None else layout.gaussians.shape[1]
+        shape = (len(labels), num_tokens, transformer.config.in_channels)
+        latents = _initial_noise(f"{name}latents", latents, shape, generator, labels.device)
         timesteps = _set_timesteps(scheduler, num_steps, latents.device)
-        times = timestep_to_time(timesteps.double()).tolist()  # all of the host's knowledge of time, in one transfer
+        times = [timestep_to_time(timestep) for timestep in timesteps.tolist()]  # copied to the host once
         step_kwargs = {"generator": generator} if "generator" in inspect.signature(scheduler.step).parameters else {}
-        low, high = guidance_interval or (1.0, 0.0)
+        low, high = guidance_interval
+        predict = GuidedPredictor(transformer, labels, layout)
         if stage == "texture":
             self._num_timesteps = len(timesteps)
-        predict = _Predictor(transformer, labels, layout, mask)
         with self.progress_bar(total=num_steps) as bar:
             if "desc" not in getattr(self, "_progress_bar_config", {}):
                 bar.set_description(stage, refresh=False)
@@ -357,255 +381,162 @@ class GPSTokenPipeline(HubDownloadMixin, DiffusionPipeline):
                 if self.interrupt:
                     continue
                 self._current_timestep = timestep
-                in_interval = low - TIME_TOLERANCE <= t <= high + TIME_TOLERANCE
-                x = (
-                    scheduler.scale_model_input(latents, timestep)
-                    if hasattr(scheduler, "scale_model_input")
-                    else latents
-                )
-                output = predict(x, timestep, self.guidance_scale if in_interval else 1.0)
+                w = self.guidance_scale if low - TIME_TOLERANCE <= t <= high + TIME_TOLERANCE else 1.0
+                output = predict(latents, timestep, w)
                 latents = scheduler.step(output, timestep, latents, **step_kwargs, return_dict=False)[0]
                 if callback is not None:
-                    tensors = {"latents": latents, "layout": layout}
-                    returned = callback(self, i, timestep, {name: tensors[name] for name in callback_inputs}) or {}
-                    latents = returned.get("latents", latents)
-                    edited = returned.get("layout", layout)
-                    if edited is not layout:
-                        layout = edited
-                        predict = _Predictor(transformer, labels, layout, mask)
+                    state: dict[str, Any] = {"latents": latents, "layout": layout}
+                    state |= callback(self, i, timestep, {name: state[name] for name in callback_inputs}) or {}
+                    latents = state["latents"]
+                    if state["layout"] is not layout:
+                        layout = state["layout"]
+                        predict = GuidedPredictor(transformer, labels, layout)
                 if (i + 1) % scheduler.order == 0 or i + 1 == len(timesteps):
                     bar.update()
         self._current_timestep = None
         return latents, layout
 
-    # --------------------------------------------------------------------------------------------------------- layout
-
     def _make_layout(
         self,
-        labels: list[int],
-        label_ids: torch.Tensor,
-        layout: Any,
+        source: Any,
+        labels: torch.Tensor,
         num_steps: int,
         layout_latents: torch.Tensor | None,
         generator: Generators,
-    ) -> GaussianLayout:
-        """The layout of B images on the device of `label_ids`, whichever way it is asked for."""
-        device = label_ids.device
-        if layout is None:
-            layout = "generated" if self.layout_transformer is not None else "bank"
-        if isinstance(layout, GaussianLayout):
-            return layout.expand(len(labels)).to(device, torch.float32)
-        if not isinstance(layout, str):
-            return self._layout_of_images(layout, len(labels), device)
-        if layout == "bank":
-            assert self.layout_bank is not None
-            return self.layout_bank.sample(labels, generator=generator).to(device)
-        assert self.layout_transformer is not None
-        config = self.layout_transformer.config
-        shape = (len(labels), config.sample_size, config.in_channels)
-        latents = self._prepare_latents("layout_latents", layout_latents, shape, generator, device)
-        latents, _ = self._sample(
-            self.layout_transformer,
-            self.layout_scheduler,
-            latents,
-            label_ids,
-            None,
-            None,
-            num_steps,
-            None,
-            generator,
-            "layout",
-        )
-        vae = self.vae.config
-        return calibrate_layout(
-            self._to_tokens(self.layout_transformer, latents, None),
-            (vae.image_size, vae.image_size),
-            vae.min_region_size,
-            vae.sigma_scale,
-            vae.align_corners,
-        )
-
-    def _layout_of_images(self, images: Any, batch_size: int, device: torch.device) -> GaussianLayout:
-        """The layouts that the tokenizer would choose for these images."""
+    ) -> GaussianLayout | None:
+        """The layout of B images from the source that `_layout_source` returned, on the device of `labels`."""
+        if source is None:
+            return None
+        if isinstance(source, GaussianLayout):
+            return source.expand(len(labels)).to(labels.device, torch.float32)
+        if isinstance(source, str) and source == "bank":
+            assert self.layout_bank is not None  # checked by _layout_source
+            return self.layout_bank.sample(labels, generator=generator).to(labels.device)
         config = self.vae.config
         side = config.image_size
+        geometry = {name: getattr(config, name) for name in ("min_region_size", "sigma_scale", "align_corners")}
+        if isinstance(source, str):
+            latents, _ = self._sample("layout", labels, None, layout_latents, num_steps, generator)
+            assert self.layout_transformer is not None  # checked by _layout_source
+            gaussians = self._to_tokens(self.layout_transformer, latents, None)
+            return calibrate_layout(gaussians, (side, side), **geometry)
         pixel_values = self._processor()(
-            images,
+            source,
             do_resize=True,
             size={"shortest_edge": side},
             do_center_crop=True,
             crop_size={"height": side, "width": side},
             return_tensors="pt",
         )["pixel_values"]
-        if pixel_values.shape[0] not in (1, batch_size):
-            raise ValueError(
-                f"layout must be 1 or {batch_size} images, one per class label, got {pixel_values.shape[0]}"
-            )
         layout = partition_images(
-            pixel_values.to(device),
+            pixel_values.to(labels.device),
             config.num_tokens,
             complexity_exponent=config.complexity_exponent,
-            min_region_size=config.min_region_size,
-            sigma_scale=config.sigma_scale,
-            align_corners=config.align_corners,
+            **geometry,
         )
-        return layout.expand(batch_size)
-
-    # ---------------------------------------------------------------------------------------------------------- parts
+        return layout.expand(len(labels))
 
     def _processor(self) -> GPSTokenImageProcessor:
         return GPSTokenImageProcessor() if self.image_processor is None else self.image_processor
 
-    def _prepare_latents(
-        self,
-        name: str,
-        latents: torch.Tensor | None,
-        shape: tuple[int, int, int],
-        generator: Generators,
-        device: torch.device,
-    ) -> torch.Tensor:
-        """The noise that a stage starts from, float32: the loop's sums are made in it, whatever the model's dtype."""
-        if latents is None:
-            return randn_tensor(shape, generator=generator, device=device, dtype=torch.float32)
-        if tuple(latents.shape) != shape:
-            raise ValueError(f"{name} must be {shape}, got {tuple(latents.shape)}")
-        return latents.to(device=device, dtype=torch.float32)
-
     def _to_tokens(
-        self, transformer: SiTTransformer1DModel, latents: torch.Tensor, layout: torch.Tensor | None
+        self, transformer: SiTTransformer1DModel, latents: torch.Tensor, layout: GaussianLayout | None
     ) -> torch.Tensor:
-        """Latents of a stage -> tokens, by the statistics of its transformer or else of the tokenizer."""
+        """Latents of a stage -> tokens, by the statistics of its transformer or, if it has none, of the tokenizer."""
         config = transformer.config
-        mean, std = config.latents_mean, config.latents_std
-        if mean is None and config.gaussian_target == "offset":
-            mean, std = self.vae.config.latents_mean, self.vae.config.latents_std
-        mean = torch.zeros(config.in_channels) if mean is None else torch.tensor(mean)
-        std = torch.ones(config.in_channels) if std is None else torch.tensor(std)
-        given = layout if config.gaussian_target == "offset" else None
+        is_offset = config.gaussian_target == "offset"
+        owner = self.vae.config if config.latents_mean is None and is_offset else config
+        mean, std = torch.zeros(()), torch.ones(())
+        if owner.latents_mean is not None:
+            mean, std = torch.tensor(owner.latents_mean), torch.tensor(owner.latents_std)
+        gaussians = layout.gaussians if layout is not None and is_offset else None
         latents = latents.float()
-        return latents_to_tokens(latents, mean.to(latents), std.to(latents), config.gaussian_target, given)
+        return latents_to_tokens(latents, mean.to(latents), std.to(latents), config.gaussian_target, gaussians)
 
-    def _check_call(
-        self,
-        batch_size: int,
-        num_inference_steps: int,
-        num_layout_steps: int,
-        guidance_scale: float,
-        guidance_interval: tuple[float, float],
-        layout: Any,
-        generator: Generators,
-        layout_latents: torch.Tensor | None,
-        output_type: str,
-        callback_inputs: Sequence[str],
+    # -- checks
+
+    def _check_outputs(
+        self, batch_size: int, generator: Generators, output_type: str, callback_inputs: Sequence[str]
     ) -> None:
-        for name, value in (("num_inference_steps", num_inference_steps), ("num_layout_steps", num_layout_steps)):
-            if not isinstance(value, int | np.integer) or value < 1:
-                raise ValueError(f"{name} must be an integer of at least 1, got {value}")
-        if not guidance_scale >= 0:
-            raise ValueError(f"guidance_scale must be at least 0 (1 for no guidance), got {guidance_scale}")
-        if len(guidance_interval) != 2 or not 0 <= guidance_interval[0] <= guidance_interval[1] <= 1:
-            raise ValueError(
-                f"guidance_interval must be (low, high) with 0 <= low <= high <= 1, got {tuple(guidance_interval)}"
-            )
         if output_type not in OUTPUT_TYPES:
             raise ValueError(f"output_type must be one of {list(OUTPUT_TYPES)}, got {output_type!r}")
         if isinstance(generator, list) and len(generator) != batch_size:
             raise ValueError(f"generator must be one or a list of {batch_size}, one per label, got {len(generator)}")
-        unknown = [name for name in callback_inputs if name not in self._callback_tensor_inputs]
-        if unknown:
+        if not set(callback_inputs) <= set(self._callback_tensor_inputs):
             raise ValueError(
-                "callback_on_step_end_tensor_inputs may hold "
-                f"{self._callback_tensor_inputs}, got {list(callback_inputs)}"
+                f"callback_on_step_end_tensor_inputs must be among {self._callback_tensor_inputs}, "
+                f"got {list(callback_inputs)}"
             )
+
+    def _layout_source(
+        self, layout: Any, layout_latents: torch.Tensor | None, output_type: str, batch_size: int
+    ) -> GaussianLayout | Images | str | None:
+        """Check `layout` and return the source of layouts: a layout, images, a name, or `None` in one stage."""
         if self.is_one_stage:
             if layout is not None or layout_latents is not None or output_type == "layout":
                 raise ValueError(
-                    "this pipeline makes layout and texture at once (its transformer has no condition): "
-                    "expected no layout, no layout_latents and another output_type than 'layout'"
+                    "layout and layout_latents must be None and output_type another than 'layout' for a transformer "
+                    "without condition, which makes layout and texture at once, got one of them"
                 )
-            return
-        is_tensor = isinstance(layout, torch.Tensor) and layout.ndim != 4
-        is_list_of_tensors = isinstance(layout, list | tuple) and any(isinstance(one, torch.Tensor) for one in layout)
-        if is_tensor or is_list_of_tensors or (isinstance(layout, str) and layout not in LAYOUT_SOURCES):
-            got = repr(layout) if isinstance(layout, str) else "tensors that are not a (B, 3, H, W) batch"
-            raise ValueError(
-                f"layout must be a GaussianLayout, an image (or B of them) or one of {list(LAYOUT_SOURCES)}, got {got}"
-            )
-        generated = layout is None and self.layout_transformer is not None
-        if isinstance(layout, str) and layout == "generated":
-            generated = True
-            if self.layout_transformer is None:
-                raise ValueError("layout='generated' needs the component layout_transformer, which is missing")
-        if isinstance(layout, str) and layout == "bank" and self.layout_bank is None:
-            raise ValueError("layout='bank' needs the component layout_bank, which is missing")
-        if layout is None and self.layout_transformer is None and self.layout_bank is None:
-            raise ValueError(
-                "the texture needs a layout: expected a layout_transformer with layout_scheduler or a layout_bank "
-                "among the components, or layout=, got none of them"
-            )
-        if layout_latents is not None and not generated:
-            raise ValueError("layout_latents are for a generated layout, but the layout is given or from the bank")
-        if generated and self.layout_scheduler is None:
-            raise ValueError("a generated layout needs the component layout_scheduler, which is missing")
+            return None
+        if layout is None:
+            if self.layout_transformer is None and self.layout_bank is None:
+                raise ValueError(
+                    "layout must be given to a pipeline without layout_transformer and layout_bank, got None"
+                )
+            layout = "bank" if self.layout_transformer is None else "generated"
+        is_name = isinstance(layout, str)
+        if layout_latents is not None and not (is_name and layout == "generated"):
+            raise ValueError("layout_latents must be None unless the layout is generated, got a tensor")
+        if is_name and layout in LAYOUT_SOURCES:
+            for name in LAYOUT_SOURCES[layout]:
+                if getattr(self, name) is None:
+                    raise ValueError(f"{name} must be a component of the pipeline for layout={layout!r}, got None")
+            return layout
         if isinstance(layout, GaussianLayout):
-            layout.check()
-            if len(layout) not in (1, batch_size):
-                raise ValueError(f"layout must be of 1 or {batch_size} images, one per class label, got {len(layout)}")
+            layout.expand(batch_size).check()
+            return layout
+        # A tensor of Gaussians would pass for a grey image.
+        tensors = [one for one in layout if isinstance(one, torch.Tensor)] if isinstance(layout, list | tuple) else []
+        if is_name or tensors or (isinstance(layout, torch.Tensor) and layout.ndim != 4):
+            got = repr(layout) if is_name else "tensors that are not a (B, 3, H, W) batch"
+            raise ValueError(f"layout must be a GaussianLayout, images or one of {list(LAYOUT_SOURCES)}, got {got}")
+        return layout
 
 
-class _Predictor:
-    """Calls a transformer with or without guidance; what does not change from step to step is prepared once."""
-
-    def __init__(
-        self,
-        transformer: SiTTransformer1DModel,
-        labels: torch.Tensor,
-        layout: torch.Tensor | None,
-        mask: torch.Tensor | None,
-    ):
-        self.transformer, self.dtype = transformer, transformer.dtype
-        # Setting a context walks through all modules, so it is done only where one of them has a hook to see it.
-        self.has_hooks = any(hasattr(module, "_diffusers_hook") for module in transformer.modules())
-        null = torch.full_like(labels, transformer.config.num_classes)
-        layout = None if layout is None else layout.to(self.dtype)
-
-        def twice(value: torch.Tensor | None) -> torch.Tensor | None:
-            return None if value is None else torch.cat([value, value])
-
-        self.with_class = (labels, layout, mask)
-        self.with_null = (null, layout, mask)
-        self.with_both = (torch.cat([null, labels]), twice(layout), twice(mask))
-
-    def __call__(self, x: torch.Tensor, timestep: torch.Tensor, w: float) -> torch.Tensor:
-        """`x` (B, L, C) -> the guided output (B, L, C) in float32; two forward passes' work only where w needs it."""
-        x = x.to(self.dtype)
-        if w == 1.0:
-            return self._call("class", x, timestep, self.with_class)
-        if w == 0.0:
-            return self._call("null", x, timestep, self.with_null)
-        output_null, output_class = self._call("both", torch.cat([x, x]), timestep, self.with_both).chunk(2)
-        return guide(output_null, output_class, w)
-
-    def _call(self, context: str, x: torch.Tensor, timestep: torch.Tensor, inputs: tuple) -> torch.Tensor:
-        labels, layout, mask = inputs
-        # Caches of diffusers keep what they hold apart by context; here that also keeps batch sizes apart.
-        with self.transformer.cache_context(context) if self.has_hooks else nullcontext():
-            output = self.transformer(
-                x, timestep, labels, encoder_condition=layout, attention_mask=mask, return_dict=False
-            )
-        return output[0].float()
+def _initial_noise(
+    name: str, latents: torch.Tensor | None, shape: tuple[int, ...], generator: Generators, device: torch.device
+) -> torch.Tensor:
+    """Given or drawn noise of a stage, float32 for any dtype of the model, as steps are summed in it."""
+    if latents is None:
+        return randn_tensor(shape, generator=generator, device=device, dtype=torch.float32)
+    if tuple(latents.shape) != shape:
+        raise ValueError(f"{name} must be {shape}, got {tuple(latents.shape)}")
+    return latents.to(device=device, dtype=torch.float32)
 
 
 def _set_timesteps(scheduler: SchedulerMixin, num_steps: int, device: torch.device) -> torch.Tensor:
     """Set the steps of any flow scheduler and return its timesteps."""
     if isinstance(scheduler, FlowMatchEulerDiscreteScheduler):
-        # Its default grid ends at sigma 0.001 of training; this one is uniform and ends one step before the data.
+        # Its default steps end at sigma 0.001, as in training. These are uniform and end one step before the data.
         scheduler.set_timesteps(sigmas=np.linspace(1, 1 / num_steps, num_steps).tolist(), device=device)
     else:
         scheduler.set_timesteps(num_steps, device=device)
     if hasattr(scheduler, "set_begin_index"):
         scheduler.set_begin_index(0)
     return scheduler.timesteps
+
+
+def _check_sampling(
+    num_inference_steps: int, num_layout_steps: int, scale: float, interval: tuple[float, float]
+) -> None:
+    for name, value in (("num_inference_steps", num_inference_steps), ("num_layout_steps", num_layout_steps)):
+        if not isinstance(value, int | np.integer) or value < 1:
+            raise ValueError(f"{name} must be an integer of at least 1, got {value}")
+    if not scale >= 0:
+        raise ValueError(f"guidance_scale must be at least 0, got {scale}")
+    if len(interval) != 2 or not 0 <= interval[0] <= interval[1] <= 1:
+        raise ValueError(f"guidance_interval must be (low, high) with 0 <= low <= high <= 1, got {tuple(interval)}")
 
 
 def _check_components(
@@ -615,33 +546,23 @@ def _check_components(
     layout_scheduler: SchedulerMixin | None,
     layout_bank: GaussianLayoutBank | None,
 ) -> None:
-    expected = vae.config.token_channels
-    config: Mapping[str, Any] = transformer.config
-    if config["in_channels"] != expected:
-        raise ValueError(
-            f"transformer must have in_channels = {expected}, as the vae's tokens, got {config['in_channels']}"
-        )
-    if config["condition_channels"] is None:
+    def check_config(name: str, model: SiTTransformer1DModel, **expected: int | None) -> None:
+        for key, value in expected.items():
+            if model.config[key] != value:
+                raise ValueError(f"{name} must have {key}={value}, got {model.config[key]}")
+
+    check_config("transformer", transformer, in_channels=vae.config.token_channels)
+    if transformer.config.condition_channels is None:
         if layout_transformer is not None or layout_bank is not None:
             raise ValueError(
-                "a transformer without condition makes layouts itself: "
-                "expected neither layout_transformer nor layout_bank, or a transformer with condition_channels=5"
+                "layout_transformer and layout_bank must be None for a transformer without condition, "
+                "which makes layouts itself, got one of them"
             )
         return
-    if config["condition_channels"] != NUM_GAUSSIAN_PARAMS:
-        raise ValueError(f"transformer must have condition_channels 5 or None, got {config['condition_channels']}")
-    if layout_transformer is None:
-        return
-    if layout_scheduler is None:
-        raise ValueError("layout_transformer needs a layout_scheduler, got none")
-    layout_config: Mapping[str, Any] = layout_transformer.config
-    if layout_config["in_channels"] != NUM_GAUSSIAN_PARAMS or layout_config["condition_channels"] is not None:
-        raise ValueError(
-            "layout_transformer must have in_channels=5 and no condition, "
-            f"got {layout_config['in_channels']} and {layout_config['condition_channels']}"
-        )
-    if layout_config["num_classes"] != config["num_classes"]:
-        raise ValueError(
-            f"layout_transformer and transformer must know the same classes, "
-            f"got {layout_config['num_classes']} and {config['num_classes']}"
-        )
+    check_config("transformer", transformer, condition_channels=NUM_GAUSSIAN_PARAMS)
+    if layout_transformer is not None:
+        if layout_scheduler is None:
+            raise ValueError("layout_scheduler must be given with layout_transformer, got None")
+        classes = transformer.config.num_classes
+        expected = {"in_channels": NUM_GAUSSIAN_PARAMS, "condition_channels": None, "num_classes": classes}
+        check_config("layout_transformer", layout_transformer, **expected)

@@ -1,0 +1,71 @@
+# Copyright 2026 The gpstoken-hf authors. Licensed under the Apache License, Version 2.0.
+"""Classifier-free guidance: the output of a SiT with a class label, without one, or extrapolated from both.
+
+Shapes: B batch, L tokens, C channels of a token.
+"""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+
+import torch
+
+from .layout import GaussianLayout
+from .transformer_sit import SiTTransformer1DModel
+
+
+def guide(output_null: torch.Tensor, output_class: torch.Tensor, w: float) -> torch.Tensor:
+    """Classifier-free guidance, `v_null + w (v_class - v_null)`. The sign of v does not matter."""
+    return output_null + w * (output_class - output_null)
+
+
+def mask_of(layout: GaussianLayout | None) -> torch.Tensor | None:
+    """The attention mask of a padded layout, else `None`: attention and splat are faster without a mask."""
+    return layout.attention_mask if layout is not None and layout.is_padded else None
+
+
+class GuidedPredictor:
+    """Calls a transformer with or without guidance. Prepares once what all steps share.
+
+    Args:
+        transformer ([`SiTTransformer1DModel`]): the model.
+        labels (`torch.Tensor` of shape `(B,)`): class ids.
+        layout ([`GaussianLayout`], *optional*): the condition, for a model with one.
+    """
+
+    def __init__(self, transformer: SiTTransformer1DModel, labels: torch.Tensor, layout: GaussianLayout | None):
+        self.transformer, self.dtype = transformer, transformer.dtype
+        # A cache context walks through all modules, so it is set only if a module has a hook that reads it.
+        self.has_hooks = any(hasattr(module, "_diffusers_hook") for module in transformer.modules())
+        null = torch.full_like(labels, transformer.config.num_classes)
+        condition = None if layout is None else layout.gaussians.to(self.dtype)
+        mask = mask_of(layout)
+        twice = [None if value is None else torch.cat([value, value]) for value in (condition, mask)]
+        self.inputs = {
+            "class": (labels, condition, mask),
+            "null": (null, condition, mask),
+            "both": (torch.cat([null, labels]), *twice),
+        }
+
+    def __call__(self, x: torch.Tensor, timestep: torch.Tensor, w: float) -> torch.Tensor:
+        """Predict `noise - data` with guidance w, in float32. Runs a batch of 2 B only if w needs it.
+
+        Args:
+            x (`torch.Tensor` of shape `(B, L, C)`): noised latents.
+            timestep (`torch.Tensor`): 1000 sigma, one number.
+            w (`float`): 1 for the output with the label, 0 for the output without, any other number for `guide`.
+        """
+        x = x.to(self.dtype)
+        if w in (0.0, 1.0):
+            return self._call("class" if w else "null", x, timestep)
+        output_null, output_class = self._call("both", torch.cat([x, x]), timestep).chunk(2)
+        return guide(output_null, output_class, w)
+
+    def _call(self, context: str, x: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
+        labels, condition, mask = self.inputs[context]
+        # Caches of diffusers are kept per context. Batches of different sizes must not share one.
+        with self.transformer.cache_context(context) if self.has_hooks else nullcontext():
+            output = self.transformer(
+                x, timestep, labels, encoder_condition=condition, attention_mask=mask, return_dict=False
+            )
+        return output[0].float()
