@@ -19,7 +19,7 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers.utils import logging
 
 from conversion.checkpoints import Checkpoint, PlannedTensor, floating_dtype, open_checkpoint, save_tensors
-from conversion.folders import build_empty, load_gpstoken_config
+from conversion.folders import build_empty, load_empty_gpstoken, model_shapes
 from conversion.key_tables import block_count, gpstoken_rules, match_keys, plan_conversion, plan_reverse
 from conversion.model_cards import gpstoken_card
 from conversion.verification import check_errors, compare_tensors, load_arrays, verify_gpstoken
@@ -126,9 +126,8 @@ def plan(checkpoint: Checkpoint, config: GPSTokenConfig) -> tuple[list[PlannedTe
     # Before the model is built: the file must hold every tensor of as many blocks as it claims.
     rules = match_keys(rules_for(config), checkpoint.keys(), WHAT)
     model = build_empty(lambda: GPSTokenModel(config), checkpoint.path, WHAT)
-    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     dropped = [f"{rule.source} ({rule.reason})" for rule in rules if not rule.targets]
-    return plan_conversion(rules, checkpoint, expected), dropped
+    return plan_conversion(rules, checkpoint, model_shapes(model)), dropped
 
 
 def convert(arguments: argparse.Namespace) -> None:
@@ -179,7 +178,7 @@ def verify(checkpoint: Checkpoint, folder: Path, config: GPSTokenConfig, arrays:
 
 def reverse(arguments: argparse.Namespace) -> None:
     """From a converted folder back to a file of the release's format."""
-    config = load_gpstoken_config(Path(arguments.checkpoint))
+    config = load_empty_gpstoken(Path(arguments.checkpoint)).config
     with open_checkpoint(Path(arguments.checkpoint) / WEIGHTS_NAME) as checkpoint:
         tensors, dropped = plan_reverse(rules_for(config), checkpoint)
         with atomic_file(arguments.output) as staging:

@@ -18,20 +18,16 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 
 from conversion.folders import (
-    build_empty,
-    check_weights,
-    load_gpstoken_config,
+    load_empty_gpstoken,
+    load_empty_sit,
     load_layout_bank,
-    load_sit_config,
     malformed_as_value_error,
     read_json,
 )
 from conversion.model_cards import pipeline_card
 from gpstoken_hf.image_processing_gpstoken import GPSTokenImageProcessor
-from gpstoken_hf.modeling_gpstoken import GPSTokenModel
 from gpstoken_hf.pipeline_gpstoken import GPSTokenPipeline
 from gpstoken_hf.scheduling_flow_match_sde import FlowMatchSDEScheduler
-from gpstoken_hf.transformer_sit import SiTTransformer1DModel
 from pipelines.shared.outputs import atomic_directory
 from pipelines.shared.programs import run_program
 from pipelines.shared.publishing import push_folder
@@ -60,15 +56,6 @@ def read_id2label(path: Path, num_classes: int) -> dict[str, str]:
     return names
 
 
-def load_empty_sit(folder: Path) -> SiTTransformer1DModel:
-    """Build the generator in a folder on the meta device, after a check that its weights fit its config."""
-    config = load_sit_config(folder)
-    expected = "the config of a SiTTransformer1DModel"
-    model = build_empty(lambda: SiTTransformer1DModel.from_config(config), folder / "config.json", expected)
-    check_weights(folder, model)
-    return model
-
-
 def build_pipeline(arguments: argparse.Namespace) -> tuple[GPSTokenPipeline, dict[str, Path]]:
     """The pipeline with its models on the meta device, and the folder of each.
 
@@ -81,10 +68,7 @@ def build_pipeline(arguments: argparse.Namespace) -> tuple[GPSTokenPipeline, dic
         "layout_transformer": arguments.layout_transformer,
         "layout_bank": arguments.layout_bank,
     }
-    config = load_gpstoken_config(arguments.vae)
-    expected = "the config of a GPSTokenModel"
-    vae = build_empty(lambda: GPSTokenModel(config), arguments.vae / "config.json", expected)
-    check_weights(arguments.vae, vae)
+    vae = load_empty_gpstoken(arguments.vae)
     transformer = load_empty_sit(arguments.transformer)
     num_classes = transformer.config["num_classes"]
     layout_transformer = None if arguments.layout_transformer is None else load_empty_sit(arguments.layout_transformer)

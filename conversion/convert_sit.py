@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from conversion.checkpoints import Checkpoint, open_checkpoint, save_tensors
-from conversion.folders import build_empty, load_sit_config
+from conversion.folders import build_empty, load_empty_sit, model_shapes
 from conversion.key_tables import KeyRule, block_count, match_keys, plan_conversion, plan_reverse, sit_rules
 from conversion.model_cards import sit_card
 from conversion.verification import check_errors, compare_tensors, load_arrays, verify_sit
@@ -171,8 +171,7 @@ def convert(arguments: argparse.Namespace) -> None:
         # Before the model is built: the file must hold every tensor of as many blocks as it claims.
         rules, left_out = select(keys, table, weights)
         model = build_empty(lambda: SiTTransformer1DModel(**config), checkpoint.path, WHAT)
-        expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-        tensors = plan_conversion(rules, checkpoint, expected, prefix)
+        tensors = plan_conversion(rules, checkpoint, model_shapes(model), prefix)
         with atomic_directory(arguments.output) as staging:
             save_tensors(staging / WEIGHTS_NAME, tensors)
             model.save_config(staging)
@@ -214,9 +213,9 @@ def verify(checkpoint: Checkpoint, folder: Path, table: Sequence[KeyRule], prefi
 def reverse(arguments: argparse.Namespace) -> None:
     """From a converted folder back to a file of the release's format."""
     folder = Path(arguments.checkpoint)
-    config = load_sit_config(folder)
+    config = load_empty_sit(folder).config
     prefix = PREFIXES[arguments.weights or "ema"]
-    table = sit_rules(config["num_layers"], config.get("condition_channels") is not None)
+    table = sit_rules(config["num_layers"], config["condition_channels"] is not None)
     with open_checkpoint(folder / WEIGHTS_NAME) as checkpoint:
         tensors, _ = plan_reverse(table, checkpoint, prefix)
         with atomic_file(arguments.output) as staging:

@@ -20,6 +20,7 @@ from conversion.key_tables import block_count
 from gpstoken_hf.configuration_gpstoken import GPSTokenConfig
 from gpstoken_hf.gaussians import NUM_GAUSSIAN_PARAMS
 from gpstoken_hf.layout_bank import GaussianLayoutBank
+from gpstoken_hf.modeling_gpstoken import GPSTokenModel
 from gpstoken_hf.transformer_sit import SiTTransformer1DModel
 
 MAX_JSON_BYTES = 10 * 2**20
@@ -80,11 +81,18 @@ def check_folder(folder: Path, class_name: str) -> None:
 
 
 def read_shapes(folder: Path) -> Shapes:
-    """Names and shapes of the tensors in a folder's safetensors files, from the files' headers."""
+    """Read the names and shapes of the tensors in a folder from the headers of its safetensors files.
+
+    Raises:
+        ValueError: if a file is damaged, or two files hold a tensor of the same name.
+    """
     shapes: Shapes = {}
     for file in sorted(folder.glob("*.safetensors")):
         with open_checkpoint(file) as checkpoint:
-            shapes.update({key: checkpoint.shape(key) for key in checkpoint.keys()})  # noqa: SIM118 (not a mapping)
+            found = {key: checkpoint.shape(key) for key in checkpoint.keys()}  # noqa: SIM118 (not a mapping)
+        if repeated := sorted(found.keys() & shapes.keys()):
+            raise ValueError(f"each tensor in {folder} must be in one file, got {repeated[0]} in several")
+        shapes.update(found)
     return shapes
 
 
@@ -105,6 +113,11 @@ def _check_shapes(folder: Path, shapes: Shapes, expected: Shapes) -> None:
         )
 
 
+def model_shapes(model: torch.nn.Module) -> Shapes:
+    """Names and shapes of a model's tensors."""
+    return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+
+
 def build_empty(build: Callable[[], Model], path: Path, expected: str) -> Model:
     """Build a model on the meta device, where its weights take no memory.
 
@@ -120,39 +133,40 @@ def build_empty(build: Callable[[], Model], path: Path, expected: str) -> Model:
         return build()
 
 
-def check_weights(folder: Path, model: torch.nn.Module) -> None:
-    """Raise `ValueError` unless the folder's safetensors files hold the model's tensors, by name and shape."""
-    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    _check_shapes(folder, read_shapes(folder), expected)
-
-
-def load_gpstoken_config(folder: Path) -> GPSTokenConfig:
-    """Load a tokenizer's config.
+def load_empty_gpstoken(folder: Path) -> GPSTokenModel:
+    """Build the tokenizer in a folder on the meta device. Its weights fit its config.
 
     Raises:
-        ValueError: if the folder holds something else, or the weights have another number of blocks.
+        ValueError: if the folder holds something else, is damaged, or its weights have other names or shapes.
     """
+    expected = "the config of a GPSTokenModel"
     check_folder(folder, "GPSTokenModel")
-    with malformed_as_value_error(folder / "config.json", "the config of a GPSTokenModel"):
+    with malformed_as_value_error(folder / "config.json", expected):
         config = GPSTokenConfig.from_pretrained(folder)
     shapes = read_shapes(folder)
     _check_block_count(folder, shapes, "encoder.layers.", config.num_hidden_layers)
     _check_block_count(folder, shapes, "decoder.levels.", len(config.decoder_channel_multipliers))
     _check_block_count(folder, shapes, "decoder.levels.0.blocks.", config.decoder_layers_per_block + 1)
-    return config
+    model = build_empty(lambda: GPSTokenModel(config), folder / "config.json", expected)
+    _check_shapes(folder, shapes, model_shapes(model))
+    return model
 
 
-def load_sit_config(folder: Path) -> dict[str, Any]:
-    """Load a generator's config.
+def load_empty_sit(folder: Path) -> SiTTransformer1DModel:
+    """Build the generator in a folder on the meta device. Its weights fit its config.
 
     Raises:
-        ValueError: if the folder holds something else, or the weights have another number of blocks.
+        ValueError: if the folder holds something else, is damaged, or its weights have other names or shapes.
     """
+    expected = "the config of a SiTTransformer1DModel"
     check_folder(folder, "SiTTransformer1DModel")
-    with malformed_as_value_error(folder / "config.json", "the config of a SiTTransformer1DModel"):
+    with malformed_as_value_error(folder / "config.json", expected):
         config = SiTTransformer1DModel.load_config(folder)
-    _check_block_count(folder, read_shapes(folder), "transformer_blocks.", config.get("num_layers"))
-    return config
+    shapes = read_shapes(folder)
+    _check_block_count(folder, shapes, "transformer_blocks.", config.get("num_layers"))
+    model = build_empty(lambda: SiTTransformer1DModel.from_config(config), folder / "config.json", expected)
+    _check_shapes(folder, shapes, model_shapes(model))
+    return model
 
 
 def load_layout_bank(folder: Path) -> GaussianLayoutBank:

@@ -264,11 +264,17 @@ def test_reverse_refuses_what_it_cannot_name(converted, tmp_path, capsys):
     folder.mkdir()
     (folder / "config.json").write_bytes((converted / "config.json").read_bytes())
     save_file(tensors, folder / "model.safetensors")
-    output = tmp_path / "back.safetensors"
-    refusal(capsys, ["--checkpoint", folder, "--output", output, "--reverse"], "no name for: .*query_2")
+    argv = ["--checkpoint", folder, "--output", tmp_path / "back.safetensors", "--reverse"]
+    refusal(capsys, argv, "encoder.query_2 must have shape None, got")
     del tensors["encoder.query_2"], tensors["encoder.query"]
     save_file(tensors, folder / "model.safetensors")
-    refusal(capsys, ["--checkpoint", folder, "--output", output, "--reverse"], "has no tensor encoder.query")
+    refusal(capsys, argv, "encoder.query must have shape .* None")
+    query = load_file(converted / "model.safetensors")["encoder.query"]
+    save_file({"encoder.query": query}, folder / "other.safetensors")
+    message = "model.safetensors must hold the tensor encoder.query, got none"
+    refusal(capsys, argv, message)
+    save_file({"encoder.query": query}, folder / "another.safetensors")
+    refusal(capsys, argv, "must be in one file, got encoder.query")
     assert [path.name for path in tmp_path.iterdir()] == ["edited"]
 
 

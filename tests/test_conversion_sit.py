@@ -253,6 +253,14 @@ def test_patches_are_refused(official, tmp_path, capsys):
     refusal(capsys, argv, "patches of 2 x 2, expected patch size 1")
 
 
+@pytest.mark.parametrize("shape", [(), (0,), (191,), (192, 1)])
+def test_projections_that_cannot_be_cut_in_three_are_refused(official, tmp_path, capsys, shape):
+    save_file({**official, "ema_model.blocks.0.attn.qkv.bias": torch.zeros(shape)}, tmp_path / "w.safetensors")
+    argv = ["--checkpoint", tmp_path / "w.safetensors", "--output", tmp_path / "out", *HEADS]
+    refusal(capsys, argv, "blocks.0.attn.qkv.bias must have (a first axis that 3 divides|the shape of)")
+    assert [path.name for path in tmp_path.iterdir()] == ["w.safetensors"]
+
+
 def test_a_tokenizer_is_no_generator(tmp_path, capsys):
     argv = ["--checkpoint", GOLDEN / "tokenizer_official.safetensors", "--output", tmp_path / "out", *HEADS]
     refusal(capsys, argv, "is not a SiT generator")
