@@ -1,9 +1,9 @@
 # Copyright 2026 The gpstoken-hf authors. Licensed under the Apache License, Version 2.0.
-"""Complexity on the CPU, and Alg. 1 around it, as compiled loops (paper Eq. 4).
+"""The partition on the CPU: complexity of regions (Eq. 4) and the choices of Alg. 1 as compiled loops.
 
 Shapes: B batch, L tokens, H x W pixels of an image, w x h pixels of a region.
 
-A region is scored when it is first met. Every rounding of the resize, of the histogram and of the sum reproduces NumPy
+A region is scored when a split creates it. Every rounding of the resize, the histogram and the sum reproduces NumPy
 and OpenCV (docs/partition.md).
 """
 
@@ -21,7 +21,7 @@ from .numba_support import compiled
 from .regions import halve, heap_pop, heap_push, is_splittable
 
 PADDED = RESIZED + 2
-# No magnitude falls into this bin: with grey in [0, 1] the largest is sqrt(20), bin 208.
+# A bin that no magnitude falls into: with grey in [0, 1] the largest is sqrt(20), bin 208.
 UNDECIDED = USED_BINS - 1
 _ENTROPY_TABLE = entropy_table()
 
@@ -72,18 +72,20 @@ def partition_compiled(
     """Alg. 1 on every image of a batch, on `torch.get_num_threads()` threads.
 
     Args:
-        images (`torch.Tensor` of shape `(B, 3, H, W)`): RGB in [-1, 1]. Pixels out of range are harmless, but what is
-            returned for them means nothing.
-        counts (`list[int]`): B numbers of regions, each of which the image size allows.
+        images (`torch.Tensor` of shape `(B, 3, H, W)`): RGB in [-1, 1]. Pixels out of range do no harm, but the result
+            then has no meaning.
+        counts (`list[int]`): B numbers of regions, no more than the image size allows.
         complexity_exponent (`float`): lambda.
         min_region_size (`int`): s_min in pixels.
-        importance (`torch.Tensor` of shape `(B, H, W)`, *optional*): summed over a region and added to its complexity.
+        importance (`torch.Tensor` of shape `(B, H, W)`, *optional*): weights; their sum over a region is added to its
+            complexity.
 
     Returns:
-        `torch.Tensor` of shape `(B, max(counts), 4)`: int64 boxes on the CPU, unsorted, 0 beyond an image's count.
+        `torch.Tensor` of shape `(B, max(counts), 4)`: int64 boxes on the CPU, unsorted; rows beyond the count of an
+        image are 0.
     """
     grey = grey_images(images.cpu())
-    # Wild pixels must not reach beyond the histogram.
+    # Pixels out of range would index beyond the histogram.
     pixels = torch.where((grey - 0.5).abs() < 0.51, grey, 0.0).numpy()
     weights = None if importance is None else importance.to("cpu", torch.float32).contiguous().numpy()
     no_weights = np.zeros((0, 0), dtype=np.float32)
@@ -102,7 +104,7 @@ def partition_compiled(
 
     num_threads = min(torch.get_num_threads(), len(counts))
     if num_threads > 1:
-        # The pool lives as long as the call: threads do not survive a fork.
+        # The pool ends with the call: a process that forks later inherits no threads.
         with ThreadPoolExecutor(num_threads) as pool:
             list(pool.map(work, range(len(counts))))
     else:
@@ -113,11 +115,11 @@ def partition_compiled(
 
 @compiled
 def _partition_image(grey, boxes, complexity_exponent, min_region_size, importance, entropy_table, scratch):
-    """Alg. 1 on one image, `grey` (H, W) float32 in [0, 1]; fills `boxes` (L, 4). L regions must be reachable."""
+    """Alg. 1 on one image, `grey` (H, W) float32 in [0, 1]. Fills `boxes` (L, 4); the image must allow L regions."""
     height, width = grey.shape
     num_tokens = boxes.shape[0]
-    # The heap holds the splittable regions. Age (order of insertion) settles ties, as a stable sort of the whole list
-    # would. A region that is split leaves its row of `boxes` to its first child.
+    # The heap holds the splittable regions. Age (order of insertion) breaks ties, like a stable sort of all regions.
+    # The first half of a split region takes over its row of `boxes`.
     score, age, heap = scratch.score, scratch.age, scratch.heap
     children, child_score = scratch.children, scratch.child_score
     boxes[0, 0], boxes[0, 1], boxes[0, 2], boxes[0, 3] = 0, 0, width - 1, height - 1
@@ -186,10 +188,10 @@ def _complexity(grey, box, complexity_exponent, importance, entropy_table, scrat
 
 @compiled
 def _source_positions(n, positions, fractions):
-    """Where each of 64 half-pixel centres lies between the samples of an axis of n pixels, as OpenCV rounds it.
+    """Source positions of a resize from n to 64 pixels along an axis, as OpenCV rounds them.
 
-    Fills `positions` (2, 64), first and second sample, and `fractions` (64,), unless it has been done: a negative
-    fraction marks what is still to do.
+    Fills `positions` (2, 64), the pixels on both sides of each half-pixel centre, and `fractions` (64,), where it lies
+    between them. Does nothing if they are filled: a negative first fraction marks empty ones.
     """
     if fractions[0] >= 0:
         return
@@ -207,8 +209,8 @@ def _source_positions(n, positions, fractions):
 def _resize(grey, x0, y0, w, h, positions_x, fractions_x, positions_y, fractions_y, rows, resized):
     """Bilinear resize of a region of at least 2 x 2 pixels to 64 x 64, into the middle of `resized` (66, 66).
 
-    OpenCV 5 interpolates along x, then along y, each time as `a + (b - a) f` with one fused multiply-add in float32:
-    the product of two float32 is exact in float64, so adding there and rounding once is the same.
+    OpenCV 5 interpolates along x, then along y, as `a + (b - a) f` with a fused multiply-add in float32. The product
+    of two float32 numbers is exact in float64, so a sum in float64, rounded once, gives the same.
     """
     held_first, held_second = -1, -1
     upper, lower = 0, 1
@@ -238,9 +240,9 @@ def _interpolate_row(row, positions, fractions, out):
 
 @compiled
 def _resize_line(grey, x0, y0, w, h, resized):
-    """The same for a region one pixel wide or high, where OpenCV takes another path.
+    """The same for a region one pixel wide or high, which OpenCV resizes differently.
 
-    There it interpolates as `a (1 - f) + b f` in float32, and along y the fraction is not reset at the border.
+    It interpolates as `a (1 - f) + b f` in float32, and along y it does not reset the fraction at the border.
     """
     one = np.float32(1)
     for j in range(RESIZED):
@@ -272,9 +274,9 @@ def _replicate_border(resized):
 
 @compiled
 def _gradient_entropy(resized, entropy_table, bins, histogram, partial):
-    """Entropy (bits) of the histogram of Sobel magnitudes of a 64 x 64 image with its border, (66, 66) float32."""
+    """Entropy in bits of the histogram of Sobel magnitudes of a 64 x 64 image with a border, (66, 66) float32."""
     _magnitude_bins(resized.reshape(-1), bins)
-    # Four histograms in turn: equal bins in a row would otherwise wait for each other's increment.
+    # Four histograms in turn, because an increment would wait for a preceding one of the same bin.
     for k in range(USED_BINS):
         histogram[0, k] = histogram[1, k] = histogram[2, k] = histogram[3, k] = 0
     for j in range(RESIZED):
@@ -287,8 +289,8 @@ def _gradient_entropy(resized, entropy_table, bins, histogram, partial):
     undecided = histogram[0, UNDECIDED] + histogram[1, UNDECIDED] + histogram[2, UNDECIDED] + histogram[3, UNDECIDED]
     if undecided > 0:
         _decide_bins(resized, bins, histogram)
-    # np.sum adds 128 numbers at a time in eight accumulators; empty bins (the lower half, those after the last
-    # magnitude) add zero.
+    # In the order of np.sum: 128 numbers at a time in eight accumulators. Empty bins add zero, so the loop may stop
+    # after the last magnitude.
     total = 0.0
     seen = 0
     for block in range(0, USED_BINS, 128):
@@ -310,13 +312,13 @@ def _gradient_entropy(resized, entropy_table, bins, histogram, partial):
 
 @compiled
 def _magnitude_bins(pixels, bins):
-    """Bins of the Sobel magnitudes in float32, or UNDECIDED where float32 cannot tell on which side of an edge it is.
+    """Bins of the Sobel magnitudes, computed in float32; UNDECIDED if one lies too close to the edge of a bin.
 
-    `pixels` is the flat (66 * 66,) image and `bins` (64 * 66,) has its rows as long, with two idle entries at the end
-    of each: one loop without row ends runs in full vectors.
+    `pixels` is the flat image (66 * 66,). The rows of `bins` (64 * 66,) are as long, with two unused entries at the
+    end, so that one loop over all rows runs in full vectors.
 
     For pixels in [0, 1] the float32 gradients are off by at most 3 * 2^-23 each, the product by 3.5 * 2^-24 of its
-    value: together less than 7e-5 bins.
+    value, together by less than 7e-5 bins.
     """
     two, half, tolerance = np.float32(2), np.float32(0.5), np.float32(1e-4)
     scale = np.float32(1 / BIN_WIDTH)
@@ -335,7 +337,7 @@ def _magnitude_bins(pixels, bins):
 
 @compiled
 def _decide_bins(resized, bins, histogram):
-    """Move the UNDECIDED magnitudes to the bins that NumPy would choose for the float64 magnitude."""
+    """Move the UNDECIDED magnitudes to the bins that NumPy chooses for their float64 values."""
     for j in range(RESIZED):
         row = bins[j * PADDED : j * PADDED + RESIZED]
         undecided = 0
@@ -354,7 +356,7 @@ def _decide_bins(resized, bins, histogram):
             gy = (c0 - a0) + 2 * (c1 - a1) + (c2 - a2)
             magnitude = math.sqrt(gx * gx + gy * gy)
             k = int(magnitude / BIN_WIDTH)
-            # The quotient is rounded; the edges, multiples of 11/512, are exact.
+            # The quotient is rounded. The edges, multiples of 11/512, are exact.
             if magnitude < k * BIN_WIDTH:
                 k -= 1
             elif magnitude >= (k + 1) * BIN_WIDTH:

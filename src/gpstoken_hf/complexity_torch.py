@@ -1,13 +1,13 @@
 # Copyright 2026 The gpstoken-hf authors. Licensed under the Apache License, Version 2.0.
-"""Complexity of every region of an image in PyTorch, for a whole batch at once, on any device with float64 (Eq. 4).
+"""Complexity of every region of every image of a batch at once (Eq. 4), in PyTorch on any device with float64.
 
-Shapes: B batch, N regions, S splittable ones, H x W pixels of an image, P pairs of an image and a region.
+Shapes: B batch, N regions, S splittable regions, H x W pixels of an image, P pairs of an image and a region.
 
-Repeated halving of an image of a given size can produce a fixed set of regions (2729 for 256 x 256 and s_min = 8), so
-all of their entropies can be computed before the first choice is made. This is much more work than the compiled loop
-of `complexity_cpu` does, but all of it is parallel. It rounds as that loop does: float32 where OpenCV has float32, a
-fused multiply-add as a product and a sum in float64, and one kernel per operation so that nothing is contracted. The
-tensors of a tree (`region_tensors`) serve the kernels of `complexity_triton` as well.
+Halving an image of a given size can only produce a fixed set of regions (2729 for 256 x 256 pixels and s_min = 8).
+This module computes all of their entropies before Alg. 1 makes its first choice: far more work than the compiled loops
+of `complexity_cpu`, but all of it in parallel. It rounds as those loops do: float32 where OpenCV uses float32, a fused
+multiply-add as a product and a sum in float64, and one kernel per operation, so that the compiler fuses none.
+`complexity_triton` uses the tensors of `region_tensors` too.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from .regions import morton_code, region_tree
 
 RESIZED = 64
 NUM_BINS = 512
-# The authors' histogram spans [-5.5, 5.5]; magnitudes are never negative, so only its upper half is ever filled.
+# The authors' histogram spans [-5.5, 5.5]. Magnitudes are not negative, so only its upper half is filled.
 USED_BINS = NUM_BINS // 2
-# Exact in binary, and so are its multiples, the edges of the bins.
+# Exact in binary, as are its multiples, the edges of the bins.
 BIN_WIDTH = 11 / NUM_BINS
 # With grey in [0, 1] the largest magnitude is sqrt(20), bin 208; this is bin 232.
 MAGNITUDE_LIMIT = 5.0
-# Magnitudes computed at a time. Each takes about 60 bytes.
+# Magnitudes computed at a time, about 60 bytes each.
 _CHUNK_PIXELS = 2**23
 
 
@@ -40,17 +40,17 @@ def entropy_table() -> np.ndarray:
 
 @dataclass(frozen=True)
 class RegionTensors:
-    """A `RegionTree` on one device, with everything that scoring and ordering its regions needs. S = num_splittable.
+    """A `RegionTree` on one device, with the tensors that score and order its regions.
 
     Args:
-        boxes: `(N, 4)` int64.
-        halves: `(N, 4)` int32.
-        num_splittable: S, the number of regions that have a score.
-        area_rows, line_rows: int64 rows of `boxes` below S, those of at least 2 x 2 pixels and those one pixel wide or
-            high.
-        height, width: `(S,)` float64, pixels.
-        morton_code: `(N,)` int64, of the top-left corners.
-        entropy_table: `(4097,)` float64, see `entropy_table`.
+        boxes (`torch.Tensor` of shape `(N, 4)`): int64 inclusive pixels; the first S are splittable.
+        halves (`torch.Tensor` of shape `(N, 4)`): int32, see `RegionTree`.
+        num_splittable (`int`): S, the number of regions that have a score.
+        area_rows, line_rows (`torch.Tensor`): int64 rows of `boxes` below S, of regions of at least 2 x 2 pixels and
+            of regions one pixel wide or high.
+        height, width (`torch.Tensor` of shape `(S,)`): float64 extents in pixels.
+        morton_code (`torch.Tensor` of shape `(N,)`): int64 codes of the top-left corners.
+        entropy_table (`torch.Tensor` of shape `(4097,)`): float64, see `entropy_table`.
     """
 
     boxes: torch.Tensor
@@ -65,12 +65,12 @@ class RegionTensors:
 
 
 def region_tensors(height: int, width: int, min_region_size: int, device: torch.device) -> RegionTensors:
-    """The tree of an image size on a device. It is copied there once and kept."""
+    """The tree of an image size on a device, copied there once and cached."""
     stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
     return _region_tensors(height, width, min_region_size, device, stream)
 
 
-# One copy per stream: another stream could read the tensors before the copy ends, or after they are freed.
+# One copy per stream, because another stream could read the tensors before their copy ends or after they are freed.
 @lru_cache(maxsize=4)
 def _region_tensors(height: int, width: int, min_region_size: int, device: torch.device, stream: int) -> RegionTensors:
     tree = region_tree(height, width, min_region_size)
@@ -81,7 +81,7 @@ def _region_tensors(height: int, width: int, min_region_size: int, device: torch
     def send(array: np.ndarray) -> torch.Tensor:
         return to_device(torch.from_numpy(np.ascontiguousarray(array)), device)
 
-    # Tensors made under inference mode would be unusable outside of it.
+    # Tensors made in inference mode could not be used outside it.
     with torch.inference_mode(False):
         return RegionTensors(
             boxes=send(tree.boxes),
@@ -117,19 +117,20 @@ def grey_images(images: torch.Tensor) -> torch.Tensor:
 
 
 def region_entropies(grey: torch.Tensor, regions: RegionTensors) -> torch.Tensor:
-    """Entropy in bits of the gradient magnitudes of the splittable regions, after a resize to 64 x 64 (Eq. 4).
+    """Entropy in bits of the gradient magnitudes of every splittable region, after a resize to 64 x 64 (Eq. 4).
 
     Args:
-        grey: `(B, H, W)` float32 in [0, 1]. Values outside, NaN included, give a finite but meaningless result.
-        regions: the S splittable regions, on the same device.
+        grey (`torch.Tensor` of shape `(B, H, W)`): float32 in [0, 1]. Other values, NaN included, give a finite result
+            without meaning.
+        regions (`RegionTensors`): the regions, on the same device.
 
     Returns:
-        `(B, S)` float64.
+        `torch.Tensor` of shape `(B, S)`: float64.
     """
     boxes, table = regions.boxes, regions.entropy_table
     entropies = torch.empty(grey.shape[0], regions.num_splittable, dtype=torch.float64, device=grey.device)
     for rows, resize in ((regions.area_rows, _resize), (regions.line_rows, _resize_lines)):
-        # Pairs of an image and a region, so that neither a large batch nor many regions decide the memory.
+        # Chunks of pairs bound the memory for large batches and for many regions.
         num_pairs = grey.shape[0] * len(rows)
         for start in range(0, num_pairs, _CHUNK_PIXELS // RESIZED**2):
             pair = torch.arange(start, min(start + _CHUNK_PIXELS // RESIZED**2, num_pairs), device=grey.device)
@@ -139,18 +140,19 @@ def region_entropies(grey: torch.Tensor, regions: RegionTensors) -> torch.Tensor
 
 
 def importance_sums(importance: torch.Tensor, boxes: torch.Tensor) -> torch.Tensor:
-    """Importance `(B, H, W)` summed over every box `(N, 4)` -> `(B, N)` float64."""
-    # Differences of a summed-area table, in float64: exact for weights that are multiples of one power of two.
+    """Sums of importance `(B, H, W)` over boxes `(N, 4)` -> `(B, N)` float64."""
+    # From a summed-area table. Exact for weights that are multiples of one power of two.
     table = torch.nn.functional.pad(importance.to(torch.float64).cumsum(1).cumsum(2), (1, 0, 1, 0))
     x0, y0, x1, y1 = boxes.unbind(1)
     return (table[:, y1 + 1, x1 + 1] - table[:, y0, x1 + 1]) - (table[:, y1 + 1, x0] - table[:, y0, x0])
 
 
 def _source_positions(extent: torch.Tensor, clamped: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Where 64 half-pixel centres lie between the samples of axes of `extent` (P,) pixels, as OpenCV rounds it.
+    """Source positions of a resize from `extent` (P,) to 64 pixels along an axis, as OpenCV rounds them.
 
     Returns:
-        First and second sample, `(P, 64)` int64, and the fraction between them, `(P, 64)` float32.
+        The pixels on both sides of each half-pixel centre, `(P, 64)` int64, and where it lies between them, `(P, 64)`
+        float32.
     """
     centre = torch.arange(RESIZED, device=extent.device, dtype=torch.float64) + 0.5
     position = (centre * (extent.to(torch.float64) / RESIZED)[:, None] - 0.5).to(torch.float32)
@@ -165,7 +167,7 @@ def _source_positions(extent: torch.Tensor, clamped: bool) -> tuple[torch.Tensor
 
 
 def _lerp(a: torch.Tensor, b: torch.Tensor, fraction: torch.Tensor) -> torch.Tensor:
-    """`a + (b - a) fraction` with one rounding of product and sum, float32."""
+    """`a + (b - a) fraction` in float32, product and sum rounded once."""
     return ((b - a).to(torch.float64) * fraction.to(torch.float64) + a.to(torch.float64)).to(torch.float32)
 
 
@@ -198,23 +200,23 @@ def _resize_lines(grey: torch.Tensor, image: torch.Tensor, boxes: torch.Tensor) 
 
 
 def _gradient_entropy(resized: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
-    """Entropy (bits) of the histogram of Sobel magnitudes, `(P, 64, 64)` float32 -> `(P,)` float64."""
+    """Entropy in bits of the histogram of Sobel magnitudes, `(P, 64, 64)` float32 -> `(P,)` float64."""
     padded = torch.nn.functional.pad(resized, (1, 1, 1, 1), mode="replicate").to(torch.float64)
     dx = padded[:, :, 2:] - padded[:, :, :-2]
     gx = dx[:, :-2] + 2 * dx[:, 1:-1] + dx[:, 2:]
     dy = padded[:, 2:] - padded[:, :-2]
     gy = dy[:, :, :-2] + 2 * dy[:, :, 1:-1] + dy[:, :, 2:]
     magnitude = (gx * gx + gy * gy).sqrt()
-    # Grey in [0, 1] stays below it; what is not, NaN too, must not reach beyond the bins.
+    # Grey in [0, 1] stays below the limit. Other values, NaN included, must not index beyond the bins.
     magnitude = torch.where(magnitude < MAGNITUDE_LIMIT, magnitude, 0)
     bins = (magnitude * (1 / BIN_WIDTH)).to(torch.int64)
-    # The quotient is rounded: compare with the exact edges.
+    # The quotient is rounded, so compare with the exact edges.
     bins -= (magnitude < bins * BIN_WIDTH).to(torch.int64)
     bins += (magnitude >= (bins + 1) * BIN_WIDTH).to(torch.int64)
     counts = torch.zeros(len(resized), USED_BINS, dtype=torch.int64, device=resized.device)
     bins = bins.flatten(1)
     counts.scatter_add_(1, bins, torch.ones_like(bins))
-    # np.sum adds 128 numbers at a time in eight accumulators.
+    # In the order of np.sum: 128 numbers at a time in eight accumulators.
     terms = table[counts].reshape(-1, USED_BINS // 128, 16, 8)
     partial = terms[:, :, 0]
     for step in range(1, 16):

@@ -1,17 +1,19 @@
 # Copyright 2026 The gpstoken-hf authors. Licensed under the Apache License, Version 2.0.
-"""The partition on a GPU: Triton kernels that score every region and make the choices of Alg. 1.
+"""The partition on a GPU: Triton kernels for the complexity of regions (Eq. 4) and the choices of Alg. 1.
 
-Letters: B batch, L regions of an image, S splittable regions of the tree, N all of them, H x W pixels of an image.
+Shapes: B batch, L regions of an image, S splittable regions of the tree, N all of them, H x W pixels of an image.
 
-`entropy_kernel`: a fixed number of programs share out the pairs of an image and a splittable region. A program resizes
-the region to 64 x 64 into scratch memory of its own, which is small enough to stay in the cache, takes the histogram
-of the Sobel magnitudes and adds the entropy. It rounds as `complexity_torch.region_entropies` and the compiled loop of
-`complexity_cpu.py` do: products and sums are not fused, and every sum has the order of theirs.
+`entropy_kernel`: a fixed number of programs share the pairs of an image and a splittable region. A program resizes a
+region to 64 x 64 in scratch memory, small enough for the cache, and computes the histogram of its Sobel magnitudes and
+their entropy. It rounds as `complexity_torch.region_entropies` and the loops of `complexity_cpu` do: products and sums
+are not fused, and every sum has the same order.
 
-`choose_kernel`: one program for each image holds all of its regions so far and halves the one of the largest score
-until there are enough. Neither kernel uses floating-point atomics; both are deterministic and read nothing back. Both
-are memory-safe for any pixels and scores: what is not valid is found by the host while they run. They are compiled at
-the first call; with TRITON_INTERPRET=1 they run on CPU tensors, for tests.
+`choose_kernel`: one program per image holds the regions so far and halves the one with the largest score until there
+are enough.
+
+Both kernels are deterministic, use no floating-point atomics and never synchronise. They are memory-safe for any
+pixels and scores, because images may be unchecked. Triton compiles them at the first call. With TRITON_INTERPRET=1
+they run on CPU tensors, for tests.
 """
 
 from __future__ import annotations
@@ -23,16 +25,16 @@ from .triton_support import jit, next_power_of_2, on_device, tl
 
 _jit = jit("height", "width", "num_pairs", "num_splittable", "max_count")
 
-# Programs of the entropy kernel, each with 17 KiB of scratch: eight for each multiprocessor of a large GPU.
+# Programs of the entropy kernel: eight per multiprocessor of a large GPU. Each has 17 KiB of scratch memory.
 MAX_PROGRAMS = 1024
-# Rows of the 64 x 64 pixels that a program works on at a time: four pixels for each thread, 56 registers on
+# Rows of the 64 x 64 pixels that a program works on at a time: four pixels per thread, which take 56 registers on
 # sm_90 (80 with Triton 3.2 and 3.3).
 ROWS = 8
 ENTROPY_WARPS = 4
-# The choose kernel holds two 64-bit numbers for each region in registers: 16 warps for so many.
+# The choose kernel holds two 64-bit numbers per region in registers, which takes 16 warps for this many.
 MAX_CHOSEN = 4096
 
-# Said explicitly, as the default varies between versions of Triton.
+# Explicit, because the default differs between versions of Triton.
 _OPTIONS = {"enable_fp_fusion": False}
 
 _NO_KEY = 2**63 - 1
@@ -41,7 +43,7 @@ _NO_KEY = 2**63 - 1
 @_jit
 def _source_positions(k, extent, CLAMPED: tl.constexpr, SIZE: tl.constexpr):  # type: ignore[no-untyped-def]
     """`complexity_torch._source_positions` of the centres `k` on an axis of `extent` pixels."""
-    # SIZE is a power of two: all of it is exact up to the cast.
+    # SIZE is a power of two, so everything is exact up to the cast.
     position = ((k.to(tl.float64) + 0.5) * (extent.to(tl.float64) * (1 / SIZE)) - 0.5).to(tl.float32)
     below = tl.floor(position)
     fraction = position - below
@@ -56,7 +58,7 @@ def _source_positions(k, extent, CLAMPED: tl.constexpr, SIZE: tl.constexpr):  # 
 
 @_jit
 def _lerp(a, b, fraction):
-    """`a + (b - a) fraction` with one rounding of product and sum, float32."""
+    """`a + (b - a) fraction` in float32, product and sum rounded once."""
     return ((b - a).to(tl.float64) * fraction.to(tl.float64) + a.to(tl.float64)).to(tl.float32)
 
 
@@ -80,7 +82,7 @@ def _resize_rows(  # type: ignore[no-untyped-def]
     ROWS: tl.constexpr,
     SIZE: tl.constexpr,
 ):
-    """Store `ROWS` rows of the region's resize to SIZE x SIZE."""
+    """Store `ROWS` rows of the region, resized to SIZE x SIZE."""
     j, i = first_row + tl.arange(0, ROWS), tl.arange(0, SIZE)
     left, right, fx = _source_positions(i, w, True, SIZE)
     top, bottom, fy = _source_positions(j, h, not IS_LINE, SIZE)
@@ -118,9 +120,9 @@ def _magnitude_bins(  # type: ignore[no-untyped-def]
     gx = (a2 - a0) + 2 * (b2 - b0) + (c2 - c0)
     gy = (c0 - a0) + 2 * (c1 - a1) + (c2 - a2)
     magnitude = tl.sqrt(gx * gx + gy * gy)
-    # Also for NaN: no bin beyond the histogram.
+    # Larger values, NaN included, must not index beyond the bins.
     magnitude = tl.where(magnitude < MAGNITUDE_LIMIT, magnitude, 0.0)
-    # The product is off by less than a bin, in whichever precision the constant is held: compare with the exact edges.
+    # The product is off by less than a bin, for any precision of the constant, so compare with the exact edges.
     bins = (magnitude * (1 / BIN_WIDTH)).to(tl.int32)
     bins -= (magnitude < bins.to(tl.float64) * BIN_WIDTH).to(tl.int32)
     bins += (magnitude >= (bins + 1).to(tl.float64) * BIN_WIDTH).to(tl.int32)
@@ -129,13 +131,13 @@ def _magnitude_bins(  # type: ignore[no-untyped-def]
 
 @_jit
 def _entropy(counts_ptr, table_ptr, BINS: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Sum of the table's entries for `BINS` = 256 counts, as np.sum adds: 128 at a time in eight accumulators."""
+    """Sum the table's entries for `BINS` = 256 counts in the order of np.sum: 128 at a time in eight accumulators."""
     accumulator = tl.arange(0, BINS // 16)
     first = accumulator // 8 * 128 + accumulator % 8
     partial = tl.zeros((BINS // 16,), dtype=tl.float64)
     for step in tl.static_range(16):
         partial += tl.load(table_ptr + tl.load(counts_ptr + first + step * 8))
-    # Sums of two: no order that could be another.
+    # Sums of two numbers have only one order.
     pairs = tl.sum(tl.reshape(partial, (BINS // 32, 2)), 1)
     fours = tl.sum(tl.reshape(pairs, (BINS // 64, 2)), 1)
     eights = tl.sum(tl.reshape(fours, (BINS // 128, 2)), 1)
@@ -160,7 +162,7 @@ def entropy_kernel(  # type: ignore[no-untyped-def]
     BIN_WIDTH: tl.constexpr,
     MAGNITUDE_LIMIT: tl.constexpr,
 ):
-    """Grid (programs,). `resized` `(programs, 64, 64)` float32 and `counts` `(programs, 256)` int32 are scratch."""
+    """Grid (programs,). Scratch: `resized` `(programs, 64, 64)` float32, `counts` `(programs, 256)` int32."""
     program = tl.program_id(0).to(tl.int64)
     resized_ptr += program * SIZE * SIZE
     counts_ptr += program * BINS
@@ -177,13 +179,13 @@ def entropy_kernel(  # type: ignore[no-untyped-def]
         else:
             for row in range(0, SIZE, ROWS):
                 _resize_rows(image_ptr, resized_ptr, x0, y0, w, h, width, row, False, ROWS, SIZE)
-        tl.debug_barrier()  # a pixel is read by other threads than the one that wrote it
+        tl.debug_barrier()  # threads read pixels that other threads wrote
         histogram = tl.zeros((BINS,), dtype=tl.int32)
         for row in range(0, SIZE, ROWS):
             pixel = row * SIZE + tl.arange(0, ROWS * SIZE)
             histogram += tl.histogram(_magnitude_bins(resized_ptr, pixel, SIZE, BIN_WIDTH, MAGNITUDE_LIMIT), BINS)
         tl.store(counts_ptr + tl.arange(0, BINS), histogram)
-        tl.debug_barrier()  # so are the counts; and nothing is resized again before all pixels are read
+        tl.debug_barrier()  # likewise counts; also, all pixels must be read before the next resize
         tl.store(entropies_ptr + pair, _entropy(counts_ptr, table_ptr, BINS))
         pair += tl.num_programs(0)
 
@@ -199,18 +201,18 @@ def choose_kernel(  # type: ignore[no-untyped-def]
     BLOCK_L: tl.constexpr,
     NO_KEY: tl.constexpr,
 ):
-    """Grid (B,). Rows that are not filled, beyond an image's count, hold region 0, the whole image."""
+    """Grid (B,). Rows beyond the count of an image hold region 0, the whole image."""
     image = tl.program_id(0).to(tl.int64)
     scores_ptr += image * num_splittable
     count = tl.minimum(tl.load(counts_ptr + image), max_count).to(tl.int32)
     row = tl.arange(0, BLOCK_L)
-    # A region's score, -inf where there is none to split, and its key: age and index in the tree.
+    # Per region its score, -inf if it cannot be split, and its key: age and index in the tree.
     score = tl.where(row == 0, tl.load(scores_ptr, mask=num_splittable > 0, other=float("-inf")), float("-inf"))
     key = tl.where(row == 0, 0, NO_KEY).to(tl.int64)
     found = 1
     while found < count:
         best = tl.max(score, 0)
-        # Of equal scores the smallest key: the oldest. Ages differ, so that there is one.
+        # Of equal scores take the smallest key, the oldest region. Ages are unique.
         chosen = tl.min(tl.where((score == best) & (score > float("-inf")), key, NO_KEY), 0)
         is_found = chosen != NO_KEY
         half_ptr = halves_ptr + (chosen & 0x7FFFFFFF) * 4
@@ -223,7 +225,7 @@ def choose_kernel(  # type: ignore[no-untyped-def]
         first, second = tl.where(in_x, x1, y1).to(tl.int64), tl.where(in_x, x2, y2).to(tl.int64)
         first_score, second_score = tl.where(in_x, score_x1, score_y1), tl.where(in_x, score_x2, score_y2)
         age = tl.cast(found, tl.int64) * 2
-        # The first half takes the place of the region, the second goes to the end.
+        # The first half takes the row of the region, the second goes to the end.
         is_first, is_second = (key == chosen) & is_found, (row == found) & is_found
         score = tl.where(is_first, first_score, tl.where(is_second, second_score, score))
         key = tl.where(is_first, ((age - 1) << 32) + first, tl.where(is_second, (age << 32) + second, key))
@@ -234,7 +236,7 @@ def choose_kernel(  # type: ignore[no-untyped-def]
 
 @_jit
 def _score(scores_ptr, region, num_splittable):
-    """The score of a region of the tree, -inf for one that cannot be halved."""
+    """The score of a region of the tree, -inf if it cannot be split."""
     return tl.load(scores_ptr + region, mask=(region >= 0) & (region < num_splittable), other=float("-inf"))
 
 
@@ -242,7 +244,7 @@ def _score(scores_ptr, region, num_splittable):
 
 
 def _region_entropies(grey: torch.Tensor, boxes: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
-    """Entropies `(B, S)` float64 of the regions `boxes` (S, 4) int64 of `grey` (B, H, W) float32; one launch."""
+    """Entropies `(B, S)` float64 of regions `boxes` (S, 4) int64 in `grey` (B, H, W) float32, with one launch."""
     num_images, height, width = grey.shape
     num_pairs = num_images * len(boxes)
     entropies = torch.empty(num_images, len(boxes), dtype=torch.float64, device=grey.device)
@@ -265,9 +267,9 @@ def _region_entropies_fake(grey: torch.Tensor, boxes: torch.Tensor, table: torch
 
 
 def _choose_regions(scores: torch.Tensor, halves: torch.Tensor, counts: torch.Tensor, max_count: int) -> torch.Tensor:
-    """Indices `(B, max_count)` int64 of the chosen regions, 0 beyond an image's count; one launch.
+    """Indices `(B, max_count)` int64 of the chosen regions, 0 beyond the count of an image, with one launch.
 
-    `scores` (B, S) float64 of the first S regions of the tree `halves` (N, 4) int32, `counts` (B,) int64.
+    `scores` (B, S) float64 belong to the first S regions of the tree `halves` (N, 4) int32; `counts` (B,) is int64.
     """
     num_images = len(scores)
     regions = torch.empty(num_images, max_count, dtype=torch.int64, device=scores.device)
@@ -289,7 +291,7 @@ def _choose_regions_fake(
 
 
 def choose_warps(block: int) -> int:
-    """Warps of the choose kernel: one where it can be, as it then needs no exchange between warps at every choice."""
+    """Warps of the choose kernel: one if possible, because several exchange values at every choice."""
     return max(1, block // 256)
 
 
@@ -300,13 +302,13 @@ def _register_ops() -> None:
     choose.register_fake(_choose_regions_fake)
 
 
-# Ops are global to the process: a second copy of this module, as remote code of a model repository brings one, uses
-# those of the first.
+# Ops are global to the process. A second copy of this module, from the remote code of a model repository, uses those
+# of the first.
 if not hasattr(torch.ops.gpstoken, "region_entropies"):
     _register_ops()
 
 
-# ---- What partition.py calls ----------------------------------------------------------------------------------------
+# ---- Used by partition.py -------------------------------------------------------------------------------------------
 
 
 def triton_region_entropies(grey: torch.Tensor, regions: RegionTensors) -> torch.Tensor:
@@ -325,14 +327,17 @@ def triton_choose_boxes(
     """Alg. 1 for every image, on the device.
 
     Args:
-        entropies: `(B, S)` float64 of the splittable regions.
-        weights: None or `(B, S)` float64, importance summed over them.
-        regions: on the same device.
-        token_counts: `(B,)` int64, regions wanted of each image, at least 1 and not more than the tree allows.
-        max_count: the largest of them, at most MAX_CHOSEN.
+        entropies (`torch.Tensor` of shape `(B, S)`): float64, of the splittable regions.
+        weights (`torch.Tensor` of shape `(B, S)`, *optional*): float64, importance summed over them.
+        regions (`RegionTensors`): on the same device.
+        token_counts (`torch.Tensor` of shape `(B,)`): int64, regions per image, from 1 to the most that the tree
+            allows.
+        max_count (`int`): the largest of them, at most MAX_CHOSEN.
+        complexity_exponent (`float`): lambda of Eq. 4.
 
     Returns:
-        `(B, max_count, 4)` int64 boxes in Morton order; anything beyond an image's count.
+        `torch.Tensor` of shape `(B, max_count, 4)`: int64 boxes in Morton order; rows beyond the count of an image
+        have no meaning.
     """
     scores = entropies**complexity_exponent * regions.height * regions.width
     if weights is not None:

@@ -297,9 +297,9 @@ class GPSTokenPipeline(HubDownloadMixin, DiffusionPipeline):
             [`GPSTokenPipelineOutput`] or `tuple`: the images, their layout and their tokens.
 
         Raises:
-            ValueError: before anything is computed, if an argument is out of its range, a class is unknown, a shape
-                does not fit B, or a component that `layout` needs is missing; after the layout, if `latents` does not
-                have its number of tokens.
+            ValueError: before anything is computed, if an argument is out of its range, a class is unknown, the number
+                of layouts or generators is not B, or a component that `layout` needs is missing; with the layout at
+                hand, if the shape of `latents` does not fit it.
 
         Examples:
             ```python
@@ -428,12 +428,8 @@ class GPSTokenPipeline(HubDownloadMixin, DiffusionPipeline):
             crop_size={"height": side, "width": side},
             return_tensors="pt",
         )["pixel_values"]
-        layout = partition_images(
-            pixel_values.to(labels.device),
-            config.num_tokens,
-            complexity_exponent=config.complexity_exponent,
-            **geometry,
-        )
+        pixel_values = pixel_values.to(labels.device)
+        layout = partition_images(pixel_values, config.num_tokens, config.complexity_exponent, **geometry)
         return layout.expand(len(labels))
 
     def _processor(self) -> GPSTokenImageProcessor:
