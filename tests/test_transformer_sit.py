@@ -350,11 +350,17 @@ def test_a_condition_needs_a_model_made_for_it():
     [
         ({"condition_injection": "output"}, "'input', 'every_block'.*'output'"),
         ({"gaussian_target": "log"}, "'offset', 'absolute', 'logit'.*'log'"),
-        ({"in_channels": 4}, "at least 5.*4"),
-        ({"class_dropout_prob": 1.5}, r"\[0, 1\], got 1.5"),
-        ({"latents_mean": [0.0] * CHANNELS}, "belong together"),
-        ({"latents_mean": [0.0] * 2, "latents_std": [1.0] * 2}, "in_channels = 9 values, got 2 and 2"),
-        ({"latents_mean": [0.0] * CHANNELS, "latents_std": [0.0] * CHANNELS}, "must be positive"),
+        ({"in_channels": 4}, "in_channels must be an integer from 5 to .*, got 4"),
+        ({"class_dropout_prob": 1.5}, "class_dropout_prob must be a number from 0.0 to 1.0, got 1.5"),
+        ({"latents_mean": [0.0] * CHANNELS}, "must be given together"),
+        (
+            {"latents_mean": [0.0] * 2, "latents_std": [1.0] * 2},
+            "latents_mean must hold 9 numbers, one per channel, got 2",
+        ),
+        (
+            {"latents_mean": [0.0] * CHANNELS, "latents_std": [0.0] * CHANNELS},
+            "every entry of latents_std must be a number from .*, got 0",
+        ),
     ],
 )
 def test_config_errors(config, message):

@@ -12,8 +12,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from huggingface_hub.errors import StrictDataclassError
-
 EXIT_BAD_INPUT = 2
 
 
@@ -24,8 +22,7 @@ class ProgramError(ValueError):
 def run_program(main: Callable[[Sequence[str] | None], int | None], argv: Sequence[str] | None = None) -> int:
     """Run `main(argv)` and turn the errors that its input can cause into one line and exit code 2.
 
-    ValueError, OSError and what a configuration raises at a bad field speak of input; anything else is a fault of the
-    program and keeps its traceback.
+    ValueError and OSError speak of input; anything else is a fault of the program and keeps its traceback.
     """
     try:
         return main(argv) or 0
@@ -34,7 +31,7 @@ def run_program(main: Callable[[Sequence[str] | None], int | None], argv: Sequen
         return 130
     except BrokenPipeError:
         raise
-    except (ValueError, OSError, StrictDataclassError) as error:
+    except (ValueError, OSError) as error:
         print(f"error: {one_line(error)}", file=sys.stderr)
         return EXIT_BAD_INPUT
 

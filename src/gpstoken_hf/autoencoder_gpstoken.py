@@ -11,7 +11,6 @@ Letters: B batch, l tokens of an image, C texture channels, h x w grid of tokens
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -30,7 +29,7 @@ from .gaussians import (
     logits_to_gaussians,
     split_tokens,
 )
-from .loading import check_loading_info, readable_weights
+from .loading import StrictDiffusersMixin, check_number, check_statistics
 from .modeling_gpstoken import GPSTokenModel
 from .tiling import gaussians_from_frame, gaussians_to_frame, tiles_of_image
 
@@ -103,7 +102,7 @@ def grid_to_tokens(grid: torch.Tensor) -> torch.Tensor:
     return flat[:, grid_positions(flat.shape[1]).to(grid.device)]
 
 
-class AutoencoderGPSToken(ModelMixin, AutoencoderMixin, ConfigMixin):
+class AutoencoderGPSToken(StrictDiffusersMixin, ModelMixin, AutoencoderMixin, ConfigMixin):
     r"""A GPSTokenModel behind the interface of [`AutoencoderKL`], for pipelines that want latents `(B, C, h, w)`.
 
     Args:
@@ -152,13 +151,16 @@ class AutoencoderGPSToken(ModelMixin, AutoencoderMixin, ConfigMixin):
         scaling_factor: float = 1.0,
     ):
         super().__init__()
-        expected = 5 + texture_channels
+        fields = {name: self.config[RENAMED_FIELDS.get(name, name)] for name in MODEL_FIELDS}
+        config = GPSTokenConfig(**fields)
+        expected = config.token_channels
         if latent_channels not in (None, expected):
             raise ValueError(f"latent_channels must be 5 + texture_channels = {expected}, got {latent_channels}")
         self.register_to_config(latent_channels=expected)
-        self._check_statistics(latents_channel_mean, latents_channel_std)
-        fields = {name: self.config[RENAMED_FIELDS.get(name, name)] for name in MODEL_FIELDS}
-        self.model = GPSTokenModel(GPSTokenConfig(**fields))
+        names = ("latents_channel_mean", "latents_channel_std")
+        check_statistics(names, latents_channel_mean, latents_channel_std, expected)
+        check_number("scaling_factor", scaling_factor, 1e-6, 1e6)
+        self.model = GPSTokenModel(config)
 
     # -- to and from GPSTokenModel
 
@@ -186,22 +188,6 @@ class AutoencoderGPSToken(ModelMixin, AutoencoderMixin, ConfigMixin):
     def to_gpstoken(self) -> GPSTokenModel:
         """The tokenizer itself, weights shared."""
         return self.model
-
-    @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike[str], **kwargs: Any) -> Any:
-        """Load weights and config; as in diffusers, but a checkpoint that does not fit is an error.
-
-        Raises:
-            ValueError: weights are missing, left over or of another shape, or the file is damaged. Pass
-                `output_loading_info=True` or `ignore_mismatched_sizes=True` to load what fits and judge for yourself.
-        """
-        lenient = kwargs.get("output_loading_info") or kwargs.get("ignore_mismatched_sizes")
-        with readable_weights(pretrained_model_name_or_path):
-            if lenient:
-                return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
-            vae, info = super().from_pretrained(pretrained_model_name_or_path, **kwargs, output_loading_info=True)
-        check_loading_info(cls.__name__, pretrained_model_name_or_path, info)
-        return vae
 
     # -- standardisation
 
@@ -231,22 +217,6 @@ class AutoencoderGPSToken(ModelMixin, AutoencoderMixin, ConfigMixin):
                 f"channel {channel} of the latents does not vary: standard deviation {std.min().item():.3g}"
             )
         self.register_to_config(latents_channel_mean=mean.tolist(), latents_channel_std=std.tolist())
-
-    def _check_statistics(self, mean: Sequence[float] | None, std: Sequence[float] | None) -> None:
-        if (mean is None) != (std is None):
-            raise ValueError(
-                "latents_channel_mean and latents_channel_std must be given together, got only one of them"
-            )
-        if mean is None or std is None:
-            return
-        expected = self.config.latent_channels
-        if len(mean) != expected or len(std) != expected:
-            raise ValueError(
-                f"latents_channel_mean and latents_channel_std must hold 5 + texture_channels = {expected} numbers, "
-                f"got {len(mean)} and {len(std)}"
-            )
-        if not all(math.isfinite(value) for value in mean) or not all(0 < value < math.inf for value in std):
-            raise ValueError("latents_channel_mean must be finite and latents_channel_std finite and above 0")
 
     def _statistics(self, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Mean and standard deviation `(5 + C,)`, 0 and 1 where none were measured."""
