@@ -15,7 +15,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
 from transformers.utils import logging
 
 from conversion.checkpoints import Checkpoint, PlannedTensor, floating_dtype, open_checkpoint, save_tensors
@@ -114,11 +113,7 @@ def build_config(checkpoint: Checkpoint, arguments: argparse.Namespace) -> GPSTo
         "sigma_scale": arguments.sigma_scale,
     }
     asked.update({name: value for name, value in options.items() if value is not None})
-    try:
-        return GPSTokenConfig(**sizes, **asked)
-    except StrictDataclassError as error:
-        # Two lines: which validator failed, and its ValueError with the reason.
-        raise ValueError(str(error).strip().splitlines()[-1].strip().removeprefix("ValueError: ")) from None
+    return GPSTokenConfig(**sizes, **asked)
 
 
 def plan(checkpoint: Checkpoint, config: GPSTokenConfig) -> tuple[list[PlannedTensor], list[str]]:

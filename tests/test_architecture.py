@@ -18,7 +18,7 @@ PROGRAM_FOLDERS = ("pipelines", "conversion", "training")
 
 # Which siblings a module of the library may import. Data flows one way: nothing here points back.
 ARROWS = {
-    "configuration_gpstoken": set(),
+    "configuration_gpstoken": {"loading"},
     "gaussians": set(),
     "loading": set(),
     "metrics": {"gaussians"},
@@ -27,7 +27,7 @@ ARROWS = {
     "regions": {"numba_support"},
     "tiling": set(),
     "visualization": {"gaussians"},
-    "layout": {"gaussians", "visualization"},
+    "layout": {"gaussians", "loading", "visualization"},
     "complexity_torch": {"regions"},
     "complexity_triton": {"complexity_torch", "triton_support"},
     "complexity_cpu": {"complexity_torch", "numba_support", "regions"},
@@ -53,7 +53,7 @@ ARROWS = {
         "triton_support",
     },
     "calibration": {"gaussians", "layout", "numba_support", "partition", "regions"},
-    "image_processing_gpstoken": set(),
+    "image_processing_gpstoken": {"loading"},
     "decoder_gpstoken": {"tiling"},
     "encoder_gpstoken": {"configuration_gpstoken", "decoder_gpstoken", "gaussians"},
     "modeling_gpstoken": {
@@ -68,7 +68,7 @@ ARROWS = {
         "tiling",
     },
     "autoencoder_gpstoken": {"configuration_gpstoken", "gaussians", "loading", "modeling_gpstoken", "tiling"},
-    "transformer_sit": {"configuration_gpstoken", "gaussians"},
+    "transformer_sit": {"gaussians", "loading"},
     "scheduling_flow_match_sde": set(),
     "layout_bank": {"gaussians", "layout"},
     "hub": set(),
@@ -81,6 +81,7 @@ ARROWS = {
         "image_processing_gpstoken",
         "layout",
         "layout_bank",
+        "loading",
         "modeling_gpstoken",
         "partition",
         "transformer_sit",

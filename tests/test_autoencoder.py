@@ -2,7 +2,6 @@
 """AutoencoderGPSToken: the tokenizer behind AutoencoderKL's interface, and inside a pipeline of diffusers."""
 
 import inspect
-import math
 
 import numpy as np
 import pytest
@@ -225,7 +224,7 @@ def test_a_checkpoint_that_does_not_fit_is_an_error(vae, tmp_path):
     with pytest.raises(ValueError, match=r"1 missing \(model.encoder.texture_head.bias\); 1 unexpected \(stranger\)"):
         AutoencoderGPSToken.from_pretrained(tmp_path)
     file.write_bytes(file.read_bytes()[:-100])
-    with pytest.raises(ValueError, match="must be whole safetensors files, got a damaged one"):
+    with pytest.raises(ValueError, match=r"model\.safetensors must be a whole safetensors file, got a damaged one"):
         AutoencoderGPSToken.from_pretrained(tmp_path)
 
 
@@ -312,17 +311,11 @@ def test_refuses(vae):
     tiny = {name: vae.config[name] for name in ("texture_channels", "hidden_size", "num_attention_heads")}
     with pytest.raises(ValueError, match="must be given together, got only latents_channel_mean"):
         AutoencoderGPSToken(**tiny, latents_channel_mean=[0.0] * 9)
-    with pytest.raises(ValueError, match=r"latents_channel_mean must be a list of 9 numbers, .* got 8"):
+    with pytest.raises(ValueError, match="latents_channel_mean must hold 9 numbers, one per channel, got 8"):
         AutoencoderGPSToken(**tiny, latents_channel_mean=[0.0] * 8, latents_channel_std=[1.0] * 9)
-    for mean, std, message in (
-        ([0.0] * 9, [0.0] * 9, "latents_channel_std must be finite and above 0 .* got 0.0"),
-        ([0.0] * 9, [math.inf] * 9, "latents_channel_std must be finite and above 0 .* got inf"),
-        ([math.nan] * 9, [1.0] * 9, "latents_channel_mean must be finite, got nan"),
-        (torch.zeros(9), torch.ones(9), "latents_channel_mean must be a list of 9 numbers, .* got a Tensor"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            AutoencoderGPSToken(**tiny, latents_channel_mean=mean, latents_channel_std=std)
-    with pytest.raises(ValueError, match="pixel_values must give at least two tokens, got 0"):
+    with pytest.raises(ValueError, match=r"every entry of latents_channel_std must be a number from .*, got 0"):
+        AutoencoderGPSToken(**tiny, latents_channel_mean=[0.0] * 9, latents_channel_std=[0.0] * 9)
+    with pytest.raises(ValueError, match="at least two tokens, got 0"):
         vae.measure_statistics([])
     with pytest.raises(TypeError, match="latents_channel_means"):
         AutoencoderGPSToken.from_gpstoken(vae.to_gpstoken(), latents_channel_means=[0.0] * 9)

@@ -2,12 +2,9 @@
 """GPSTokenConfig: presets, what is refused, and the round trip through a file."""
 
 import json
-import math
 
 import pytest
-import torch
 from conversion_helpers import GOLDEN
-from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig
 
 import gpstoken_hf  # noqa: F401 - registers the config
@@ -79,43 +76,42 @@ def test_latent_statistics():
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"num_tokens": 0}, "num_tokens must be at least 1, got 0"),
-        ({"image_size": -3}, "image_size must be at least 1, got -3"),
-        ({"min_region_size": 0}, "min_region_size must be at least 1, got 0"),
-        ({"mlp_ratio": 0.0}, "mlp_ratio must be above 0, got 0"),
-        ({"splat_support": -1.0}, "splat_support must be above 0, got -1"),
-        ({"sigma_scale": float("nan")}, "sigma_scale must be above 0, got nan"),
-        ({"complexity_exponent": -0.5}, "complexity_exponent must be at least 0, got -0.5"),
+        ({"num_tokens": 0}, "num_tokens must be an integer from 1 to .*, got 0"),
+        ({"image_size": -3}, "image_size must be an integer from 1 to .*, got -3"),
+        ({"min_region_size": 0}, "min_region_size must be an integer from 1 to .*, got 0"),
+        ({"mlp_ratio": 0.0}, "mlp_ratio must be a number from .*, got 0"),
+        ({"splat_support": -1.0}, "splat_support must be a number from .*, got -1"),
+        ({"sigma_scale": float("nan")}, "sigma_scale must be a number from .*, got nan"),
+        ({"complexity_exponent": -0.5}, "complexity_exponent must be a number from .*, got -0.5"),
         ({"hidden_size": 33}, "hidden_size must be a multiple of num_attention_heads.*33.*2"),
         (
             {"conditioner_channels": 12},
             "conditioner_channels must be a positive multiple of norm_num_groups=8, got 12",
         ),
-        ({"decoder_base_channels": 0}, "decoder_base_channels must be a positive multiple of .*, got 0"),
-        ({"decoder_channel_multipliers": []}, "one integer of at least 1 per level, got"),
-        ({"decoder_channel_multipliers": [1, 0]}, "one integer of at least 1 per level, got"),
+        ({"decoder_base_channels": 0}, "decoder_base_channels must be an integer from 1 to .*, got 0"),
+        ({"decoder_channel_multipliers": []}, "must hold 1 to .* integers, one per level, got 0"),
+        ({"decoder_channel_multipliers": [1, 0]}, "decoder_channel_multipliers must be an integer .*, got 0"),
         ({"tile_decode": "blended"}, "'merged' or 'stitched', got 'blended'"),
-        ({"latents_mean": [0.0] * 9}, "must be given together, got only latents_mean"),
-        ({"latents_std": [1.0] * 9}, "must be given together, got only latents_std"),
-        ({"latents_mean": [0.0] * 8, "latents_std": [1.0] * 8}, "latents_mean must be a list of 9 numbers, .* got 8"),
-        ({"latents_mean": [0.0] * 9, "latents_std": [0.0] * 9}, "latents_std must be finite and above 0 .* got 0.0"),
+        ({"latents_mean": [0.0] * 9}, "must be given together"),
         (
-            {"latents_mean": [0.0] * 9, "latents_std": [math.inf] * 9},
-            "latents_std must be finite and above 0 .* got inf",
+            {"latents_mean": [0.0] * 8, "latents_std": [1.0] * 8},
+            "latents_mean must hold 9 numbers, one per channel, got 8",
         ),
-        ({"latents_mean": [math.nan] * 9, "latents_std": [1.0] * 9}, "latents_mean must be finite, got nan"),
-        ({"latents_mean": torch.zeros(9), "latents_std": torch.ones(9)}, "latents_mean"),
+        (
+            {"latents_mean": [0.0] * 9, "latents_std": [0.0] * 9},
+            "every entry of latents_std must be a number from .*, got 0",
+        ),
         ({"num_tokens": "many"}, "num_tokens"),
         ({"num_tokens": 2.5}, "num_tokens"),
         ({"decoder_channel_multipliers": 4}, "decoder_channel_multipliers"),
     ],
 )
 def test_refuses(fields, message):
-    with pytest.raises(StrictDataclassError, match=message):
+    with pytest.raises(ValueError, match=message):
         GPSTokenConfig.preset("tiny", **fields)
 
 
 def test_refuses_on_assignment_too():
     config = GPSTokenConfig.preset("tiny")
-    with pytest.raises(StrictDataclassError, match="num_tokens"):
+    with pytest.raises(ValueError, match="num_tokens"):
         config.num_tokens = "many"

@@ -2,7 +2,6 @@
 from __future__ import annotations
 
 import json
-import math
 from pathlib import Path
 
 import pytest
@@ -353,19 +352,16 @@ def test_a_condition_needs_a_model_made_for_it():
     [
         ({"condition_injection": "output"}, "'input', 'every_block'.*'output'"),
         ({"gaussian_target": "log"}, "'offset', 'absolute', 'logit'.*'log'"),
-        ({"in_channels": 4}, "at least 5.*4"),
-        ({"class_dropout_prob": 1.5}, r"\[0, 1\], got 1.5"),
-        ({"latents_mean": [0.0] * CHANNELS}, "must be given together, got only latents_mean"),
-        ({"latents_mean": [0.0] * 2, "latents_std": [1.0] * 2}, "latents_mean must be a list of 9 numbers, .* got 2"),
+        ({"in_channels": 4}, "in_channels must be an integer from 5 to .*, got 4"),
+        ({"class_dropout_prob": 1.5}, "class_dropout_prob must be a number from 0.0 to 1.0, got 1.5"),
+        ({"latents_mean": [0.0] * CHANNELS}, "must be given together"),
+        (
+            {"latents_mean": [0.0] * 2, "latents_std": [1.0] * 2},
+            "latents_mean must hold 9 numbers, one per channel, got 2",
+        ),
         (
             {"latents_mean": [0.0] * CHANNELS, "latents_std": [0.0] * CHANNELS},
-            "latents_std must be finite and above 0",
-        ),
-        ({"latents_mean": [0.0] * CHANNELS, "latents_std": [math.inf] * CHANNELS}, "latents_std must be .* got inf"),
-        ({"latents_mean": [math.nan] * CHANNELS, "latents_std": [1.0] * CHANNELS}, "latents_mean must be finite"),
-        (
-            {"latents_mean": torch.zeros(9), "latents_std": torch.ones(9)},
-            "must be a list of 9 numbers, .* got a Tensor",
+            "every entry of latents_std must be a number from .*, got 0",
         ),
     ],
 )

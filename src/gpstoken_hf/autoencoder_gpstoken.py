@@ -11,7 +11,6 @@ legal Gaussian, and every channel is standardised.
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -22,9 +21,9 @@ from diffusers.models.autoencoders.vae import AutoencoderMixin, DecoderOutput, D
 from diffusers.models.modeling_outputs import AutoencoderKLOutput
 from diffusers.utils.accelerate_utils import apply_forward_hook
 
-from .configuration_gpstoken import GPSTokenConfig, check_channel_statistics
+from .configuration_gpstoken import GPSTokenConfig
 from .gaussians import clamp_gaussians, gaussians_to_logits, join_tokens, logits_to_gaussians, split_tokens
-from .loading import check_loading_info, readable_weights
+from .loading import StrictDiffusersMixin, check_number, check_statistics
 from .modeling_gpstoken import GPSTokenModel
 from .tiling import gaussians_from_frame, gaussians_to_frame, tiles_of_image
 
@@ -75,7 +74,7 @@ def grid_to_tokens(grid: torch.Tensor) -> torch.Tensor:
     return flat[:, grid_positions(flat.shape[1]).to(grid.device)]
 
 
-class AutoencoderGPSToken(ModelMixin, AutoencoderMixin, ConfigMixin):
+class AutoencoderGPSToken(StrictDiffusersMixin, ModelMixin, AutoencoderMixin, ConfigMixin):
     r"""A [`GPSTokenModel`] with the interface of diffusers' `AutoencoderKL`, for pipelines of latents `(B, F, h, w)`.
 
     Latents are the tokens of an image on a grid, with Gaussians in logit space and standardised channels.
@@ -149,14 +148,16 @@ class AutoencoderGPSToken(ModelMixin, AutoencoderMixin, ConfigMixin):
         scaling_factor: float = 1.0,
     ):
         super().__init__()
-        expected = 5 + texture_channels
+        fields = {name: self.config[RENAMED_FIELDS.get(name, name)] for name in MODEL_FIELDS}
+        config = GPSTokenConfig(**fields)
+        expected = config.token_channels
         if latent_channels not in (None, expected):
             raise ValueError(f"latent_channels must be 5 + texture_channels = {expected}, got {latent_channels}")
         self.register_to_config(latent_channels=expected)
         names = ("latents_channel_mean", "latents_channel_std")
-        check_channel_statistics(latents_channel_mean, latents_channel_std, expected, names)
-        fields = {name: self.config[RENAMED_FIELDS.get(name, name)] for name in MODEL_FIELDS}
-        self.model = GPSTokenModel(GPSTokenConfig(**fields))
+        check_statistics(names, latents_channel_mean, latents_channel_std, expected)
+        check_number("scaling_factor", scaling_factor, 1e-6, 1e6)
+        self.model = GPSTokenModel(config)
 
     # -- to and from GPSTokenModel
 
@@ -189,22 +190,6 @@ class AutoencoderGPSToken(ModelMixin, AutoencoderMixin, ConfigMixin):
     def to_gpstoken(self) -> GPSTokenModel:
         """The wrapped tokenizer. The two share their weights."""
         return self.model
-
-    @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike[str], **kwargs: Any) -> Any:
-        """Load weights and config; as in diffusers, but a checkpoint that does not fit is an error.
-
-        Raises:
-            ValueError: weights are missing, left over or of another shape, or the file is damaged. Pass
-                `output_loading_info=True` or `ignore_mismatched_sizes=True` to load what fits and judge for yourself.
-        """
-        lenient = kwargs.get("output_loading_info") or kwargs.get("ignore_mismatched_sizes")
-        with readable_weights(pretrained_model_name_or_path):
-            if lenient:
-                return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
-            vae, info = super().from_pretrained(pretrained_model_name_or_path, **kwargs, output_loading_info=True)
-        check_loading_info(cls.__name__, pretrained_model_name_or_path, info)
-        return vae
 
     # -- standardisation
 

@@ -2,13 +2,26 @@
 """GPSTokenConfig: every choice that shapes a GPSToken tokenizer, and the table of presets."""
 
 # Annotations stay objects here (no `from __future__ import annotations`): `@strict` checks the fields against them.
-import math
-from collections.abc import Sequence
+import os
+from collections.abc import Callable
 from dataclasses import fields
+from functools import wraps
 from typing import Any
 
+import torch
 from huggingface_hub.dataclasses import strict
+from huggingface_hub.errors import StrictDataclassError
 from transformers import PreTrainedConfig
+
+from .loading import (
+    check_fields,
+    check_number,
+    check_source,
+    check_statistics,
+    read_json,
+    refusing,
+    transformers_fields,
+)
 
 # s64, m128 and l256 have the shapes of the authors' released checkpoints. (The paper, App. B, gives s64 60 blocks; the
 # released one has 30.) The others are small models of this project: nano is the bundled gpstoken-nano, digits is for
@@ -64,7 +77,50 @@ PRESETS: dict[str, dict[str, Any]] = {
     },
 }
 
+# What a config may ask for: the largest presets have 30 blocks of width 512.
+LIMITS: dict[str, tuple[float, float]] = {
+    "image_size": (1, 2**16),
+    "num_tokens": (1, 2**20),
+    "texture_channels": (1, 2**13),
+    "hidden_size": (1, 2**17),
+    "num_hidden_layers": (1, 1000),
+    "num_attention_heads": (1, 2**12),
+    "mlp_ratio": (0.01, 100.0),
+    "roi_size": (1, 2**10),
+    "conditioner_channels": (1, 2**16),
+    "decoder_base_channels": (1, 2**16),
+    "decoder_layers_per_block": (1, 64),
+    "norm_num_groups": (1, 2**16),
+    "splat_support": (1e-6, 1000.0),
+    "complexity_exponent": (0.0, 1000.0),
+    "min_region_size": (1, 2**16),
+    "sigma_scale": (1e-6, 1000.0),
+}
+# What transformers passes to a constructor but does not save.
+INIT_ARGUMENTS = {"attn_implementation", "experts_implementation", "_commit_hash"}
+MAX_DECODER_LEVELS, MAX_CHANNEL_MULTIPLIER, MAX_LABELS = 12, 2**10, 2**20
 
+
+def _raise_value_errors(method: Callable[..., Any]) -> Callable[..., Any]:
+    """`@strict` raises errors of its own: make them the ValueErrors that they are about."""
+
+    @wraps(method)
+    def checked(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return method(*args, **kwargs)
+        except StrictDataclassError as error:
+            raise ValueError(str(error.__cause__ or error)) from error
+
+    return checked
+
+
+def _with_value_errors(cls: type) -> type:
+    for name in ("__init__", "__setattr__", "validate"):
+        setattr(cls, name, _raise_value_errors(getattr(cls, name)))
+    return cls
+
+
+@_with_value_errors
 @strict
 class GPSTokenConfig(PreTrainedConfig):
     r"""Configuration of a [`GPSTokenModel`]. The defaults are those of the released m128 checkpoint.
@@ -149,27 +205,20 @@ class GPSTokenConfig(PreTrainedConfig):
     latents_mean: list[float] | tuple[float, ...] | None = None
     latents_std: list[float] | tuple[float, ...] | None = None
 
-    def validate_positive_sizes(self) -> None:
-        """Sizes and counts are at least 1, factors are above 0."""
-        for name in (
-            "image_size",
-            "num_tokens",
-            "texture_channels",
-            "hidden_size",
-            "num_hidden_layers",
-            "num_attention_heads",
-            "roi_size",
-            "decoder_layers_per_block",
-            "norm_num_groups",
-            "min_region_size",
-        ):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        for name in ("mlp_ratio", "splat_support", "sigma_scale"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} must be above 0, got {getattr(self, name)}")
-        if not self.complexity_exponent >= 0:
-            raise ValueError(f"complexity_exponent must be at least 0, got {self.complexity_exponent}")
+    def __post_init__(self, **kwargs: Any) -> None:
+        unknown = sorted(set(kwargs) - transformers_fields(type(self)) - INIT_ARGUMENTS)
+        if unknown:
+            raise ValueError(f"GPSTokenConfig has no field {', '.join(map(repr, unknown))}")
+        if kwargs.get("num_labels") is not None:
+            check_number("num_labels", kwargs["num_labels"], 0, MAX_LABELS)
+        super().__post_init__(**kwargs)
+        if not isinstance(self.dtype, torch.dtype | None):
+            raise ValueError(f"dtype must be the name of a torch.dtype, got {self.dtype!r}")
+
+    def validate_limits(self) -> None:
+        """Sizes, counts and factors are within `LIMITS`."""
+        for name, (low, high) in LIMITS.items():
+            check_number(name, getattr(self, name), low, high)
 
     def validate_heads(self) -> None:
         """The heads divide the width of the encoder."""
@@ -183,15 +232,21 @@ class GPSTokenConfig(PreTrainedConfig):
         """Channels of convolutions are multiples of the groups of their norms."""
         for name in ("conditioner_channels", "decoder_base_channels"):
             value = getattr(self, name)
-            if value < 1 or value % max(self.norm_num_groups, 1):
+            if value % max(self.norm_num_groups, 1):
                 raise ValueError(
                     f"{name} must be a positive multiple of norm_num_groups={self.norm_num_groups}, got {value}"
                 )
-        if not self.decoder_channel_multipliers or min(self.decoder_channel_multipliers) < 1:
+
+    def validate_multipliers(self) -> None:
+        """The decoder has a bounded number of levels."""
+        multipliers = self.decoder_channel_multipliers
+        if not 1 <= len(multipliers) <= MAX_DECODER_LEVELS:
             raise ValueError(
-                "decoder_channel_multipliers must hold one integer of at least 1 per level, "
-                f"got {self.decoder_channel_multipliers}"
+                f"decoder_channel_multipliers must hold 1 to {MAX_DECODER_LEVELS} integers, one per level, "
+                f"got {len(multipliers)}"
             )
+        for value in multipliers:
+            check_number("every entry of decoder_channel_multipliers", value, 1, MAX_CHANNEL_MULTIPLIER)
 
     def validate_tile_decode(self) -> None:
         """`tile_decode` is a known way."""
@@ -200,7 +255,7 @@ class GPSTokenConfig(PreTrainedConfig):
 
     def validate_latent_statistics(self) -> None:
         """Both statistics or neither, 5 + C numbers each."""
-        check_channel_statistics(self.latents_mean, self.latents_std, self.token_channels)
+        check_statistics(("latents_mean", "latents_std"), self.latents_mean, self.latents_std, self.token_channels)
 
     @property
     def map_scale(self) -> int:
@@ -211,6 +266,44 @@ class GPSTokenConfig(PreTrainedConfig):
     def token_channels(self) -> int:
         """Values per token, 5 + C."""
         return 5 + self.texture_channels
+
+    @classmethod
+    def get_config_dict(
+        cls, pretrained_model_name_or_path: str | os.PathLike[str], **kwargs: Any
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Find and read a saved config, as transformers does; a missing file is an OSError."""
+        check_source(pretrained_model_name_or_path)
+        config, unused = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
+        if not config:
+            raise OSError(f"{pretrained_model_name_or_path} does not appear to have a file named config.json")
+        return config, unused
+
+    @classmethod
+    def _dict_from_json_file(cls, json_file: str | os.PathLike[str]) -> dict[str, Any]:
+        config = read_json(json_file)
+        if "model_type" not in config:
+            raise ValueError(f"{json_file} must have the model_type {cls.model_type!r}, got none")
+        cls._check_dict(json_file, config)
+        return super()._dict_from_json_file(json_file)
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """Make a config of a dictionary, as transformers does.
+
+        Raises:
+            ValueError: if a field is unknown, of a wrong type or out of its range.
+        """
+        cls._check_dict("the config", config_dict)
+        return super().from_dict(config_dict, **kwargs)
+
+    @classmethod
+    def _check_dict(cls, source: str | os.PathLike[str], config: dict[str, Any]) -> None:
+        if config.get("model_type", cls.model_type) != cls.model_type:
+            found = repr(config["model_type"])[:100]
+            raise ValueError(f"{source} must have the model_type {cls.model_type!r}, got {found}")
+        check_fields(source, config, cls.__name__, transformers_fields(cls))
+        with refusing(source):
+            cls(**config)
 
     @classmethod
     def preset(cls, name: str, **overrides: Any) -> "GPSTokenConfig":
@@ -240,39 +333,6 @@ class GPSTokenConfig(PreTrainedConfig):
         if unknown:
             raise TypeError(f"preset() got an unexpected keyword argument {unknown[0]!r}")
         return cls(**{**PRESETS[name], **overrides})
-
-
-def check_channel_statistics(
-    mean: Sequence[float] | None,
-    std: Sequence[float] | None,
-    num_channels: int,
-    names: tuple[str, str] = ("latents_mean", "latents_std"),
-) -> None:
-    """Raise a ValueError unless the statistics of channels are both absent or both legal.
-
-    Args:
-        mean (`list[float]`, *optional*): one finite number per channel.
-        std (`list[float]`, *optional*): one finite number above 0 per channel.
-        num_channels (`int`): the number of channels.
-        names (`tuple[str, str]`, *optional*): how messages call the two.
-
-    Raises:
-        ValueError: if only one is given, either is not a list of `num_channels` numbers, or a number is out of range.
-    """
-    if mean is None and std is None:
-        return
-    if mean is None or std is None:
-        given = names[0] if std is None else names[1]
-        raise ValueError(f"{names[0]} and {names[1]} must be given together, got only {given}")
-    for name, values, low in ((names[0], mean, -math.inf), (names[1], std, 0.0)):
-        # Configs are saved as JSON, which has no tensors.
-        if not isinstance(values, list | tuple) or len(values) != num_channels:
-            got = len(values) if isinstance(values, list | tuple) else f"a {type(values).__name__}"
-            raise ValueError(f"{name} must be a list of {num_channels} numbers, one per channel, got {got}")
-        illegal = [value for value in values if not low < value < math.inf]
-        if illegal:
-            expected = "finite" if low < 0 else "finite and above 0 (1 for a constant channel)"
-            raise ValueError(f"{name} must be {expected}, got {illegal[0]}")
 
 
 __all__ = ["PRESETS", "GPSTokenConfig"]

@@ -1,46 +1,296 @@
 # Copyright 2026 The gpstoken-hf authors. Licensed under the Apache License, Version 2.0.
-"""Loading checkpoints strictly: a file that is damaged or holds other weights is one clear ValueError."""
+"""Reading files from strangers: the header first, then what it claims is bounded, then the contents.
+
+A JSON file is read up to a limit and must be an object with known fields. A checkpoint is a set of safetensors files,
+never a pickle. Its headers are compared with the model that its config describes, which is built on the meta device,
+before any memory is taken for weights. Every file that is not what it should be is one ValueError with its name;
+missing files and unreachable repositories are OSErrors, as everywhere in transformers and diffusers.
+
+[`StrictTransformersMixin`] and [`StrictDiffusersMixin`] give models such a `from_pretrained`,
+[`CheckedConfigMixin`] gives it to what has a config only.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import copy
+import inspect
+import json
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from dataclasses import fields
+from pathlib import Path
+from typing import Any, ClassVar
 
-from safetensors import SafetensorError
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import nn
+from transformers import PreTrainedConfig
+from transformers.utils import cached_file
+from transformers.utils.hub import extract_commit_hash
+
+# A thousand class names take 40 KB in a `model_index.json`, the index of a thousand layers 2 MB.
+MAX_JSON_BYTES = 4 * 2**20
+MAX_JSON_DEPTH = 32
+# About 100 bytes for each tensor.
+MAX_HEADER_BYTES = 16 * 2**20
+# No quantization packs more than 8 numbers into a byte.
+MAX_PARAMETERS_PER_BYTE = 8
+# What a caller who takes a checkpoint that does not fit may have initialised instead.
+MAX_FRESH_PARAMETERS = 2**30
+
+FLOATING_DTYPES = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")
+HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "token")
+CONFIG_FILE, ADAPTER_CONFIG, ADAPTER_WEIGHTS = "config.json", "adapter_config.json", "adapter_model.safetensors"
+DISTRIBUTED_FILES = "shard-*.safetensors"
+# What both libraries write into configs without declaring it.
+UNDECLARED_FIELDS = {"auto_map", "quantization_config"}
+
+# -- JSON files and their fields
+
+
+def read_json(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """Read a JSON file of a stranger.
+
+    Args:
+        path (`str` or `os.PathLike`): the file, of at most `MAX_JSON_BYTES`.
+
+    Returns:
+        `dict`: the object that it holds, nested at most `MAX_JSON_DEPTH` levels deep.
+
+    Raises:
+        ValueError: if the file is larger or nested deeper, is not JSON in UTF-8, has a key twice or is not an object.
+        OSError: if it cannot be read.
+    """
+    with open(path, "rb") as file:
+        data = file.read(MAX_JSON_BYTES + 1)
+    if len(data) > MAX_JSON_BYTES:
+        raise ValueError(f"{path} must be at most {MAX_JSON_BYTES} bytes of JSON, got more")
+    try:
+        value = json.loads(data.decode("utf-8"), object_pairs_hook=_object_without_duplicates)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} must be a JSON file, got: {error}") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} must be a JSON object, got {type(value).__name__}")
+    level: list[Any] = [value]
+    for _ in range(MAX_JSON_DEPTH):
+        level = [child for parent in level for child in (parent.values() if isinstance(parent, dict) else parent)]
+        level = [child for child in level if isinstance(child, dict | list)]
+    if level:
+        raise ValueError(f"{path} must be nested at most {MAX_JSON_DEPTH} levels deep, got more")
+    return value
+
+
+def _object_without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    value = dict(pairs)
+    if len(value) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"the key {next(name for name in names if names.count(name) > 1)!r} twice")
+    return value
+
+
+def check_fields(path: str | os.PathLike[str], config: Mapping[str, Any], class_name: str, known: set[str]) -> None:
+    """Refuse fields of a config that its class does not know.
+
+    A field of a later version would otherwise be ignored, and the model would silently be another one.
+
+    Raises:
+        ValueError: if a field is unknown, or one of the libraries' fields has a wrong type.
+    """
+    unknown = sorted(set(config) - known)
+    if unknown:
+        saved_by = config.get("_class_name", config.get("model_type"))
+        raise ValueError(
+            f"{path} must hold fields of {class_name} only, got {', '.join(map(repr, unknown[:5]))}"
+            + (f" and {len(unknown) - 5} more" if len(unknown) > 5 else "")
+            + (f" in a config of {saved_by!r}" if isinstance(saved_by, str) else "")
+        )
+    quantization = config.get("quantization_config")
+    if quantization is not None and not (
+        isinstance(quantization, dict) and isinstance(quantization.get("quant_method"), str)
+    ):
+        raise ValueError(f"{path}: quantization_config must be an object with a quant_method, got {quantization!r}")
+    if not isinstance(config.get("_class_name", ""), str | list):
+        raise ValueError(f"{path}: _class_name must be a name, got {config['_class_name']!r}")
+
+
+def transformers_fields(config_class: type[PreTrainedConfig]) -> set[str]:
+    """The fields that a saved config of this class may have: its own, and those of transformers."""
+    declared = {field.name for field in fields(config_class)}
+    settable = {name for name, value in vars(PreTrainedConfig).items() if isinstance(value, property) and value.fset}
+    # What is private does not come from files: it would choose the code that runs.
+    return {name for name in declared | settable if not name.startswith("_")} | UNDECLARED_FIELDS | {"model_type"}
 
 
 @contextmanager
-def readable_weights(source: Any) -> Iterator[None]:
-    """Turn the error of a damaged safetensors file into a ValueError that names the checkpoint."""
+def refusing(what: str | os.PathLike[str]) -> Iterator[None]:
+    """Turn every error that values of a file can cause in a constructor into one ValueError that names the file."""
     try:
         yield
-    except (SafetensorError, OSError) as error:
-        # diffusers hides it behind an OSError, and that behind the error of reading the file as text.
-        cause: BaseException | None = error
-        while cause is not None and not isinstance(cause, SafetensorError):
-            cause = cause.__context__
-        if cause is None:
-            raise
-        raise ValueError(
-            f"the weights of {source} must be whole safetensors files, got a damaged one: {cause}"
-        ) from error
+    except (AttributeError, IndexError, KeyError, OverflowError, RecursionError, TypeError, ValueError) as error:
+        raise ValueError(f"{what} must hold legal values, got: {error}") from error
 
 
-def check_loading_info(class_name: str, source: Any, info: dict[str, Any]) -> None:
-    """Raise ValueError unless a checkpoint held exactly the weights of its model.
+def check_number(name: str, value: Any, low: float, high: float) -> None:
+    """Raise a ValueError unless a value is a number from `low` to `high`, and an integer if both limits are.
+
+    Booleans are no numbers.
+    """
+    is_whole = isinstance(low, int) and isinstance(high, int)
+    is_number = isinstance(value, int if is_whole else int | float) and not isinstance(value, bool)
+    # NaN is in no range.
+    if not is_number or not low <= value <= high:
+        kind = "an integer" if is_whole else "a number"
+        shown = repr(value) if not isinstance(value, int) or abs(value) < 10**20 else "a longer one"
+        raise ValueError(f"{name} must be {kind} from {low} to {high}, got {shown[:100]}")
+
+
+def check_statistics(
+    names: tuple[str, str], mean: Sequence[float] | None, std: Sequence[float] | None, channels: int
+) -> None:
+    """Raise a ValueError unless mean and standard deviation are both `None` or both hold a number per channel.
 
     Args:
-        info: the loading info of transformers or diffusers, with `missing_keys`, `unexpected_keys` and
+        names (`tuple[str, str]`): what the two are called.
+        mean, std (`Sequence[float]`, *optional*): finite numbers; `std` above 0.
+        channels (`int`): how many numbers each must hold.
+    """
+    if mean is None and std is None:
+        return
+    if mean is None or std is None:
+        raise ValueError(f"{names[0]} and {names[1]} must be given together, got only one of them")
+    for name, values, low in ((names[0], mean, -MAX_STATISTIC), (names[1], std, MIN_STD)):
+        if not isinstance(values, list | tuple) or len(values) != channels:
+            found = len(values) if isinstance(values, list | tuple) else repr(values)[:100]
+            raise ValueError(f"{name} must hold {channels} numbers, one per channel, got {found}")
+        for value in values:
+            check_number(f"every entry of {name}", value, low, MAX_STATISTIC)
+
+
+# Statistics outside of float32 would become 0 or infinite.
+MAX_STATISTIC, MIN_STD = 1e38, 1e-38
+
+
+# -- safetensors files
+
+
+def read_header(path: str | os.PathLike[str]) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """Names of the tensors of a safetensors file -> `(dtype, shape)`, without reading the tensors.
+
+    Raises:
+        ValueError: if the header is larger than `MAX_HEADER_BYTES`, or the file is damaged.
+    """
+    with open(path, "rb") as start:
+        claimed = int.from_bytes(start.read(8), "little")
+    if MAX_HEADER_BYTES < claimed < os.path.getsize(path):
+        raise ValueError(f"{path} must have a header of at most {MAX_HEADER_BYTES} bytes, got {claimed}")
+    try:
+        with safe_open(path, framework="pt") as file:
+            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 - it is no mapping
+            return {name: (part.get_dtype(), tuple(part.get_shape())) for name, part in slices.items()}
+    except SafetensorError as error:
+        raise ValueError(f"{path} must be a whole safetensors file, got a damaged one: {error}") from error
+
+
+def read_index(path: str | os.PathLike[str]) -> dict[str, set[str]]:
+    """The index of a sharded checkpoint: file names -> the names of the tensors in each.
+
+    Raises:
+        ValueError: if it is not such an index, or names something else than safetensors files beside it.
+    """
+    index = read_json(path)
+    names, metadata = index.get("weight_map"), index.get("metadata")
+    if not isinstance(names, dict) or not names or not isinstance(metadata, dict):
+        raise ValueError(f"{path} must hold the objects weight_map and metadata, got {sorted(index)}")
+    if not all(isinstance(value, int | float) for value in metadata.values()):
+        raise ValueError(f"{path}: metadata must hold numbers, got {metadata}")
+    shards: dict[str, set[str]] = {}
+    for name, file in names.items():
+        if not isinstance(file, str) or Path(file).name != file or not file.endswith(".safetensors"):
+            raise ValueError(f"{path} must name safetensors files beside it, got {file!r}")
+        shards.setdefault(file, set()).add(name)
+    return shards
+
+
+# -- where files are
+
+
+def check_source(source: Any) -> None:
+    """Raise an OSError with a hint for the name of a bundled checkpoint, which is no repository on the Hub."""
+    folder = Path(__file__).parent / "bundled"
+    name = str(source)
+    if folder.is_dir() and name in os.listdir(folder) and not os.path.exists(name):
+        raise OSError(
+            f"{name} must be a folder or a repository on the Hub (owner/name), got the name of a bundled checkpoint: "
+            f'use from_pretrained(gpstoken_hf.bundled("{name}"))'
+        )
+
+
+def find_file(source: Any, name: str, arguments: Mapping[str, Any]) -> Path | None:
+    """A file of a folder or of a repository on the Hub, downloaded if need be; `None` if it is not there.
+
+    Args:
+        source (`str` or `os.PathLike`): the folder or the repository.
+        name (`str`): name of the file.
+        arguments (`Mapping`): those of `from_pretrained`; what concerns the Hub and `subfolder` are used.
+    """
+    found = cached_file(
+        source,
+        name,
+        subfolder=arguments.get("subfolder") or "",
+        _raise_exceptions_for_missing_entries=False,
+        _raise_exceptions_for_connection_errors=False,
+        **_hub_arguments(arguments),
+    )
+    return None if found is None else Path(found)
+
+
+def _hub_arguments(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: arguments[name] for name in HUB_ARGUMENTS if arguments.get(name) is not None}
+
+
+def check_json_files(source: Any, names: Iterable[str], arguments: Mapping[str, Any]) -> None:
+    """Read the JSON files of these names that `source` has, and raise the ValueError of a malformed one."""
+    check_source(source)
+    for name in names:
+        path = find_file(source, name, arguments)
+        if path is not None:
+            read_json(path)
+
+
+def only_safetensors(arguments: dict[str, Any]) -> None:
+    """Set `use_safetensors=True`.
+
+    Raises:
+        ValueError: if the caller asks for pickles.
+    """
+    if arguments.get("use_safetensors") not in (None, True):
+        raise ValueError(
+            f"use_safetensors must be True (pickles are never loaded), got {arguments['use_safetensors']}"
+        )
+    arguments["use_safetensors"] = True
+
+
+# -- checkpoints of models
+
+
+def check_loading_info(class_name: str, source: Any, info: Mapping[str, Any]) -> None:
+    """Raise a ValueError unless a checkpoint held exactly the weights of its model.
+
+    Args:
+        class_name (`str`): the class of the model.
+        source (`str` or `os.PathLike`): the checkpoint.
+        info (`Mapping`): the loading info of transformers or diffusers, with `missing_keys`, `unexpected_keys` and
             `mismatched_keys`, the last of `(key, shape in the checkpoint, shape in the model)`.
     """
     mismatched = [
-        f"{key} {tuple(found)} instead of {tuple(expected)}" for key, found, expected in info["mismatched_keys"]
+        f"{key} {tuple(found)} instead of {tuple(expected)}"
+        for key, found, expected in info.get("mismatched_keys", ())
     ]
     problems = []
     for kind, keys in (
-        ("missing", info["missing_keys"]),
-        ("unexpected", info["unexpected_keys"]),
+        ("missing", info.get("missing_keys")),
+        ("unexpected", info.get("unexpected_keys")),
         ("of another shape", mismatched),
     ):
         if keys:
@@ -49,3 +299,245 @@ def check_loading_info(class_name: str, source: Any, info: dict[str, Any]) -> No
             problems.append(f"{len(shown)} {kind} ({', '.join(shown[:5])}{more})")
     if problems:
         raise ValueError(f"expected exactly the weights of {class_name} in {source}, got: {'; '.join(problems)}")
+
+
+class CheckedConfigMixin:
+    """For classes of diffusers with a config: they refuse a file that is no config of theirs.
+
+    Leans on `_dict_from_json_file`, which diffusers reads every config with.
+    """
+
+    @classmethod
+    def known_fields(cls, config: Mapping[str, Any]) -> set[str]:
+        """The fields that a saved config of this class may have; diffusers keeps its own behind an underscore."""
+        private = {name for name in config if name.startswith("_") and not name.startswith("__")}
+        return set(inspect.signature(cls.__init__).parameters) - {"self"} | private | UNDECLARED_FIELDS
+
+    @classmethod
+    def check_config_file(cls, path: str | os.PathLike[str]) -> dict[str, Any]:
+        """Read a saved config of this class.
+
+        Raises:
+            ValueError: if it is malformed or has unknown fields.
+        """
+        config = read_json(path)
+        check_fields(path, config, cls.__name__, cls.known_fields(config))
+        return config
+
+    @classmethod
+    def _dict_from_json_file(cls, json_file: str | os.PathLike[str], *args: Any, **kwargs: Any) -> dict[str, Any]:
+        cls.check_config_file(json_file)
+        return super()._dict_from_json_file(json_file, *args, **kwargs)  # type: ignore[misc]
+
+
+class StrictLoadingMixin:
+    """A `from_pretrained` that checks a checkpoint before it takes memory for it, and loads all of it or nothing."""
+
+    # Names of a checkpoint in one file and of the index of several, in the order in which the library looks for them.
+    _weight_files: ClassVar[tuple[str, str]]
+
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str | os.PathLike[str] | None, *args: Any, **kwargs: Any
+    ) -> Any:
+        """Load config and weights from a folder or from the Hub, strictly and never from a pickle.
+
+        Pass `output_loading_info=True`, `ignore_mismatched_sizes=True` or a `state_dict` to load whatever fits.
+
+        Args:
+            pretrained_model_name_or_path (`str` or `os.PathLike`): a folder or a repository on the Hub.
+            kwargs: the arguments of `from_pretrained` of the base class.
+
+        Returns:
+            The model in evaluation mode; with `output_loading_info=True` a tuple of it and the loading info.
+
+        Raises:
+            ValueError: if the config is malformed or has unknown fields; if a file of weights is damaged; if weights
+                are missing, unexpected or of another shape; if `use_safetensors=False` is asked for.
+            OSError: if there is no such checkpoint, or none in safetensors files.
+        """
+        source = pretrained_model_name_or_path
+        only_safetensors(kwargs)
+        with_info = kwargs.pop("output_loading_info", False)
+        is_lenient = with_info or kwargs.get("ignore_mismatched_sizes") or kwargs.get("state_dict") is not None
+        if source is not None and os.path.isdir(source) and kwargs.get("subfolder"):
+            source = os.path.join(source, kwargs.pop("subfolder"))
+        # GGUF and FlashPack are formats of their own, which the libraries read and check.
+        if source is not None and not kwargs.get("gguf_file") and not kwargs.get("use_flashpack"):
+            kwargs.update(cls._check_checkpoint(source, args, kwargs, is_lenient))
+        if not is_lenient:
+            kwargs["ignore_mismatched_sizes"] = True  # reported below, by name
+        model, info = super().from_pretrained(source, *args, output_loading_info=True, **kwargs)  # type: ignore[misc]
+        if not is_lenient:
+            check_loading_info(cls.__name__, source, info)
+        try:
+            model.check_weights()
+        except ValueError as error:
+            raise ValueError(f"{source} must hold legal weights of {cls.__name__}, got: {error}") from error
+        return (model, info) if with_info else model
+
+    def check_weights(self) -> None:
+        """Raise a ValueError for weights that no model of this class has. By default any values are legal."""
+
+    @classmethod
+    def _build(cls, source: Any, config_file: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> nn.Module:
+        """A model as `from_pretrained` would build it."""
+        raise NotImplementedError
+
+    @classmethod
+    def _check_checkpoint(
+        cls, source: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], is_lenient: bool
+    ) -> dict[str, Any]:
+        """Check the config of a checkpoint, and the headers of its files against the model of that config.
+
+        Returns:
+            `dict`: arguments that make the library load the very files that were checked.
+        """
+        check_source(source)
+        # transformers takes a file of weights with a config object.
+        is_weights = kwargs.get("config") is not None and str(source).endswith(".safetensors")
+        if os.path.isfile(source) and not is_weights:
+            raise ValueError(f"{source} must be a folder or a repository on the Hub, got a file")
+        config_file = None
+        if kwargs.get("config") is None:
+            config_file = find_file(source, CONFIG_FILE, kwargs)
+            if config_file is None and find_file(source, ADAPTER_CONFIG, kwargs) is not None:
+                return {}  # transformers loads the model that the adapter names
+            if config_file is None:
+                raise _missing(source, CONFIG_FILE, kwargs)
+        with torch.device("meta"):
+            model = cls._build(source, config_file, args, kwargs)
+        expected = model.state_dict()
+
+        # transformers prefers a distributed checkpoint, whose files hold parts of tensors, to any other.
+        distributed = sorted(Path(source).glob(DISTRIBUTED_FILES)) if os.path.isdir(source) else []
+        files = dict.fromkeys(distributed) if distributed else cls._find_weights(source, kwargs)
+        found: dict[str, tuple[str, tuple[int, ...]]] = {}
+        for path, names in files.items():
+            header = read_header(path)
+            if names is not None and set(header) != names:
+                wrong = sorted(set(header) ^ names)
+                raise ValueError(f"{path} must hold the tensors that the index names, got a difference in {wrong[:5]}")
+            found.update(header)
+        is_quantized = getattr(model.config, "quantization_config", None) is not None
+        if not (is_lenient or is_quantized or distributed or kwargs.get("key_mapping")):
+            check_loading_info(cls.__name__, source, _difference(cls, source, found, expected))
+        num_parameters = sum(tensor.numel() for tensor in expected.values())
+        num_bytes = sum(path.stat().st_size for path in files)
+        if num_parameters > MAX_PARAMETERS_PER_BYTE * num_bytes + (MAX_FRESH_PARAMETERS if is_lenient else 0):
+            raise ValueError(
+                f"{config_file or source} must describe the model of its weights, "
+                f"got one of {num_parameters} parameters for files of {num_bytes} bytes"
+            )
+        commit = extract_commit_hash(str(next(iter(files))), None)
+        if commit is None or os.path.exists(source):
+            return {}
+        return {"revision": commit, "local_files_only": True, "force_download": False}
+
+    @classmethod
+    def _find_weights(cls, source: Any, kwargs: Mapping[str, Any]) -> dict[Path, set[str] | None]:
+        """The files of a checkpoint, each with the tensors that an index says it holds."""
+        if os.path.isfile(source):
+            return {Path(source): None}
+        for name in cls._weight_files:
+            path = find_file(source, _with_variant(name, kwargs.get("variant")), kwargs)
+            if path is None:
+                continue
+            if name.endswith(".safetensors"):
+                return {path: None}
+            files: dict[Path, set[str] | None] = {}
+            for shard, names in read_index(path).items():
+                shard_file = find_file(source, shard, kwargs)
+                if shard_file is None:
+                    raise _missing(source, shard, kwargs)
+                files[shard_file] = names
+            return files
+        error = _missing(source, _with_variant(min(cls._weight_files, key=len), kwargs.get("variant")), kwargs)
+        raise OSError(f"{error} Weights are loaded from safetensors files only, never from pickles (.bin).")
+
+
+class StrictTransformersMixin(StrictLoadingMixin):
+    """[`StrictLoadingMixin`] for models of transformers."""
+
+    _weight_files = ("model.safetensors", "model.safetensors.index.json")
+
+    @classmethod
+    def _build(cls, source: Any, config_file: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> nn.Module:
+        config = kwargs.get("config")
+        config_class = cls.config_class  # type: ignore[attr-defined]
+        if not isinstance(config, PreTrainedConfig):
+            own = {field.name for field in fields(config_class)} - {field.name for field in fields(PreTrainedConfig)}
+            given = {name: value for name, value in kwargs.items() if name in own}
+            if kwargs.get("subfolder"):
+                given["subfolder"] = kwargs["subfolder"]
+            config = config_class.from_pretrained(
+                source if config is None else config, **given, **_hub_arguments(kwargs)
+            )
+        with refusing(config_file or source):
+            return cls(copy.deepcopy(config), *args, **_constructor_arguments(cls, kwargs))  # type: ignore[call-arg]
+
+    def load_adapter(self, peft_model_id: str | None = None, *args: Any, **kwargs: Any) -> Any:
+        """Load a PEFT adapter as transformers does, but never from a pickle.
+
+        Raises:
+            ValueError: if the adapter is not in a safetensors file.
+        """
+        arguments = getattr(kwargs.get("load_config"), "download_kwargs", None) or kwargs
+        if peft_model_id is not None and find_file(peft_model_id, ADAPTER_WEIGHTS, arguments) is None:
+            raise ValueError(f"{peft_model_id} must hold {ADAPTER_WEIGHTS} (pickles are never loaded), got none")
+        return super().load_adapter(peft_model_id, *args, **kwargs)  # type: ignore[misc]
+
+
+class StrictDiffusersMixin(CheckedConfigMixin, StrictLoadingMixin):
+    """[`StrictLoadingMixin`] for models of diffusers."""
+
+    _weight_files = ("diffusion_pytorch_model.safetensors.index.json", "diffusion_pytorch_model.safetensors")
+
+    @classmethod
+    def _build(cls, source: Any, config_file: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> nn.Module:
+        config = cls.check_config_file(config_file)
+        with refusing(config_file):
+            return cls.from_config(config, **_constructor_arguments(cls, kwargs))  # type: ignore[attr-defined]
+
+
+def _with_variant(name: str, variant: str | None) -> str:
+    """`model.safetensors` -> `model.fp16.safetensors`."""
+    stem, suffix = name.rsplit(".", 1)
+    return name if variant is None else f"{stem}.{variant}.{suffix}"
+
+
+def _missing(source: Any, name: str, arguments: Mapping[str, Any]) -> OSError:
+    """The error for a file that is not there, or that cannot be reached: the library's own says why."""
+    try:
+        cached_file(source, name, subfolder=arguments.get("subfolder") or "", **_hub_arguments(arguments))
+    except OSError as error:
+        return error
+    return OSError(f"{source} does not appear to have a file named {name}.")
+
+
+def _constructor_arguments(cls: type, kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of the arguments of `from_pretrained` that the constructor of a model takes."""
+    parameters = set(inspect.signature(cls.__init__).parameters) - {"self", "config"}  # type: ignore[misc]
+    return {name: value for name, value in kwargs.items() if name in parameters}
+
+
+def _difference(
+    cls: type, source: Any, found: Mapping[str, tuple[str, tuple[int, ...]]], expected: Mapping[str, torch.Tensor]
+) -> dict[str, list]:
+    """How the headers of a checkpoint differ from the weights of a model, as loading info."""
+    # transformers takes the weights of a base model with and without its prefix.
+    prefix = f"{getattr(cls, 'base_model_prefix', '')}."
+    shapes = {name.removeprefix(prefix): (dtype, shape) for name, (dtype, shape) in found.items()}
+    tensors = {name.removeprefix(prefix): tensor for name, tensor in expected.items()}
+    mismatched = []
+    for name in sorted(tensors.keys() & shapes.keys()):
+        dtype, shape = shapes[name]
+        if shape != tuple(tensors[name].shape):
+            mismatched.append((name, shape, tuple(tensors[name].shape)))
+        elif (dtype in FLOATING_DTYPES) != tensors[name].is_floating_point():
+            raise ValueError(f"{name} in {source} must be of a dtype like {tensors[name].dtype}, got {dtype}")
+    return {
+        "missing_keys": list(tensors.keys() - shapes.keys()),
+        "unexpected_keys": list(shapes.keys() - tensors.keys()),
+        "mismatched_keys": mismatched,
+    }

@@ -7,7 +7,6 @@ Shapes: B batch, L tokens, C texture channels, D hidden size, H x W pixels of an
 # Annotations stay objects here (no `from __future__ import annotations`): transformers reads what `**kwargs` may hold
 # from the signature of `forward`.
 import math
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -26,7 +25,7 @@ from .decoder_gpstoken import GPSTokenDecoder
 from .encoder_gpstoken import GPSTokenAttention, GPSTokenEncoder, GPSTokenEncoderLayer
 from .gaussians import NUM_GAUSSIAN_PARAMS, check_gaussians, join_tokens, split_tokens
 from .layout import PADDING_GAUSSIAN, GaussianLayout
-from .loading import check_loading_info, readable_weights
+from .loading import StrictTransformersMixin
 from .partition import (
     PIXEL_TOLERANCE,
     check_images,
@@ -92,7 +91,7 @@ class GPSTokenOutput(ModelOutput):
     attentions: tuple[torch.FloatTensor, ...] | None = None
 
 
-class GPSTokenPreTrainedModel(PreTrainedModel):
+class GPSTokenPreTrainedModel(StrictTransformersMixin, PreTrainedModel):
     """Names, capabilities and initial weights, as transformers expects them."""
 
     config: GPSTokenConfig
@@ -105,32 +104,6 @@ class GPSTokenPreTrainedModel(PreTrainedModel):
     _supports_sdpa = True
     _supports_attention_backend = True
     _can_record_outputs = {"hidden_states": GPSTokenEncoderLayer, "attentions": GPSTokenAttention}  # noqa: RUF012
-
-    @classmethod
-    def from_pretrained(
-        cls, pretrained_model_name_or_path: str | os.PathLike[str] | None, *model_args: Any, **kwargs: Any
-    ) -> Any:
-        """Load config and weights as transformers does, but strictly.
-
-        Pass `output_loading_info=True`, `ignore_mismatched_sizes=True` or a `state_dict` to load whatever fits
-        instead.
-
-        Raises:
-            ValueError: if weights are missing, unexpected or of another shape, or the file is damaged.
-        """
-        lenient = (
-            kwargs.get("output_loading_info")
-            or kwargs.get("ignore_mismatched_sizes")
-            or kwargs.get("state_dict") is not None
-        )
-        with readable_weights(pretrained_model_name_or_path):
-            if lenient:
-                return super().from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)
-            # Report weights of another shape below, by name.
-            kwargs.update(output_loading_info=True, ignore_mismatched_sizes=True)
-            model, info = super().from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)
-        check_loading_info(cls.__name__, pretrained_model_name_or_path, info)
-        return model
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:

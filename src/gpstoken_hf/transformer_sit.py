@@ -27,8 +27,8 @@ from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.models.modeling_utils import ModelMixin
 from torch import nn
 
-from .configuration_gpstoken import check_channel_statistics
 from .gaussians import NUM_GAUSSIAN_PARAMS, gaussians_to_logits, join_tokens, logits_to_gaussians, split_tokens
+from .loading import StrictDiffusersMixin, check_number, check_statistics, only_safetensors
 
 # SiT-S makes layouts, SiT-XL textures (paper App. B). Parameters for 128 tokens of 21 channels, 1000 classes.
 SIT_PRESETS: dict[str, dict[str, int]] = {
@@ -36,6 +36,19 @@ SIT_PRESETS: dict[str, dict[str, int]] = {
     "B": {"num_layers": 12, "num_attention_heads": 12, "attention_head_dim": 64},  # 130 M
     "L": {"num_layers": 24, "num_attention_heads": 16, "attention_head_dim": 64},  # 458 M
     "XL": {"num_layers": 28, "num_attention_heads": 16, "attention_head_dim": 72},  # 675 M
+}
+# What a config may ask for. SiT-XL has 28 layers of 16 heads of 72 channels.
+LIMITS: dict[str, tuple[float, float]] = {
+    "sample_size": (1, 2**20),
+    "in_channels": (NUM_GAUSSIAN_PARAMS, 2**16),
+    "num_classes": (1, 2**24),
+    "num_layers": (1, 1000),
+    "num_attention_heads": (1, 2**10),
+    "attention_head_dim": (1, 2**10),
+    "condition_channels": (1, 2**16),
+    "class_dropout_prob": (0.0, 1.0),
+    "mlp_ratio": (0.01, 100.0),
+    "norm_eps": (0.0, 1.0),
 }
 GAUSSIAN_TARGETS = ("offset", "absolute", "logit")
 CONDITION_INJECTIONS = ("input", "every_block")
@@ -195,7 +208,9 @@ class SiTTransformerBlock(nn.Module):
         return hidden_states + gate_mlp * self.ff(normed)
 
 
-class SiTTransformer1DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapterMixin, CacheMixin):
+class SiTTransformer1DModel(
+    StrictDiffusersMixin, ModelMixin, ConfigMixin, AttentionMixin, PeftAdapterMixin, CacheMixin
+):
     r"""A SiT with patch size 1 over a sequence of tokens (paper Sec. 3.3, App. B).
 
     Args:
@@ -278,11 +293,12 @@ class SiTTransformer1DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapter
             self.register_to_config(gaussian_target=gaussian_target)
         if gaussian_target not in GAUSSIAN_TARGETS:
             raise ValueError(f"gaussian_target must be one of {list(GAUSSIAN_TARGETS)}, got {gaussian_target!r}")
-        if in_channels < NUM_GAUSSIAN_PARAMS:
-            raise ValueError(f"in_channels must be at least {NUM_GAUSSIAN_PARAMS}, for a Gaussian, got {in_channels}")
-        if not 0 <= class_dropout_prob <= 1:
-            raise ValueError(f"class_dropout_prob must be in [0, 1], got {class_dropout_prob}")
-        check_channel_statistics(latents_mean, latents_std, in_channels)
+        for name, (low, high) in LIMITS.items():
+            if self.config[name] is not None or name != "condition_channels":
+                check_number(name, self.config[name], low, high)
+        if not isinstance(learn_sigma, bool):
+            raise ValueError(f"learn_sigma must be True or False, got {learn_sigma!r}")
+        check_statistics(("latents_mean", "latents_std"), latents_mean, latents_std, in_channels)
 
         dim = num_attention_heads * attention_head_dim
         self.proj_in = nn.Linear(in_channels, dim)
@@ -329,6 +345,11 @@ class SiTTransformer1DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapter
         if name not in SIT_PRESETS:
             raise ValueError(f"name must be one of the presets {list(SIT_PRESETS)}, got {name!r}")
         return cls(**{**SIT_PRESETS[name], **config})
+
+    def load_lora_adapter(self, pretrained_model_name_or_path_or_dict: Any, *args: Any, **kwargs: Any) -> Any:
+        """Load a LoRA as diffusers does, but never from a pickle."""
+        only_safetensors(kwargs)
+        return super().load_lora_adapter(pretrained_model_name_or_path_or_dict, *args, **kwargs)
 
     @property
     def null_class(self) -> int:
