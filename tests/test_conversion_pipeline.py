@@ -201,7 +201,7 @@ def test_components_that_do_not_fit_are_refused(components, tmp_path, capsys):
     options = ("--output", narrow, "--num_attention_heads", 4)
     assert run(convert_sit, "--checkpoint", GOLDEN / "sit_official.safetensors", *options) == 0
     argv = [*arguments(components, "--transformer", narrow), "--output", tmp_path / "out"]
-    refusal(capsys, argv, "transformer must have in_channels = 21, as the vae's tokens, got 9")
+    refusal(capsys, argv, "transformer must have in_channels=21, got 9")
 
     (tmp_path / "initg.pickle").write_bytes(pickle.dumps({10: [np.full((4, 5), 0.5, "f4")]}))
     assert run(convert_layout_bank, tmp_path / "initg.pickle", "--output", tmp_path / "bank") == 0

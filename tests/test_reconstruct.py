@@ -169,7 +169,7 @@ def test_folder_with_an_unreadable_file(run, tmp_path, capsys):
     (tmp_path / "photos/notes.txt").write_text("not an image")
     assert run("photos", "--tokens", 8) == 2
     printed = capsys.readouterr()
-    assert "error: photos/cut.png: expected a readable image file" in printed.err
+    assert "error: photos/cut.png: image must be a readable file" in printed.err
     assert "1 of 5 images not reconstructed: photos/cut.png" in printed.err
     assert "4 images: mean PSNR" in printed.out
     folders = {file.parent.relative_to(tmp_path / "out").as_posix() for file in tmp_path.rglob("out/**/scores.json")}

@@ -83,6 +83,8 @@ def test_presets_have_their_sizes(preset, millions):
         assert SiTTransformer1DModel.preset(preset, num_layers=1).config.num_layers == 1
     with pytest.raises(ValueError, match=r"'S', 'B', 'L', 'XL'.*'M'"):
         SiTTransformer1DModel.preset("M")
+    with pytest.raises(TypeError, match="num_layer"):
+        SiTTransformer1DModel.preset("S", num_layer=1)
 
 
 def test_timestep_is_a_thousand_sigma_and_the_output_minus_the_velocity():

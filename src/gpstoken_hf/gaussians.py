@@ -19,7 +19,7 @@ import torch
 GAUSSIAN_FIELDS = ("sigma_x", "sigma_y", "rho", "mu_x", "mu_y")
 NUM_GAUSSIAN_PARAMS = len(GAUSSIAN_FIELDS)
 
-# Apple's GPUs. What needs float64 is computed on the CPU for them.
+# Apple's GPUs. `to_float64` moves to the CPU instead.
 DEVICES_WITHOUT_FLOAT64 = frozenset({"mps"})
 
 

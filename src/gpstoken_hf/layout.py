@@ -23,7 +23,7 @@ from .gaussians import NUM_GAUSSIAN_PARAMS, boxes_to_gaussians, check_gaussians,
 if TYPE_CHECKING:
     import PIL.Image
 
-# What padded rows hold, everywhere in this package: a legal Gaussian and one pixel that every image has.
+# Padded rows hold these values everywhere in this package: a legal Gaussian, and one pixel that every image has.
 PADDING_GAUSSIAN = (0.5, 0.5, 0.0, 0.0, 0.0)
 PADDING_BOX = (0, 0, 0, 0)
 
@@ -44,7 +44,7 @@ class GaussianLayout:
         attention_mask (`torch.Tensor` of shape `(B, L)`, *optional*): 1 for a token, 0 for padding. All tokens are
             real by default.
 
-    Padded rows hold `PADDING_GAUSSIAN` and `PADDING_BOX`, whatever they held before. `is_padded` is False where no
+    Padded rows are overwritten with `PADDING_GAUSSIAN` and `PADDING_BOX`. `is_padded` is False where no
     mask was given, so that nobody has to read the mask to know that there is no padding.
 
     `layout[i]` is the layout of image i as a batch of one without padding; slices, index lists and boolean masks

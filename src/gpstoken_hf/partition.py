@@ -237,7 +237,7 @@ def check_sigma_scale(sigma_scale: float) -> None:
 
 
 def check_region_count(count: int, image_size: tuple[int, int], min_region_size: int, name: str) -> None:
-    """Raise a ValueError if an image cannot be split into `count` regions; `name` is what asks for them."""
+    """Raise a ValueError if an image cannot be split into `count` regions. The message calls this number `name`."""
     height, width = image_size
     largest = max_regions(height, width, min_region_size)
     if count > largest:

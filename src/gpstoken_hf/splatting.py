@@ -85,7 +85,7 @@ def splat_gaussians(
         NotImplementedError: If an input carries a forward-mode tangent.
 
     Examples:
-
+        ```python
         >>> import torch
         >>> from gpstoken_hf import splat_gaussians
         >>> gaussians = torch.tensor([[[0.5, 0.5, 0.0, 0.0, 0.0]]], requires_grad=True)  # one token in the middle
@@ -100,6 +100,8 @@ def splat_gaussians(
         >>> maps.square().mean().backward()
         >>> gaussians.grad.shape
         torch.Size([1, 1, 5])
+
+        ```
     """
     height, width = _check_inputs(gaussians, features, size, support, attention_mask)
     out_dtype = torch.promote_types(gaussians.dtype, features.dtype)
@@ -146,7 +148,7 @@ def splat_reference(
         ValueError: If the shape, dtype or device of an input is wrong, or if `size` or `support` is not positive.
 
     Examples:
-
+        ```python
         >>> import torch
         >>> from gpstoken_hf.splatting import splat_gaussians, splat_reference
         >>> gaussians = torch.tensor([[[0.5, 0.2, 0.3, 0.0, 0.0], [0.3, 0.3, 0.0, 0.5, -0.5]]])
@@ -154,6 +156,8 @@ def splat_reference(
         >>> maps = splat_reference(gaussians, features, (8, 8))
         >>> torch.allclose(maps, splat_gaussians(gaussians, features, (8, 8)), atol=1e-6)
         True
+
+        ```
     """
     height, width = _check_inputs(gaussians, features, size, support, attention_mask)
     out_dtype = torch.promote_types(gaussians.dtype, features.dtype)

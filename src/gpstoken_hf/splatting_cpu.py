@@ -262,7 +262,7 @@ def _axes(like: torch.Tensor, height: int, width: int) -> tuple[np.ndarray, np.n
 def _boxes(
     gaussians: np.ndarray, attention_mask: torch.Tensor | None, axes: tuple[np.ndarray, np.ndarray], support: float
 ) -> tuple[np.ndarray, int]:
-    """What `_find_boxes` fills and returns."""
+    """The boxes of the tokens and the number of their pixels, from `_find_boxes`."""
     B, L, _ = gaussians.shape
     mask = np.ones((B, L), np.bool_) if attention_mask is None else attention_mask.contiguous().numpy()
     boxes = np.empty((B, L, 4), np.int32)
