@@ -182,5 +182,5 @@ def test_bad_layouts(layouts, message):
 
 
 def test_bad_sizes():
-    with pytest.raises(ValueError, match="num_layouts >= 1 and total_tokens >= num_layouts"):
+    with pytest.raises(ValueError, match=r"total_tokens must be an integer from 3 to .*, got 2"):
         GaussianLayoutBank(num_layouts=3, total_tokens=2)
