@@ -69,8 +69,8 @@ ARROWS = {
     },
     "autoencoder_gpstoken": {"configuration_gpstoken", "gaussians", "loading", "modeling_gpstoken", "tiling"},
     "transformer_sit": {"gaussians", "loading"},
-    "scheduling_flow_match_sde": set(),
-    "layout_bank": {"gaussians", "layout"},
+    "scheduling_flow_match_sde": {"loading"},
+    "layout_bank": {"gaussians", "layout", "loading"},
     "hub": set(),
     "guidance": {"layout", "transformer_sit"},
     "pipeline_gpstoken": {

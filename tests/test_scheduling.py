@@ -240,7 +240,7 @@ def test_steps_are_counted():
         ({"last_step_size": 0.0}, r"last_step_size must be in \(0, 1\), got 0"),
         ({"start_time": 0.0}, "start_time .* got 0"),
         ({"start_time": 0.97}, "start_time .* got 0.97"),
-        ({"diffusion_norm": -1.0}, "at least 0, got -1"),
+        ({"diffusion_norm": -1.0}, "diffusion_norm must be a number from 0.0 to .*, got -1"),
         ({"prediction_type": "epsilon"}, "got 'epsilon'"),
         ({"use_flow_sigmas": False}, "got 'flow_prediction' and False"),
     ],

@@ -24,6 +24,8 @@ from transformers.image_processing_base import BatchFeature, ImageProcessingMixi
 from transformers.image_transforms import group_images_by_shape, reorder_images
 from transformers.image_utils import ChannelDimension, PILImageResampling, SizeDict
 
+from .loading import check_json_files, check_number, refusing
+
 # All that Pillow raises for a file that it cannot read.
 _PILLOW_READ_ERRORS = (OSError, SyntaxError, ValueError, EOFError, PIL.Image.DecompressionBombError)
 
@@ -144,6 +146,47 @@ class GPSTokenImageProcessor(TorchvisionBackend):
     do_normalize = True
     image_mean: ClassVar[list[float]] = [0.5, 0.5, 0.5]
     image_std: ClassVar[list[float]] = [0.5, 0.5, 0.5]
+
+    # -------------------------------------------------------------------------------------------------- loading
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, *args: Any, **kwargs: Any) -> Any:
+        """Load from a folder, a file or the Hub, as every image processor of transformers.
+
+        Raises:
+            ValueError: if the file is malformed, or a setting has a wrong type or leaves its range.
+            OSError: if there is no such file.
+        """
+        names = (kwargs.get("image_processor_filename", "preprocessor_config.json"), "processor_config.json")
+        check_json_files(pretrained_model_name_or_path, names, kwargs)
+        with refusing(f"the image processor of {pretrained_model_name_or_path}"):
+            loaded = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+            processor = loaded[0] if isinstance(loaded, tuple) else loaded
+            processor.check_settings()
+        return loaded
+
+    def check_settings(self) -> None:
+        """Check what a file may have set.
+
+        Raises:
+            ValueError: if a switch is no boolean, a side is not from 1 to 65536 pixels, or a factor is not finite.
+        """
+        for name in ("do_convert_rgb", "do_resize", "do_center_crop", "do_rescale", "do_normalize"):
+            if not isinstance(getattr(self, name), bool | None):
+                raise ValueError(f"{name} must be True or False, got {getattr(self, name)!r}")
+        for name in ("size", "crop_size"):
+            for side, value in vars(getattr(self, name)).items():
+                if value is not None:
+                    check_number(f"{side} of {name}", value, 1, 2**16)
+        if self.resample is not None:
+            PILImageResampling(self.resample)
+        check_number("rescale_factor", self.rescale_factor, 1e-6, 1e6)
+        for name, low in (("image_mean", -1e6), ("image_std", 1e-6)):
+            values = getattr(self, name)
+            values = values if isinstance(values, list | tuple) else [values]
+            check_number(f"the number of channels of {name}", len(values), 1, 4)
+            for value in values:
+                check_number(f"every entry of {name}", value, low, 1e6)
 
     # ----------------------------------------------------------------------------------------------- images in
 

@@ -15,10 +15,11 @@ from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save_file
 
 from .gaussians import NUM_GAUSSIAN_PARAMS, boxes_to_gaussians, check_gaussians, gaussians_to_boxes
+from .loading import read_header
 
 if TYPE_CHECKING:
     import PIL.Image
@@ -288,18 +289,15 @@ class GaussianLayout:
         Raises:
             ValueError: if the file is damaged, is not a layout, or holds an illegal one.
         """
-        try:
-            with safe_open(path, framework="pt") as file:
-                found = (file.metadata() or {}).get("format")
-                if found != FILE_FORMAT:
-                    raise ValueError(f"{path} must be a layout file of format {FILE_FORMAT!r}, got format {found!r}")
-                names = set(file.keys())
-                allowed = {field.name for field in fields(GaussianLayout)}
-                if not {"gaussians", "attention_mask"} <= names <= allowed:
-                    raise ValueError(f"{path} must hold the tensors {sorted(allowed)}, got {sorted(names)}")
-                tensors = {name: file.get_tensor(name) for name in names}
-        except SafetensorError as error:
-            raise ValueError(f"{path} must be a whole safetensors file, got a damaged one: {error}") from error
+        header = read_header(path)
+        with safe_open(path, framework="pt") as file:
+            found = (file.metadata() or {}).get("format")
+            if found != FILE_FORMAT:
+                raise ValueError(f"{path} must be a layout file of format {FILE_FORMAT!r}, got format {found!r}")
+            allowed = {field.name for field in fields(GaussianLayout)}
+            if not {"gaussians", "attention_mask"} <= set(header) <= allowed:
+                raise ValueError(f"{path} must hold the tensors {sorted(allowed)}, got {sorted(header)}")
+            tensors = {name: file.get_tensor(name) for name in header}
         if (tensors["attention_mask"] == 1).all():
             del tensors["attention_mask"]
         layout = GaussianLayout(**tensors)

@@ -18,6 +18,10 @@ from diffusers.utils.accelerate_utils import apply_forward_hook
 
 from .gaussians import NUM_GAUSSIAN_PARAMS, check_gaussians
 from .layout import GaussianLayout
+from .loading import StrictDiffusersMixin, check_number
+
+# ImageNet-21k has 14 million images; 300 tokens of each fill 80 GB.
+MAX_LAYOUTS, MAX_BANK_TOKENS = 2**28, 2**32
 
 
 @dataclass(eq=False)
@@ -32,7 +36,7 @@ class BankLayout(GaussianLayout):
     indices: torch.Tensor = None
 
 
-class GaussianLayoutBank(ModelMixin, ConfigMixin):
+class GaussianLayoutBank(StrictDiffusersMixin, ModelMixin, ConfigMixin):
     """Layouts of images, each with the class of its image.
 
     Build one with `from_layouts`, from the authors' pickle with `conversion.convert_layout_bank`, or from a labelled
@@ -75,11 +79,8 @@ class GaussianLayoutBank(ModelMixin, ConfigMixin):
     @register_to_config
     def __init__(self, num_layouts: int, total_tokens: int):
         super().__init__()
-        if num_layouts < 1 or total_tokens < num_layouts:
-            raise ValueError(
-                "num_layouts and total_tokens must be integers with 1 <= num_layouts <= total_tokens, "
-                f"got {num_layouts} and {total_tokens}"
-            )
+        check_number("num_layouts", num_layouts, 1, MAX_LAYOUTS)
+        check_number("total_tokens", total_tokens, num_layouts, MAX_BANK_TOKENS)
         self.register_buffer("gaussians", torch.zeros(total_tokens, NUM_GAUSSIAN_PARAMS, dtype=torch.float32))
         self.register_buffer("offsets", torch.zeros(num_layouts + 1, dtype=torch.int64))
         self.register_buffer("class_labels", torch.zeros(num_layouts, dtype=torch.int64))
@@ -118,6 +119,28 @@ class GaussianLayoutBank(ModelMixin, ConfigMixin):
         bank.offsets = lengths.cumsum(0)
         bank.class_labels = torch.tensor(labels)
         return bank
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """Load the buffers as `torch.nn.Module` does, but only those of a legal bank.
+
+        Raises:
+            ValueError: if `check_weights` would refuse them. The bank then keeps what it has.
+            RuntimeError: if a name or a shape does not fit.
+        """
+        buffers = dict(self.named_buffers())
+        given = {name: state_dict.get(name, buffer) for name, buffer in buffers.items()}
+        if all(given[name].shape == buffer.shape for name, buffer in buffers.items()):
+            # What is copied takes the dtype of the buffer, what is assigned keeps its own.
+            _check_bank(**{name: given[name] if assign else given[name].to(buffers[name].dtype) for name in given})
+        return super().load_state_dict(state_dict, strict=strict, assign=assign)
+
+    def check_weights(self) -> None:
+        """Check the layouts. `from_pretrained` and `load_state_dict` call it.
+
+        Raises:
+            ValueError: if a Gaussian is not legal, the offsets do not rise from 0 to T, or a class label is below 0.
+        """
+        _check_bank(self.gaussians, self.offsets, self.class_labels)
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> "GaussianLayoutBank":
         exact = self.gaussians
@@ -249,6 +272,20 @@ class GaussianLayoutBank(ModelMixin, ConfigMixin):
             if not allowed.any():
                 raise ValueError(f"exclude must leave at least one layout of class {label}, got all of them")
         return allowed.nonzero().flatten().tolist()
+
+
+def _check_bank(gaussians: torch.Tensor, offsets: torch.Tensor, class_labels: torch.Tensor) -> None:
+    dtypes = (gaussians.dtype, offsets.dtype, class_labels.dtype)
+    if dtypes != (torch.float32, torch.int64, torch.int64):
+        raise ValueError(f"gaussians must be float32, offsets and class_labels int64, got {dtypes}")
+    check_gaussians(gaussians, "the Gaussians of a bank")
+    if offsets[0] != 0 or offsets[-1] != len(gaussians) or not (offsets[1:] > offsets[:-1]).all():
+        raise ValueError(
+            f"offsets must rise from 0 to the {len(gaussians)} tokens of the bank, "
+            f"got values from {offsets.min()} to {offsets.max()}"
+        )
+    if class_labels.min() < 0:
+        raise ValueError(f"class_labels must be at least 0, got {class_labels.min()}")
 
 
 def _counts(values: torch.Tensor) -> dict[int, int]:

@@ -16,12 +16,14 @@ import copy
 import inspect
 import json
 import os
+import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, get_type_hints
 
+import diffusers
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
@@ -36,12 +38,15 @@ MAX_JSON_DEPTH = 32
 MAX_HEADER_BYTES = 16 * 2**20
 # No quantization packs more than 8 numbers into a byte.
 MAX_PARAMETERS_PER_BYTE = 8
+# Schedulers make tables of this length.
+MAX_TRAIN_TIMESTEPS = 10**6
 # What a caller who takes a checkpoint that does not fit may have initialised instead.
 MAX_FRESH_PARAMETERS = 2**30
 
 FLOATING_DTYPES = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")
 HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "token")
-CONFIG_FILE, ADAPTER_CONFIG, ADAPTER_WEIGHTS = "config.json", "adapter_config.json", "adapter_model.safetensors"
+CONFIG_FILE, SCHEDULER_CONFIG = "config.json", "scheduler_config.json"
+ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 DISTRIBUTED_FILES = "shard-*.safetensors"
 # What both libraries write into configs without declaring it.
 UNDECLARED_FIELDS = {"auto_map", "quantization_config"}
@@ -82,11 +87,18 @@ def read_json(path: str | os.PathLike[str]) -> dict[str, Any]:
 
 
 def _object_without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    value = dict(pairs)
-    if len(value) < len(pairs):
-        names = [name for name, _ in pairs]
-        raise ValueError(f"the key {next(name for name in names if names.count(name) > 1)!r} twice")
+    value: dict[str, Any] = {}
+    for name, entry in pairs:
+        if name in value:
+            raise ValueError(f"the key {_shown(name)} twice")
+        value[name] = entry
     return value
+
+
+def _shown(value: Any) -> str:
+    """A value of a file in a message, cut where it is long."""
+    shown = repr(value)
+    return shown if len(shown) <= 100 else f"{shown[:100]}..."
 
 
 def check_fields(path: str | os.PathLike[str], config: Mapping[str, Any], class_name: str, known: set[str]) -> None:
@@ -101,17 +113,22 @@ def check_fields(path: str | os.PathLike[str], config: Mapping[str, Any], class_
     if unknown:
         saved_by = config.get("_class_name", config.get("model_type"))
         raise ValueError(
-            f"{path} must hold fields of {class_name} only, got {', '.join(map(repr, unknown[:5]))}"
+            f"{path} must hold fields of {class_name} only, got {', '.join(map(_shown, unknown[:5]))}"
             + (f" and {len(unknown) - 5} more" if len(unknown) > 5 else "")
-            + (f" in a config of {saved_by!r}" if isinstance(saved_by, str) else "")
+            + (f" in a config of {_shown(saved_by)}" if isinstance(saved_by, str) else "")
         )
     quantization = config.get("quantization_config")
     if quantization is not None and not (
         isinstance(quantization, dict) and isinstance(quantization.get("quant_method"), str)
     ):
-        raise ValueError(f"{path}: quantization_config must be an object with a quant_method, got {quantization!r}")
-    if not isinstance(config.get("_class_name", ""), str | list):
-        raise ValueError(f"{path}: _class_name must be a name, got {config['_class_name']!r}")
+        raise ValueError(
+            f"{path}: quantization_config must be an object with a quant_method, got {_shown(quantization)}"
+        )
+    for name in ("_class_name", "_diffusers_version", "transformers_version", "architectures"):
+        value = config.get(name)
+        parts = value if isinstance(value, list) else [value]
+        if value is not None and not all(isinstance(part, str) for part in parts):
+            raise ValueError(f"{path}: {name} must be a name or a list of names, got {_shown(value)}")
 
 
 def transformers_fields(config_class: type[PreTrainedConfig]) -> set[str]:
@@ -141,8 +158,9 @@ def check_number(name: str, value: Any, low: float, high: float) -> None:
     # NaN is in no range.
     if not is_number or not low <= value <= high:
         kind = "an integer" if is_whole else "a number"
-        shown = repr(value) if not isinstance(value, int) or abs(value) < 10**20 else "a longer one"
-        raise ValueError(f"{name} must be {kind} from {low} to {high}, got {shown[:100]}")
+        # Python refuses to print an integer of more than 4300 digits.
+        shown = "a longer one" if isinstance(value, int) and abs(value) >= 10**20 else _shown(value)
+        raise ValueError(f"{name} must be {kind} from {low} to {high}, got {shown}")
 
 
 def check_statistics(
@@ -161,7 +179,7 @@ def check_statistics(
         raise ValueError(f"{names[0]} and {names[1]} must be given together, got only one of them")
     for name, values, low in ((names[0], mean, -MAX_STATISTIC), (names[1], std, MIN_STD)):
         if not isinstance(values, list | tuple) or len(values) != channels:
-            found = len(values) if isinstance(values, list | tuple) else repr(values)[:100]
+            found = len(values) if isinstance(values, list | tuple) else _shown(values)
             raise ValueError(f"{name} must hold {channels} numbers, one per channel, got {found}")
         for value in values:
             check_number(f"every entry of {name}", value, low, MAX_STATISTIC)
@@ -201,13 +219,13 @@ def read_index(path: str | os.PathLike[str]) -> dict[str, set[str]]:
     index = read_json(path)
     names, metadata = index.get("weight_map"), index.get("metadata")
     if not isinstance(names, dict) or not names or not isinstance(metadata, dict):
-        raise ValueError(f"{path} must hold the objects weight_map and metadata, got {sorted(index)}")
+        raise ValueError(f"{path} must hold the objects weight_map and metadata, got {_shown(sorted(index))}")
     if not all(isinstance(value, int | float) for value in metadata.values()):
-        raise ValueError(f"{path}: metadata must hold numbers, got {metadata}")
+        raise ValueError(f"{path}: metadata must hold numbers, got {_shown(metadata)}")
     shards: dict[str, set[str]] = {}
     for name, file in names.items():
         if not isinstance(file, str) or Path(file).name != file or not file.endswith(".safetensors"):
-            raise ValueError(f"{path} must name safetensors files beside it, got {file!r}")
+            raise ValueError(f"{path} must name safetensors files beside it, got {_shown(file)}")
         shards.setdefault(file, set()).add(name)
     return shards
 
@@ -250,10 +268,10 @@ def _hub_arguments(arguments: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def check_json_files(source: Any, names: Iterable[str], arguments: Mapping[str, Any]) -> None:
-    """Read the JSON files of these names that `source` has, and raise the ValueError of a malformed one."""
+    """Read a JSON file, or those of the names that a folder or repository has: ValueError if one is malformed."""
     check_source(source)
-    for name in names:
-        path = find_file(source, name, arguments)
+    is_file = os.path.isfile(source)
+    for path in [source] if is_file else [find_file(source, name, arguments) for name in names]:
         if path is not None:
             read_json(path)
 
@@ -328,6 +346,70 @@ class CheckedConfigMixin:
     def _dict_from_json_file(cls, json_file: str | os.PathLike[str], *args: Any, **kwargs: Any) -> dict[str, Any]:
         cls.check_config_file(json_file)
         return super()._dict_from_json_file(json_file, *args, **kwargs)  # type: ignore[misc]
+
+
+class CheckedPipelineMixin(CheckedConfigMixin):
+    """[`CheckedConfigMixin`] for a pipeline whose class annotates its components with their classes."""
+
+    @classmethod
+    def check_config_file(cls, path: str | os.PathLike[str]) -> dict[str, Any]:
+        """Read a `model_index.json`.
+
+        Raises:
+            ValueError: if it is malformed or has unknown fields, or if a component is not `[module, class]`.
+        """
+        config = super().check_config_file(path)
+        if config.get("_class_name") is None:
+            raise ValueError(f"{path} must name the class of the pipeline as _class_name, got none")
+        for name in cls._component_types():
+            value = config.get(name, [None, None])
+            is_pair = isinstance(value, list) and len(value) == 2
+            if not is_pair or not (value == [None, None] or all(isinstance(part, str) for part in value)):
+                raise ValueError(f"{path}: {name} must be [module, class] or [null, null], got {_shown(value)}")
+        names = config.get("id2label")
+        is_names = isinstance(names, dict) and all(key.isdecimal() for key in names)
+        if names is not None and not (is_names and all(isinstance(value, str) for value in names.values())):
+            raise ValueError(f"{path}: id2label must map class ids to names, got {_shown(names)}")
+        return config
+
+    @classmethod
+    def load_config(cls, pretrained_model_name_or_path: str | os.PathLike[str], *args: Any, **kwargs: Any) -> Any:
+        """Read the `model_index.json` of a pipeline as diffusers does, and check the components that it names.
+
+        Raises:
+            ValueError: if a component is of a class that does not belong there, or the config of a scheduler is bad.
+        """
+        loaded = super().load_config(pretrained_model_name_or_path, *args, **kwargs)  # type: ignore[misc]
+        folder = Path(pretrained_model_name_or_path)
+        if folder.is_dir():
+            index = folder / cls.config_name  # type: ignore[attr-defined]
+            config = cls.check_config_file(index)
+            for name, expected in cls._component_types().items():
+                module, class_name = config.get(name, [None, None])
+                # diffusers asks for trust before it runs code of a repository.
+                if module is not None and not (folder / name / f"{module}.py").is_file():
+                    _check_saved_component(index, name, expected, module, class_name)
+        return loaded
+
+    @classmethod
+    def _component_types(cls) -> dict[str, Any]:
+        """Component -> the class that it must be of."""
+        hints = get_type_hints(cls)
+        return {name: hints[name] for name in cls._get_signature_keys(cls)[0]}  # type: ignore[attr-defined]
+
+
+def _check_saved_component(index: Path, name: str, expected: Any, module: str, class_name: str) -> None:
+    # A module is looked up and never imported: importing runs it.
+    library = getattr(diffusers.pipelines, module, None) or sys.modules.get(module)
+    component: Any = getattr(library, class_name, None)
+    if not isinstance(component, type) or not issubclass(component, expected):
+        raise ValueError(f"{index}: {name} must be of {expected}, got {_shown(class_name)} of {_shown(module)}")
+    file = index.parent / name / SCHEDULER_CONFIG
+    if issubclass(component, diffusers.SchedulerMixin) and file.is_file():
+        config = read_json(file)
+        check_number(f"num_train_timesteps in {file}", config.get("num_train_timesteps", 1), 1, MAX_TRAIN_TIMESTEPS)
+        with refusing(file):
+            component.from_config(config)  # type: ignore[attr-defined]
 
 
 class StrictLoadingMixin:

@@ -29,6 +29,7 @@ from .hub import HubDownloadMixin
 from .image_processing_gpstoken import GPSTokenImageProcessor
 from .layout import GaussianLayout
 from .layout_bank import GaussianLayoutBank
+from .loading import CheckedPipelineMixin, check_source, only_safetensors
 from .modeling_gpstoken import GPSTokenModel
 from .partition import partition_images
 from .transformer_sit import SiTTransformer1DModel, latents_to_tokens, timestep_to_time
@@ -64,7 +65,7 @@ class GPSTokenPipelineOutput(BaseOutput):
     tokens: torch.Tensor | None = None
 
 
-class GPSTokenPipeline(HubDownloadMixin, DiffusionPipeline):
+class GPSTokenPipeline(CheckedPipelineMixin, HubDownloadMixin, DiffusionPipeline):
     r"""Class-conditional image generation in two stages: a layout of Gaussians, then their texture.
 
     The layout comes from the layout transformer, whose output is calibrated (Alg. 2), from a bank of stored layouts,
@@ -154,7 +155,15 @@ class GPSTokenPipeline(HubDownloadMixin, DiffusionPipeline):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any) -> GPSTokenPipeline:
-        """Load from a folder or the Hub, as every diffusers pipeline; all in float32 unless a dtype is given."""
+        """Load from a folder or the Hub, as every diffusers pipeline; all in float32 unless a dtype is given.
+
+        Raises:
+            ValueError: if a file is malformed or damaged, components do not fit their weights or each other, or
+                `use_safetensors=False` is asked for.
+            OSError: if there is no such pipeline.
+        """
+        check_source(pretrained_model_name_or_path)
+        only_safetensors(kwargs)
         # Without a dtype transformers takes the one that the config names and diffusers takes float32.
         if kwargs.get("dtype") is None and kwargs.get("torch_dtype") is None:
             kwargs["dtype"] = torch.float32

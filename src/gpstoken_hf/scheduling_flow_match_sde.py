@@ -13,15 +13,21 @@ has the same marginals as the flow. In diffusers `sigma = 1 - t`, `timestep = 10
 
 from __future__ import annotations
 
+import inspect
 import math
-from collections.abc import Sequence
+import os
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
+import diffusers
 import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from diffusers.utils import BaseOutput
 from diffusers.utils.torch_utils import randn_tensor
+
+from .loading import MAX_TRAIN_TIMESTEPS, CheckedConfigMixin, check_number, check_source, refusing
 
 DIFFUSION_FORMS = ("sbdm", "constant", "sigma", "linear", "decreasing", "increasing-decreasing")
 LAST_STEPS = ("mean", "tweedie", "euler", None)
@@ -70,7 +76,7 @@ class FlowMatchSDESchedulerOutput(BaseOutput):
     prev_sample: torch.Tensor
 
 
-class FlowMatchSDEScheduler(SchedulerMixin, ConfigMixin):
+class FlowMatchSDEScheduler(CheckedConfigMixin, SchedulerMixin, ConfigMixin):
     """SiT's stochastic sampler: Euler-Maruyama steps and a different last step (paper Sec. 3.3).
 
     `set_timesteps(N)` makes N steps, each with one call of the model. N - 1 Euler-Maruyama steps are uniform from
@@ -131,6 +137,10 @@ class FlowMatchSDEScheduler(SchedulerMixin, ConfigMixin):
         prediction_type: str = "flow_prediction",
         use_flow_sigmas: bool = True,
     ):
+        check_number("num_train_timesteps", num_train_timesteps, 1, MAX_TRAIN_TIMESTEPS)
+        check_number("diffusion_norm", diffusion_norm, 0.0, 1e6)
+        check_number("last_step_size", last_step_size, 0.0, 1.0)
+        check_number("start_time", start_time, 0.0, 1.0)
         if diffusion_form not in DIFFUSION_FORMS:
             raise ValueError(f"diffusion_form must be one of {list(DIFFUSION_FORMS)}, got {diffusion_form!r}")
         if last_step not in LAST_STEPS:
@@ -139,9 +149,7 @@ class FlowMatchSDEScheduler(SchedulerMixin, ConfigMixin):
             raise ValueError(f"last_step_size must be in (0, 1), got {last_step_size}")
         if not 0 < start_time < 1 - last_step_size:
             raise ValueError(f"start_time must be in (0, 1 - last_step_size), got {start_time}")
-        if diffusion_norm < 0:
-            raise ValueError(f"diffusion_norm must be at least 0, got {diffusion_norm}")
-        if prediction_type != "flow_prediction" or not use_flow_sigmas:
+        if prediction_type != "flow_prediction" or use_flow_sigmas is not True:
             raise ValueError(
                 "prediction_type and use_flow_sigmas must be 'flow_prediction' and True, "
                 f"got {prediction_type!r} and {use_flow_sigmas}"
@@ -157,6 +165,30 @@ class FlowMatchSDEScheduler(SchedulerMixin, ConfigMixin):
         self._set_times(
             torch.linspace(0.0, 1.0, num_train_timesteps + 1, dtype=torch.float64)[:-1].tolist(), 1.0, None
         )
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, *args: Any, **kwargs: Any) -> Any:
+        """Load from a folder or the Hub, as every scheduler of diffusers."""
+        check_source(pretrained_model_name_or_path)
+        return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+
+    @classmethod
+    def known_fields(cls, config: Mapping[str, Any]) -> set[str]:
+        """Its own fields, and those of diffusers' schedulers, which it keeps for them."""
+        known = super().known_fields(config)
+        if set(config) <= known:
+            return known
+        others = [getattr(diffusers, name) for name in dir(diffusers) if name.endswith("Scheduler")]
+        return known.union(*(inspect.signature(other).parameters for other in others))
+
+    @classmethod
+    def check_config_file(cls, path: str | os.PathLike[str]) -> dict[str, Any]:
+        """Read a saved config, and check its values."""
+        config = super().check_config_file(path)
+        own = inspect.signature(cls).parameters
+        with refusing(path):
+            cls(**{name: value for name, value in config.items() if name in own})
+        return config
 
     def __len__(self) -> int:
         return self.config.num_train_timesteps
