@@ -271,7 +271,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--num_attention_heads", type=positive_int, help="required unless the model is a SiT-S, B, L or XL"
     )
-    parser.add_argument("--weights", choices=tuple(PREFIXES), help="weights of the file to convert (default: ema)")
+    parser.add_argument(
+        "--weights",
+        choices=tuple(PREFIXES),
+        help="weights of the file to convert (default: the first of these that it holds)",
+    )
     parser.add_argument(
         "--latents_mean", type=float, nargs="+", metavar="M", help="mean of each channel of the target"
     )
