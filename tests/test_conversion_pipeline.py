@@ -108,7 +108,7 @@ def test_samples_from_the_bank(assembled):
     assert torch.isfinite(out.images).all()
     for row, label in enumerate((4, 9)):
         assert torch.equal(out.layout[row], pipeline.layout_bank.layouts_by_class()[label][0])
-    # The channel statistics are kept.
+    # The channel statistics came along.
     assert pipeline.transformer.config["latents_mean"] == convert_sit.M128_TEXTURE_MEAN
 
 
