@@ -39,7 +39,7 @@ TORCH_SUFFIXES = (".pt", ".bin", ".pth", ".ckpt")
 # The released files hold up to 565 tensors. A model takes time and memory for each that a header lists.
 MAX_TENSORS = 10_000
 MAX_HEADER_BYTES = 16 * 2**20
-# What a state dict's pickle needs. STACK_GLOBAL would hide the names from the check.
+# A state dict's pickle needs no others. STACK_GLOBAL would hide its names from the check.
 TORCH_INSTRUCTIONS = (ALLOWED_INSTRUCTIONS | {"BINPERSID", "LONG1"}) - {"STACK_GLOBAL"}
 TORCH_NAMES = {
     "collections OrderedDict",
@@ -50,10 +50,15 @@ TORCH_NAMES = {
 
 
 class Checkpoint(Protocol):
-    """Named tensors in a file: their shapes and types at once, their values one at a time."""
+    """An open checkpoint file. Shapes and number types are known at once, values are read tensor by tensor.
+
+    Attributes:
+        path (`Path`): the file.
+        member (`str`, *optional*): the name under which the file holds its state dict; `None` if it is the whole file.
+    """
 
     path: Path
-    member: str | None  # the part of the file that holds the tensors, None for the file itself
+    member: str | None
 
     def keys(self) -> list[str]: ...
 
@@ -65,7 +70,7 @@ class Checkpoint(Protocol):
 
 
 class SafetensorsCheckpoint:
-    """A safetensors file, mapped and read tensor by tensor."""
+    """An open safetensors file. Its tensors are mapped, not copied."""
 
     def __init__(self, path: Path, file: safe_open):
         self.path = path
@@ -83,7 +88,7 @@ class SafetensorsCheckpoint:
     def dtype(self, key: str) -> torch.dtype:
         name = self._slices[key].get_dtype()
         if name not in DTYPES:
-            raise ValueError(f"{self.path}: {key} has the number type {name}, expected one of {sorted(DTYPES)}")
+            raise ValueError(f"the number type of {key} in {self.path} must be one of {sorted(DTYPES)}, got {name}")
         return DTYPES[name]
 
     def tensor(self, key: str) -> torch.Tensor:
@@ -91,7 +96,7 @@ class SafetensorsCheckpoint:
 
 
 class MappingCheckpoint:
-    """A state dict in memory, or mapped by `torch.load`."""
+    """A state dict that `torch.load` has mapped."""
 
     def __init__(self, path: Path, tensors: Mapping[str, torch.Tensor], member: str | None = None):
         _check_number(path, list(tensors))
@@ -114,15 +119,20 @@ class MappingCheckpoint:
 
 @contextmanager
 def open_checkpoint(path: str | os.PathLike[str], members: Iterable[str] = ()) -> Iterator[Checkpoint]:
-    """The tensors of a `.safetensors` file, or of a `.pt`/`.bin` file read with `weights_only` (no code runs).
+    """Open a safetensors file or a torch checkpoint. No code from the file is run.
 
     Args:
-        path: the file.
-        members: names under which a `.pt` file may hold its state dict, in order of preference; without one of them
-            the file itself must be a state dict.
+        path (`str` or `os.PathLike`): a `.safetensors` file, or a `.pt`, `.bin`, `.pth` or `.ckpt` file that
+            `torch.save` wrote as a zip archive.
+        members (iterable of `str`, *optional*, defaults to none): names under which a torch checkpoint may hold its
+            state dict, in order of preference. If it has none of them, it must be a state dict itself.
+
+    Returns:
+        A context manager that returns the `Checkpoint`.
 
     Raises:
-        ValueError: the file is missing, truncated, of another format, or asks for more than tensors.
+        ValueError: if the file is missing, damaged or of another format, if it holds anything but tensors, or if it
+            claims more or larger tensors than it can hold.
     """
     path = Path(path)
     if not path.is_file():
@@ -151,8 +161,6 @@ def _load_torch(path: Path, members: Iterable[str]) -> tuple[dict[str, torch.Ten
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except PickleRefusedError as error:
         raise ValueError(f"{path} must hold tensors only and was refused, nothing in it was run: {error}") from None
-    except OSError:
-        raise
     except Exception as error:  # zipfile, pickletools and torch raise many types at damaged files
         raise ValueError(f"{path} must be a whole torch checkpoint, got {type(error).__name__}: {error}") from None
     nested = content if isinstance(content, dict) else {}
@@ -237,12 +245,12 @@ def save_tensors(path: str | os.PathLike[str], plan: Iterable[PlannedTensor]) ->
 
 
 def as_bytes(tensor: torch.Tensor) -> torch.Tensor:
-    """The bytes of a tensor's values, `(bytes,)` uint8, whatever its number type."""
+    """View a tensor of any number type as its bytes, `(bytes,)` uint8."""
     return tensor.contiguous().flatten().view(torch.uint8)
 
 
 def floating_dtype(checkpoint: Checkpoint, keys: Iterable[str]) -> torch.dtype:
-    """The number type that most of these tensors have: what the config of the converted model names."""
+    """Return the most frequent number type of these tensors, for the `dtype` of the converted model's config."""
     counts: dict[torch.dtype, int] = {}
     for key in keys:
         counts[checkpoint.dtype(key)] = counts.get(checkpoint.dtype(key), 0) + 1

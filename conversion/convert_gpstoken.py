@@ -1,10 +1,10 @@
 # Copyright 2026 The gpstoken-hf authors. Licensed under the Apache License, Version 2.0.
-"""A released GPSToken tokenizer checkpoint -> a GPSTokenModel folder for `from_pretrained`, and back.
+"""Convert a released GPSToken tokenizer to a GPSTokenModel folder for `from_pretrained`, and back.
 
     python -m conversion.convert_gpstoken --checkpoint gpstoken_m128.safetensors --preset m128 --output gpstoken-m128
     python -m conversion.convert_gpstoken --checkpoint gpstoken-m128 --output m128.safetensors --reverse
 
-Sizes are read from the tensors. What they cannot tell is asked for, or taken from the preset.
+Sizes are read from the tensors. Settings that the tensors do not show come from the preset or from options.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from transformers.utils import logging
 
 from conversion.checkpoints import Checkpoint, PlannedTensor, floating_dtype, open_checkpoint, save_tensors
 from conversion.folders import build_empty, load_empty_gpstoken, model_shapes
-from conversion.key_tables import block_count, gpstoken_rules, match_keys, plan_conversion, plan_reverse
+from conversion.key_tables import KeyRule, block_count, gpstoken_rules, match_keys, plan_conversion, plan_reverse
 from conversion.model_cards import gpstoken_card
 from conversion.verification import check_errors, compare_tensors, load_arrays, verify_gpstoken
 from gpstoken_hf.configuration_gpstoken import GPSTokenConfig
@@ -36,19 +36,25 @@ WEIGHTS_NAME = "model.safetensors"
 
 
 def read_sizes(checkpoint: Checkpoint) -> dict[str, object]:
-    """The config fields that a released checkpoint's tensors tell: widths, depths, multipliers.
+    """Read widths, depths and multipliers from the shapes of a released checkpoint.
+
+    Args:
+        checkpoint (`Checkpoint`): the released file.
+
+    Returns:
+        `dict[str, object]`: fields of `GPSTokenConfig`.
 
     Raises:
-        ValueError: it is no GPSToken tokenizer, or its tensors contradict each other.
+        ValueError: if it is not a GPSToken tokenizer, or its tensors contradict each other.
     """
     keys = checkpoint.keys()
     for landmark in ("gps_embed.weight", "to_gps.1.weight", "preprocess_img.0.weight", "decoder.conv_in.weight"):
         if landmark not in keys:
-            raise ValueError(f"{checkpoint.path} is not {WHAT}: it has no {landmark}")
+            raise ValueError(f"{checkpoint.path} must be {WHAT}, got a file without {landmark}")
 
     def shape(key: str, num_axes: int) -> tuple[int, ...]:
         if key not in keys:
-            raise ValueError(f"not the keys of {WHAT}: 1 missing key ({key})")
+            raise ValueError(f"{checkpoint.path} must hold the keys of {WHAT}, got 1 missing key ({key})")
         found = checkpoint.shape(key)
         if len(found) != num_axes or 0 in found:
             raise ValueError(f"{key} must have {num_axes} axes of at least 1, got shape {found}")
@@ -59,11 +65,11 @@ def read_sizes(checkpoint: Checkpoint) -> dict[str, object]:
     num_levels = block_count(keys, "decoder.up.")
     channels = [shape(f"decoder.up.{level}.block.0.conv1.weight", 4)[0] for level in range(num_levels)]
     if num_levels == 0 or any(width % channels[0] for width in channels):
-        raise ValueError(f"decoder levels must have multiples of the first one's channels, got {channels}")
+        raise ValueError(f"the channels of decoder levels must be multiples of the first level's, got {channels}")
     num_blocks = {block_count(keys, f"decoder.up.{level}.block.") for level in range(num_levels)}
     if len(num_blocks) != 1 or min(num_blocks) < 2:
         raise ValueError(
-            f"decoder levels must have equally many residual blocks, at least 2, got {sorted(num_blocks)}"
+            f"all decoder levels must have the same number of residual blocks, at least 2, got {sorted(num_blocks)}"
         )
     return {
         "texture_channels": shape("to_gps.1.weight", 2)[0],
@@ -78,30 +84,31 @@ def read_sizes(checkpoint: Checkpoint) -> dict[str, object]:
     }
 
 
-def rules_for(config: GPSTokenConfig) -> list:
-    """The key table of a tokenizer of this configuration."""
+def rules_for(config: GPSTokenConfig) -> list[KeyRule]:
+    """Return the key table of a tokenizer of this configuration."""
     channels = [config.decoder_base_channels * multiplier for multiplier in config.decoder_channel_multipliers]
     return gpstoken_rules(config.num_hidden_layers, channels, config.decoder_layers_per_block)
 
 
 def build_config(checkpoint: Checkpoint, arguments: argparse.Namespace) -> GPSTokenConfig:
-    """Sizes from the tensors, the rest from the preset and the options; options win over the preset."""
+    """Build the config. Sizes come from the tensors, the rest from the options, then from the preset.
+
+    Raises:
+        ValueError: if the preset or the options do not fit the tensors, or the number of tokens is unknown.
+    """
     sizes = read_sizes(checkpoint)
     asked: dict[str, object] = {"num_attention_heads": DEFAULT_NUM_ATTENTION_HEADS}
     if arguments.preset:
         preset = GPSTokenConfig.preset(arguments.preset)
-        # The number of blocks is the file's own: the release and the paper differ in it.
+        # The number of blocks is not compared: the release and the paper differ in it.
         for name in ("texture_channels", "hidden_size", "decoder_channel_multipliers"):
             expected, found = getattr(preset, name), sizes[name]
             if (list(expected) if isinstance(expected, tuple) else expected) != found:
-                raise ValueError(f"preset {arguments.preset} has {name} {expected}, the checkpoint has {found}")
+                raise ValueError(f"{name} of the checkpoint must be {expected} for {arguments.preset}, got {found}")
         names = ("num_tokens", "image_size", "splat_support", "tile_decode", "min_region_size", "complexity_exponent")
         asked.update({name: getattr(preset, name) for name in (*names, "sigma_scale")})
     elif arguments.num_tokens is None:
-        raise ValueError(
-            "the tensors do not tell the number of tokens: "
-            f"expected --num_tokens N or --preset {'|'.join(RELEASED_PRESETS)}"
-        )
+        raise ValueError(f"--num_tokens N or --preset {'|'.join(RELEASED_PRESETS)} must be given, got neither")
     options = {
         "num_tokens": arguments.num_tokens,
         "image_size": arguments.image_size,
@@ -117,7 +124,7 @@ def build_config(checkpoint: Checkpoint, arguments: argparse.Namespace) -> GPSTo
 
 
 def plan(checkpoint: Checkpoint, config: GPSTokenConfig) -> tuple[list[PlannedTensor], list[str]]:
-    """The converted tensors, and the names that are dropped on purpose."""
+    """Return the converted tensors, and the released names that are dropped on purpose."""
     # Before the model is built: the file must hold every tensor of as many blocks as it claims.
     rules = match_keys(rules_for(config), checkpoint.keys(), WHAT)
     model = build_empty(lambda: GPSTokenModel(config), checkpoint.path, WHAT)
@@ -153,15 +160,21 @@ def convert(arguments: argparse.Namespace) -> None:
 
 
 def verify(checkpoint: Checkpoint, folder: Path, config: GPSTokenConfig, arrays: Path) -> None:
-    """Load the written folder; compare every tensor with the checkpoint's, and the outputs with recorded ones.
+    """Load the written folder and compare its tensors with the checkpoint's, and its outputs with recorded arrays.
+
+    Args:
+        checkpoint (`Checkpoint`): the released file.
+        folder (`Path`): the written folder.
+        config (`GPSTokenConfig`): its config.
+        arrays (`Path`): a safetensors file of recorded arrays; `Path()` compares tensors only.
 
     Raises:
-        ValueError: a tensor differs, or an error is larger than its tolerance.
+        ValueError: if a tensor differs, or an error exceeds its tolerance.
     """
     with open_checkpoint(folder / WEIGHTS_NAME) as written:
         restored, _ = plan_reverse(rules_for(config), written)
         print(f"verified: {compare_tensors(checkpoint, restored)} tensors equal the checkpoint's bit for bit")
-    # The bar of this quick load would stand between the messages.
+    # The progress bar of this short load would appear between the messages.
     logging.disable_progress_bar()
     try:
         model = GPSTokenModel.from_pretrained(folder, dtype=torch.float32).eval()
@@ -172,13 +185,13 @@ def verify(checkpoint: Checkpoint, folder: Path, config: GPSTokenConfig, arrays:
 
 
 def reverse(arguments: argparse.Namespace) -> None:
-    """From a converted folder back to a file of the release's format."""
+    """Write a converted folder as a file of the release's format."""
     config = load_empty_gpstoken(Path(arguments.checkpoint)).config
     with open_checkpoint(Path(arguments.checkpoint) / WEIGHTS_NAME) as checkpoint:
         tensors, dropped = plan_reverse(rules_for(config), checkpoint)
         with atomic_file(arguments.output) as staging:
             save_tensors(staging, tensors)
-    print(f"wrote {arguments.output}: {len(tensors)} tensors; absent, because conversion drops them:")
+    print(f"wrote {arguments.output}: {len(tensors)} tensors, without those that conversion drops:")
     for name in dropped:
         print(f"  {name}")
 
@@ -186,35 +199,43 @@ def reverse(arguments: argparse.Namespace) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="conversion.convert_gpstoken", description=__doc__.split("\n\n")[0])
     parser.add_argument(
-        "--checkpoint", required=True, help="released .safetensors, .pt or .bin file (with --reverse: our folder)"
+        "--checkpoint",
+        required=True,
+        help="released .safetensors, .pt or .bin file (with --reverse: converted folder)",
     )
-    parser.add_argument("--output", type=Path, required=True, help="folder to write (with --reverse: the file)")
+    parser.add_argument("--output", type=Path, required=True, help="folder to write (with --reverse: file to write)")
     parser.add_argument(
-        "--preset", choices=RELEASED_PRESETS, help="fills in the options below, as the release has them"
+        "--preset", choices=RELEASED_PRESETS, help="released model; sets the options below that are not given"
     )
     parser.add_argument("--num_tokens", type=positive_int, help="tokens of an image; required without --preset")
-    parser.add_argument("--image_size", type=positive_int, help="side of the training images in pixels (256)")
-    parser.add_argument("--support", type=positive_float, help="reach of a Gaussian in sigmas (3)")
-    parser.add_argument("--tile_decode", choices=("merged", "stitched"), help="decode beyond 256 pixels (merged)")
-    parser.add_argument("--num_attention_heads", type=positive_int, help="heads of the encoder (8)")
-    parser.add_argument("--min_region_size", type=positive_int, help="s_min of the partition in pixels (8)")
-    parser.add_argument("--complexity_exponent", type=float, help="lambda of the partition (2.5)")
-    parser.add_argument("--sigma_scale", type=positive_float, help="initial sigma over a region's extent (2/3)")
+    parser.add_argument("--image_size", type=positive_int, help="side of the training images in pixels (default: 256)")
+    parser.add_argument("--support", type=positive_float, help="reach of a Gaussian in sigmas (default: 3)")
+    parser.add_argument(
+        "--tile_decode", choices=("merged", "stitched"), help="how tiles are decoded (default: merged)"
+    )
+    parser.add_argument("--num_attention_heads", type=positive_int, help="attention heads of the encoder (default: 8)")
+    parser.add_argument(
+        "--min_region_size", type=positive_int, help="smallest region of the partition in pixels (default: 8)"
+    )
+    parser.add_argument("--complexity_exponent", type=float, help="lambda of the partition (default: 2.5)")
+    parser.add_argument(
+        "--sigma_scale", type=positive_float, help="initial sigma divided by a region's extent (default: 2/3)"
+    )
     parser.add_argument(
         "--verify",
         nargs="?",
         type=Path,
         const=Path(),
         metavar="ARRAYS",
-        help="compare the written tensors with the checkpoint's; with a safetensors file of recorded inputs and "
-        "outputs (pixel_values, regions, init_gaussians, tokens, rendered, decoded, merged_*) compare those as well",
+        help="compare the written tensors with the checkpoint's, and the outputs with a safetensors file of recorded "
+        "arrays, if given (pixel_values, regions, init_gaussians, tokens, rendered, decoded, merged_*)",
     )
-    parser.add_argument("--reverse", action="store_true", help="from our folder back to the release's format")
+    parser.add_argument("--reverse", action="store_true", help="convert a folder back to the release's format")
     parser.add_argument("--push_to_hub", metavar="REPO", help="upload the written folder to this model repository")
     arguments = parser.parse_args(argv)
     if arguments.reverse:
         if arguments.push_to_hub or arguments.verify is not None:
-            parser.error("--push_to_hub and --verify go with a conversion to a folder, not with --reverse")
+            parser.error("--push_to_hub and --verify must not be given with --reverse")
         reverse(arguments)
     else:
         convert(arguments)

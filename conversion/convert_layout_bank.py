@@ -1,10 +1,10 @@
 # Copyright 2026 The gpstoken-hf authors. Licensed under the Apache License, Version 2.0.
-"""The authors' layout bank (`initg.pickle`) -> a GaussianLayoutBank folder, and back.
+"""Convert the authors' layout bank (`initg.pickle`) to a GaussianLayoutBank folder, and back.
 
     python -m conversion.convert_layout_bank initg.pickle --output bank
     python -m conversion.convert_layout_bank bank --output initg.pickle --reverse
 
-The pickle is read by a reader of our own that runs nothing of it, see `conversion.array_pickle`.
+No code from the pickle is run, see `conversion.array_pickle`.
 """
 
 from __future__ import annotations
@@ -28,13 +28,20 @@ from pipelines.shared.publishing import push_folder
 
 
 def read_layouts(path: Path) -> dict[int, list[torch.Tensor]]:
-    """The layouts in a pickle of the authors' format: class id -> tensors `(tokens, 5)` float32.
+    """Read the layouts from a pickle of the authors' format.
 
-    The file holds a dict, class id -> list of float arrays `(tokens, >= 5)`; columns beyond the Gaussian are texture
-    of the image that a layout was taken from and are left out.
+    The pickle holds a dict of class id -> list of float arrays `(tokens, >= 5)`. Columns after the fifth are texture
+    features of the image that a layout comes from. They are dropped.
+
+    Args:
+        path (`Path`): the pickle file.
+
+    Returns:
+        `dict[int, list[torch.Tensor]]`: class id -> layouts, each `(tokens, 5)` float32.
 
     Raises:
-        ValueError: the pickle is refused, or holds something else.
+        ValueError: if the pickle is refused, or holds something else.
+        OSError: if the file cannot be read.
     """
     content = load_array_pickle(path)
     if not isinstance(content, dict) or not content:
@@ -42,10 +49,10 @@ def read_layouts(path: Path) -> dict[int, list[torch.Tensor]]:
     layouts: dict[int, list[torch.Tensor]] = {}
     for label, arrays in content.items():
         if not isinstance(label, int) or isinstance(label, bool):
-            raise ValueError(f"{path}: class ids must be integers, got {label!r}")
+            raise ValueError(f"class ids in {path} must be integers, got {label!r}")
         if not isinstance(arrays, (list, tuple, np.ndarray)) or np.ndim(arrays) == 0:
-            raise ValueError(f"{path}: class {label} must have a list of arrays, got {_describe(arrays)}")
-        layouts[label] = [_layout(array, f"{path}: layout {i} of class {label}") for i, array in enumerate(arrays)]
+            raise ValueError(f"class {label} in {path} must have a list of arrays, got {_describe(arrays)}")
+        layouts[label] = [_layout(array, f"layout {i} of class {label} in {path}") for i, array in enumerate(arrays)]
     return layouts
 
 
@@ -60,7 +67,7 @@ def _layout(array: object, name: str) -> torch.Tensor:
 
 
 def write_layouts(bank: GaussianLayoutBank, path: Path) -> None:
-    """The bank as a pickle of the authors' format, with Gaussian columns only."""
+    """Write the bank as a pickle of the authors' format, with the five columns of a Gaussian."""
     content = {
         label: [layout.numpy() for layout in layouts] for label, layouts in bank.cpu().layouts_by_class().items()
     }
@@ -69,19 +76,22 @@ def write_layouts(bank: GaussianLayoutBank, path: Path) -> None:
 
 
 def verify(bank: GaussianLayoutBank, layouts: dict[int, list[torch.Tensor]]) -> float:
-    """The largest difference between the bank's layouts and those of the pickle; 0 for a faithful bank.
+    """Return the largest absolute difference between the bank's layouts and those of the pickle.
 
     Raises:
-        ValueError: another set of classes, or another number or length of layouts.
+        ValueError: if the classes, the number of layouts or their lengths differ.
     """
     stored = bank.layouts_by_class()
     expected = {label: items for label, items in layouts.items() if items}
     if stored.keys() != expected.keys():
-        raise ValueError(f"the bank has the classes {sorted(stored)}, expected {sorted(expected)}")
+        raise ValueError(f"the classes of the bank must be {sorted(expected)}, got {sorted(stored)}")
     worst = 0.0
     for label, items in expected.items():
         if [len(item) for item in stored[label]] != [len(item) for item in items]:
-            raise ValueError(f"class {label} has layouts of other lengths than the pickle")
+            raise ValueError(
+                f"the layouts of class {label} must have {[len(item) for item in items]} tokens, "
+                f"got {[len(item) for item in stored[label]]}"
+            )
         worst = max(worst, *[(a - b).abs().max().item() for a, b in zip(stored[label], items)])
     return worst
 
@@ -101,7 +111,7 @@ def convert(arguments: argparse.Namespace) -> None:
                 raise ProgramError(f"the written bank must equal the pickle, got a largest error of {error:g}")
     counts = bank.class_counts
     print(
-        f"{arguments.output}: {len(bank)} layouts of {len(counts)} classes "
+        f"wrote {arguments.output}: {len(bank)} layouts of {len(counts)} classes "
         f"({min(counts.values())} to {max(counts.values())} per class), "
         f"tokens per layout {sorted(bank.token_counts)}"
     )
@@ -112,22 +122,22 @@ def convert(arguments: argparse.Namespace) -> None:
 def reverse(arguments: argparse.Namespace) -> None:
     bank = load_layout_bank(arguments.source)
     write_layouts(bank, arguments.output)
-    print(f"{arguments.output}: {len(bank)} layouts; columns beyond the Gaussians were not in the bank")
+    print(f"wrote {arguments.output}: {len(bank)} layouts, without the texture columns that conversion drops")
     if arguments.verify:
         print(f"verified: largest error {verify(bank, read_layouts(arguments.output)):g}")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="conversion.convert_layout_bank", description=__doc__.split("\n\n")[0])
-    parser.add_argument("source", type=Path, help="the pickle (with --reverse: the bank's folder)")
-    parser.add_argument("--output", type=Path, required=True, help="folder to write (with --reverse: the pickle)")
-    parser.add_argument("--reverse", action="store_true", help="from a bank's folder back to a pickle")
+    parser.add_argument("source", type=Path, help="pickle (with --reverse: folder of a bank)")
+    parser.add_argument("--output", type=Path, required=True, help="folder to write (with --reverse: pickle to write)")
+    parser.add_argument("--reverse", action="store_true", help="convert a folder back to a pickle")
     parser.add_argument("--verify", action="store_true", help="read the output back and compare it with the input")
     parser.add_argument("--push_to_hub", metavar="REPO", help="upload the written folder to this model repository")
     arguments = parser.parse_args(argv)
     if arguments.reverse:
         if arguments.push_to_hub:
-            parser.error("--push_to_hub goes with a conversion to a folder, not with --reverse")
+            parser.error("--push_to_hub must not be given with --reverse")
         reverse(arguments)
     else:
         convert(arguments)
@@ -137,7 +147,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _describe(value: object) -> str:
     if isinstance(value, np.ndarray):
         return f"an array of {value.dtype} of shape {value.shape}"
-    return f"a {type(value).__name__}"
+    return type(value).__name__
 
 
 if __name__ == "__main__":

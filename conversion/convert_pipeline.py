@@ -1,10 +1,10 @@
 # Copyright 2026 The gpstoken-hf authors. Licensed under the Apache License, Version 2.0.
-"""Converted components -> one GPSTokenPipeline folder.
+"""Assemble converted components into one GPSTokenPipeline folder.
 
     python -m conversion.convert_pipeline --tokenizer gpstoken-m128 --transformer gpstoken-sit-xl --layout_bank bank \\
         --output gpstoken
 
-The components are the folders that the other converters write. Weights are copied as files, not loaded and saved.
+The components are folders that the other converters wrote. Weights are copied as files.
 """
 
 from __future__ import annotations
@@ -57,10 +57,16 @@ def read_id2label(path: Path, num_classes: int) -> dict[str, str]:
 
 
 def build_pipeline(arguments: argparse.Namespace) -> tuple[GPSTokenPipeline, dict[str, Path]]:
-    """The pipeline with its models on the meta device, and the folder of each.
+    """Build the pipeline on the meta device.
+
+    Args:
+        arguments (`argparse.Namespace`): the folders of the components, and `id2label`.
+
+    Returns:
+        `tuple[GPSTokenPipeline, dict[str, Path]]`: the pipeline, and the folder of each model in it.
 
     Raises:
-        ValueError: folders of something else, damaged ones, or components that do not fit together.
+        ValueError: if a folder is damaged or holds something else, or the components do not fit together.
     """
     folders = {
         "vae": arguments.vae,
@@ -96,7 +102,7 @@ def build_pipeline(arguments: argparse.Namespace) -> tuple[GPSTokenPipeline, dic
 
 
 def write(pipeline: GPSTokenPipeline, folders: dict[str, Path], output: Path) -> None:
-    """Model folders copied, the rest saved: what `save_pretrained` would write, with the weights as they are."""
+    """Write the files that `save_pretrained` would write. The weights are copied from the components' folders."""
     for name, folder in folders.items():
         (output / name).mkdir()
         for pattern in COPIED:
@@ -110,10 +116,10 @@ def write(pipeline: GPSTokenPipeline, folders: dict[str, Path], output: Path) ->
 
 
 def verify(folder: Path) -> None:
-    """Load the pipeline and take two steps of one image.
+    """Load the pipeline and generate one image in two steps.
 
     Raises:
-        ValueError: the image is not finite.
+        ValueError: if the image holds NaN or infinite values.
     """
     pipeline = GPSTokenPipeline.from_pretrained(folder)
     pipeline.set_progress_bar_config(disable=True)
@@ -133,8 +139,8 @@ def verify(folder: Path) -> None:
         output_type="pt",
     ).images
     if not torch.isfinite(images).all():
-        raise ValueError("the pipeline's image holds NaN or infinite values")
-    print(f"verified: the pipeline loads and makes an image of {tuple(images.shape[1:])}")
+        raise ValueError("the pipeline's image must be finite, got NaN or infinite values")
+    print(f"verified: the pipeline generates an image of shape {tuple(images.shape[1:])}")
 
 
 def convert(arguments: argparse.Namespace) -> None:
@@ -146,7 +152,7 @@ def convert(arguments: argparse.Namespace) -> None:
                 verify(staging)
     absent = [name for name in ("layout_transformer", "layout_bank") if getattr(pipeline, name) is None]
     if not pipeline.is_one_stage and len(absent) == 2:
-        print("neither layout bank nor layout transformer: every call of the pipeline must be given a layout")
+        print("without a layout bank or a layout transformer, every call of the pipeline needs the argument layout")
     print(f"wrote {arguments.output}: {', '.join(sorted(folders))}")
     if arguments.push_to_hub:
         print(f"pushed {arguments.output} to {push_folder(arguments.output, arguments.push_to_hub)}")
@@ -159,15 +165,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         dest="vae",
         type=Path,
         required=True,
-        help="folder of the tokenizer (convert_gpstoken); the pipeline's component is called vae",
+        help="folder of the tokenizer (convert_gpstoken); the pipeline names it vae",
     )
     parser.add_argument("--transformer", type=Path, required=True, help="folder of the generator (convert_sit)")
     parser.add_argument("--layout_bank", type=Path, help="folder of the layouts (convert_layout_bank)")
-    parser.add_argument("--layout_transformer", type=Path, help="folder of a generator of layouts")
-    parser.add_argument("--id2label", type=Path, metavar="JSON", help="class names: id -> name, or a list of names")
+    parser.add_argument("--layout_transformer", type=Path, help="folder of a layout generator (convert_sit)")
+    parser.add_argument(
+        "--id2label", type=Path, metavar="JSON", help="JSON file of class names: an object of id -> name, or a list"
+    )
     parser.add_argument("--output", type=Path, required=True, help="folder to write")
     parser.add_argument(
-        "--verify", action="store_true", help="load the written pipeline and make an image in two steps"
+        "--verify", action="store_true", help="load the written pipeline and generate an image in two steps"
     )
     parser.add_argument("--push_to_hub", metavar="REPO", help="upload the written folder to this model repository")
     convert(parser.parse_args(argv))

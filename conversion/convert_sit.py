@@ -1,11 +1,11 @@
 # Copyright 2026 The gpstoken-hf authors. Licensed under the Apache License, Version 2.0.
-"""A released SiT generator checkpoint -> a SiTTransformer1DModel folder for `from_pretrained`, and back.
+"""Convert a released SiT generator to a SiTTransformer1DModel folder for `from_pretrained`, and back.
 
     python -m conversion.convert_sit --checkpoint generator.safetensors --num_attention_heads 16 --output sit-xl
     python -m conversion.convert_sit --checkpoint sit-xl --output generator.safetensors --reverse
 
-The authors' generator file holds `ema_model.*` (taken), `online_model.*` (`--weights online`) and training state.
-Plain SiT checkpoints of patch size 1, without a condition and without a prefix, convert as well.
+The authors' file holds `ema_model.*`, the default, `online_model.*` (`--weights online`) and training state. Plain SiT
+checkpoints of patch size 1, without a prefix and with or without a condition, convert as well.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from pipelines.shared.publishing import push_folder
 WHAT = "a SiT generator of patch size 1"
 WEIGHTS_NAME = "diffusion_pytorch_model.safetensors"
 PREFIXES = {"ema": "ema_model.", "online": "online_model.", "plain": ""}
-# Where a .pt file keeps its weights, in order of preference.
+# The members of a torch checkpoint that may hold the weights, in order of preference.
 MEMBERS = {None: ("ema", "model", "state_dict"), "ema": ("ema",), "online": ("model",), "plain": ("state_dict",)}
 TRAINING_STATE = ("initted", "step")
 TIME_CONVENTION = (
@@ -39,7 +39,7 @@ TIME_CONVENTION = (
     "and velocity x_1 - x_0"
 )
 
-# Channel statistics of the authors' m128 texture target, [g - g_init, f] with 16 features.
+# Channel statistics of the authors' m128 texture target, [g - g_init, f] with 16 texture channels f.
 M128_TEXTURE_MEAN = [
     *(-0.0211, -0.0196, 0.0107, -0.0052, -0.0044),
     *(1.8017, 2.4036, 2.0145, 1.2402, -4.2579, -1.2646, -3.0395, 2.2928),
@@ -53,30 +53,45 @@ M128_TEXTURE_STD = [
 
 
 def choose_weights(keys: Sequence[str], wanted: str | None) -> str:
-    """Which of the weights in a file to take: "ema", "online" or "plain" (names without a prefix).
+    """Choose the weights of a file to convert.
+
+    Args:
+        keys (sequence of `str`): the names of its tensors.
+        wanted (`str`, *optional*): "ema", "online", or "plain" for names without a prefix. `None` takes the first of
+            them that the file holds.
+
+    Returns:
+        `str`: the chosen weights.
 
     Raises:
-        ValueError: the wanted weights are not in the file.
+        ValueError: if the file does not hold the wanted weights.
     """
     present = [name for name, prefix in PREFIXES.items() if prefix and any(key.startswith(prefix) for key in keys)]
     present = present or ["plain"]
     choice = wanted or present[0]
     if choice not in present:
-        raise ValueError(f"the checkpoint has the weights {present}, got --weights {choice}")
+        raise ValueError(f"--weights must be one of {present}, which the checkpoint holds, got {choice}")
     return choice
 
 
 def read_sizes(checkpoint: Checkpoint, prefix: str) -> dict[str, Any]:
-    """The constructor's arguments that the tensors tell.
+    """Read the sizes of a generator from the shapes of its tensors.
+
+    Args:
+        checkpoint (`Checkpoint`): the released file.
+        prefix (`str`): what the names of the chosen weights begin with.
+
+    Returns:
+        `dict[str, Any]`: arguments of `SiTTransformer1DModel`, and its `width`.
 
     Raises:
-        ValueError: it is no SiT, its patch size is not 1, or its tensors contradict each other.
+        ValueError: if it is not a SiT, or its patch size is not 1.
     """
     keys = set(checkpoint.keys())
 
     def shape(name: str, num_axes: int) -> tuple[int, ...]:
         if prefix + name not in keys:
-            raise ValueError(f"{checkpoint.path} is not {WHAT}: it has no {prefix}{name}")
+            raise ValueError(f"{checkpoint.path} must be {WHAT}, got a file without {prefix}{name}")
         found = checkpoint.shape(prefix + name)
         if len(found) != num_axes or 0 in found:
             raise ValueError(f"{prefix}{name} must have {num_axes} axes of at least 1, got shape {found}")
@@ -85,10 +100,10 @@ def read_sizes(checkpoint: Checkpoint, prefix: str) -> dict[str, Any]:
     _, sample_size, width = shape("pos_embed", 3)
     _, in_channels, *patch = shape("x_embedder.proj.weight", 4)
     if patch != [1, 1]:
-        raise ValueError(f"{checkpoint.path} has patches of {patch[0]} x {patch[1]}, expected patch size 1")
+        raise ValueError(f"the patch size of {checkpoint.path} must be 1, got {patch[0]} x {patch[1]}")
     out_channels = shape("final_layer.linear.weight", 2)[0]
     if out_channels not in (in_channels, 2 * in_channels):
-        raise ValueError(f"the last layer must have {in_channels} or {2 * in_channels} outputs, got {out_channels}")
+        raise ValueError(f"the last layer must have {in_channels} or {2 * in_channels} channels, got {out_channels}")
     has_condition = prefix + "cond_embedder.0.weight" in keys
     return {
         "sample_size": sample_size,
@@ -103,24 +118,24 @@ def read_sizes(checkpoint: Checkpoint, prefix: str) -> dict[str, Any]:
 
 
 def attention_heads(num_layers: int, width: int, asked: int | None) -> int:
-    """The heads that were asked for, or those of the SiT preset of this depth and width.
+    """Return the number of heads that was asked for, or that of the SiT preset with this depth and width.
 
     Raises:
-        ValueError: there is no such preset and none were asked for, or they do not divide the width.
+        ValueError: if there is no such preset and none was asked for, or the heads do not divide the width.
     """
     for preset in SIT_PRESETS.values():
         preset_width = preset["num_attention_heads"] * preset["attention_head_dim"]
         if asked is None and (preset["num_layers"], preset_width) == (num_layers, width):
             asked = preset["num_attention_heads"]
     if asked is None:
-        raise ValueError("the tensors do not tell the number of attention heads: expected --num_attention_heads N")
+        raise ValueError("--num_attention_heads must be given for a model of this depth and width, got none")
     if width % asked:
         raise ValueError(f"--num_attention_heads must divide the width {width}, got {asked}")
     return asked
 
 
 def build_config(checkpoint: Checkpoint, prefix: str, arguments: argparse.Namespace) -> dict[str, Any]:
-    """The arguments of SiTTransformer1DModel: sizes from the tensors, the rest from the options."""
+    """Return the arguments of `SiTTransformer1DModel`. Sizes come from the tensors, the rest from the options."""
     config = read_sizes(checkpoint, prefix)
     width = config.pop("width")
     heads = attention_heads(config["num_layers"], width, arguments.num_attention_heads)
@@ -139,10 +154,18 @@ def build_config(checkpoint: Checkpoint, prefix: str, arguments: argparse.Namesp
 
 
 def select(keys: Sequence[str], rules: Sequence[KeyRule], weights: str) -> tuple[list[KeyRule], list[str]]:
-    """The rules that apply, and what of the file is left out, one line each.
+    """Choose the rules that apply to a file.
+
+    Args:
+        keys (sequence of `str`): the names of the file's tensors.
+        rules (sequence of `KeyRule`): the key table.
+        weights (`str`): the weights to convert, see `choose_weights`.
+
+    Returns:
+        `tuple[list[KeyRule], list[str]]`: the rules, and a line for each part of the file that is dropped.
 
     Raises:
-        ValueError: unknown or missing keys.
+        ValueError: if keys are missing or unknown.
     """
     prefix = PREFIXES[weights]
     if weights == "plain":
@@ -155,7 +178,7 @@ def select(keys: Sequence[str], rules: Sequence[KeyRule], weights: str) -> tuple
     left_out += [f"{key} (training state)" for key in TRAINING_STATE if key in keys]
     prefixes = tuple(other for other in PREFIXES.values() if other)
     unknown = sorted(key for key in keys if not key.startswith(prefixes) and key not in TRAINING_STATE)
-    # An unknown key outside of the weights is as unknown as one among them.
+    # match_keys also refuses unknown keys that have no prefix.
     own = [key.removeprefix(prefix) for key in keys if key.startswith(prefix)] + unknown
     return match_keys(rules, own, WHAT), left_out
 
@@ -163,7 +186,7 @@ def select(keys: Sequence[str], rules: Sequence[KeyRule], weights: str) -> tuple
 def convert(arguments: argparse.Namespace) -> None:
     with open_checkpoint(arguments.checkpoint, members=MEMBERS[arguments.weights]) as checkpoint:
         keys = checkpoint.keys()
-        # In a .pt file the kind of weights is a member, whose names have no prefix.
+        # A torch checkpoint keeps each kind of weights in a member of its own, whose names have no prefix.
         weights = "plain" if checkpoint.member else choose_weights(keys, arguments.weights)
         prefix = PREFIXES[weights]
         config = build_config(checkpoint, prefix, arguments)
@@ -184,7 +207,8 @@ def convert(arguments: argparse.Namespace) -> None:
                 print(f"dropped {line}")
             if model.config["latents_mean"] is None:
                 print(
-                    "no channel statistics: the pipeline takes its tokenizer's, or give --latents_mean --latents_std"
+                    "no channel statistics in the config: the pipeline takes those of its tokenizer, "
+                    "unless you give --latents_mean and --latents_std"
                 )
             if arguments.verify is not None:
                 verify(checkpoint, staging, table, prefix, arguments.verify)
@@ -194,14 +218,25 @@ def convert(arguments: argparse.Namespace) -> None:
 
 
 def write_time_convention(path: Path) -> None:
-    """Note the conversion of time and sign in the config; the underscore keeps it from being an argument."""
+    """Note the convention of time and sign in the config. diffusers ignores keys that begin with an underscore."""
     config = json.loads(path.read_text(encoding="utf-8"))
     config["_time_convention"] = TIME_CONVENTION
     path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def verify(checkpoint: Checkpoint, folder: Path, table: Sequence[KeyRule], prefix: str, arrays: Path) -> None:
-    """Compare the written tensors with the checkpoint's, and the outputs with recorded ones if there are any."""
+    """Compare the written tensors with the checkpoint's, and the outputs with recorded arrays.
+
+    Args:
+        checkpoint (`Checkpoint`): the released file.
+        folder (`Path`): the written folder.
+        table (sequence of `KeyRule`): the key table.
+        prefix (`str`): what the names of the chosen weights begin with.
+        arrays (`Path`): a safetensors file of recorded arrays; `Path()` compares tensors only.
+
+    Raises:
+        ValueError: if a tensor differs, or an error exceeds its tolerance.
+    """
     with open_checkpoint(folder / WEIGHTS_NAME) as written:
         restored, _ = plan_reverse(table, written, prefix)
         print(f"verified: {compare_tensors(checkpoint, restored)} tensors equal the checkpoint's bit for bit")
@@ -211,7 +246,7 @@ def verify(checkpoint: Checkpoint, folder: Path, table: Sequence[KeyRule], prefi
 
 
 def reverse(arguments: argparse.Namespace) -> None:
-    """From a converted folder back to a file of the release's format."""
+    """Write a converted folder as a file of the release's format."""
     folder = Path(arguments.checkpoint)
     config = load_empty_sit(folder).config
     prefix = PREFIXES[arguments.weights or "ema"]
@@ -220,7 +255,7 @@ def reverse(arguments: argparse.Namespace) -> None:
         tensors, _ = plan_reverse(table, checkpoint, prefix)
         with atomic_file(arguments.output) as staging:
             save_tensors(staging, tensors)
-    print(f"wrote {arguments.output}: {len(tensors)} tensors {prefix}*; absent, because conversion drops them:")
+    print(f"wrote {arguments.output}: {len(tensors)} tensors {prefix}*, without those that conversion drops:")
     for name in [f"{other}*" for other in PREFIXES.values() if other not in ("", prefix)] + list(TRAINING_STATE):
         print(f"  {name}")
 
@@ -231,11 +266,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--checkpoint",
         type=Path,
         required=True,
-        help="released .safetensors, .pt or .bin (with --reverse: our folder)",
+        help="released .safetensors, .pt or .bin file (with --reverse: converted folder)",
     )
-    parser.add_argument("--output", type=Path, required=True, help="folder to write (with --reverse: the file)")
-    parser.add_argument("--num_attention_heads", type=positive_int, help="known for SiT-S, B, L and XL, else required")
-    parser.add_argument("--weights", choices=tuple(PREFIXES), help="which weights of the file; ema where it has them")
+    parser.add_argument("--output", type=Path, required=True, help="folder to write (with --reverse: file to write)")
+    parser.add_argument(
+        "--num_attention_heads", type=positive_int, help="required unless the model is a SiT-S, B, L or XL"
+    )
+    parser.add_argument(
+        "--weights",
+        choices=tuple(PREFIXES),
+        help="weights of the file to convert (default: the first of these that it holds)",
+    )
     parser.add_argument(
         "--latents_mean", type=float, nargs="+", metavar="M", help="mean of each channel of the target"
     )
@@ -243,7 +284,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--gaussian_target",
         choices=("offset", "absolute", "logit"),
-        help="what the first 5 channels are: offset with a condition, else absolute",
+        help="meaning of the first 5 channels (default: offset with a condition, else absolute)",
     )
     parser.add_argument(
         "--verify",
@@ -251,17 +292,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         type=Path,
         const=Path(),
         metavar="ARRAYS",
-        help="compare the written tensors with the checkpoint's; with a safetensors file of recorded inputs and "
-        "outputs (x, t, y, cond, velocity, ...) compare those as well",
+        help="compare the written tensors with the checkpoint's, and the outputs with a safetensors file of recorded "
+        "arrays, if given (x, t, y, cond, velocity, ...)",
     )
-    parser.add_argument("--reverse", action="store_true", help="from our folder back to the release's format")
+    parser.add_argument("--reverse", action="store_true", help="convert a folder back to the release's format")
     parser.add_argument("--push_to_hub", metavar="REPO", help="upload the written folder to this model repository")
     arguments = parser.parse_args(argv)
     if (arguments.latents_mean is None) != (arguments.latents_std is None):
-        parser.error("--latents_mean and --latents_std go together")
+        parser.error("--latents_mean and --latents_std must be given together")
     if arguments.reverse:
         if arguments.push_to_hub or arguments.verify is not None:
-            parser.error("--push_to_hub and --verify go with a conversion to a folder, not with --reverse")
+            parser.error("--push_to_hub and --verify must not be given with --reverse")
         reverse(arguments)
     else:
         convert(arguments)

@@ -1,7 +1,7 @@
 # Copyright 2026 The gpstoken-hf authors. Licensed under the Apache License, Version 2.0.
-"""The names of the released checkpoints' tensors, and ours for the same tensors: tables, and their strict application.
+"""Tables that map the tensor names of the released checkpoints to ours.
 
-Every tensor of the authors' files has one rule, which says what becomes of it; a rule can be read in both directions.
+Every tensor of the authors' files has one rule. Rules work in both directions, and a tensor without a rule is refused.
 """
 
 from __future__ import annotations
@@ -16,13 +16,15 @@ from conversion.checkpoints import Checkpoint, PlannedTensor
 
 @dataclass(frozen=True)
 class KeyRule:
-    """What becomes of one tensor of a released checkpoint.
+    """Maps one tensor of a released checkpoint.
 
     Attributes:
-        source: its name there.
-        targets: our names. Several: its first axis is cut into as many equal parts, in this order. None: it is
-            dropped on purpose, for `reason`.
-        trailing_ones: axes of size 1 at its end that ours lacks (a 1 x 1 convolution is a linear layer).
+        source (`str`): its released name.
+        targets (`tuple[str, ...]`): our names. With several, the first axis is split into as many equal parts, in this
+            order. With none, the tensor is dropped on purpose.
+        trailing_ones (`int`, *optional*, defaults to 0): number of axes of size 1 at its end that our tensor does not
+            have: our linear layer is their 1 x 1 convolution.
+        reason (`str`, *optional*, defaults to `""`): why it is dropped.
     """
 
     source: str
@@ -32,7 +34,7 @@ class KeyRule:
 
 
 def _modules(pairs: Iterable[tuple[str, str]]) -> list[KeyRule]:
-    """Rules for the weight and the bias of modules, from pairs of their names and ours."""
+    """Return rules for the weights and biases of modules, from pairs of released name and our name."""
     return [
         KeyRule(f"{source}.{parameter}", (f"{target}.{parameter}",))
         for source, target in pairs
@@ -46,12 +48,12 @@ def _residual_block(source: str, target: str, shortcut: bool = False) -> list[tu
 
 
 def gpstoken_rules(num_hidden_layers: int, level_channels: list[int], layers_per_block: int) -> list[KeyRule]:
-    """The table of the tokenizer.
+    """Return the table of a tokenizer.
 
     Args:
-        num_hidden_layers: encoder blocks.
-        level_channels: decoder channels of each level, full resolution first.
-        layers_per_block: a level has one residual block more.
+        num_hidden_layers (`int`): number of encoder blocks.
+        level_channels (`list[int]`): decoder channels of each level, full resolution first.
+        layers_per_block (`int`): `decoder_layers_per_block`; a level has one residual block more.
     """
     pairs = [
         ("preprocess_img.0", "encoder.conditioner.conv_in"),
@@ -88,7 +90,7 @@ def gpstoken_rules(num_hidden_layers: int, level_channels: list[int], layers_per
             KeyRule(f"{source}.attn1.in_proj_{parameter}", (f"{target}.self_attn.qkv_proj.{parameter}",))
             for parameter in ("weight", "bias")
         ]
-    # Their decoder counts levels from full resolution, ours in the order of computation.
+    # Their decoder numbers the levels from full resolution, ours in the order of computation.
     deepest = len(level_channels) - 1
     incoming = [*level_channels[1:], level_channels[-1]]
     for level, (channels, channels_in) in enumerate(zip(level_channels, incoming)):
@@ -109,7 +111,15 @@ def gpstoken_rules(num_hidden_layers: int, level_channels: list[int], layers_per
 
 
 def sit_rules(num_layers: int, has_condition: bool) -> list[KeyRule]:
-    """The table of a SiT generator of patch size 1 (names without the prefix `ema_model.` or `online_model.`)."""
+    """Return the table of a SiT generator of patch size 1.
+
+    Args:
+        num_layers (`int`): number of transformer blocks.
+        has_condition (`bool`): whether it embeds a condition.
+
+    Returns:
+        `list[KeyRule]`: the rules. Their released names have no prefix `ema_model.` or `online_model.`.
+    """
     pairs = [
         ("t_embedder.mlp.0", "time_embedder.linear_1"),
         ("t_embedder.mlp.2", "time_embedder.linear_2"),
@@ -143,10 +153,15 @@ def sit_rules(num_layers: int, has_condition: bool) -> list[KeyRule]:
 
 
 def match_keys(rules: Iterable[KeyRule], keys: Iterable[str], what: str) -> list[KeyRule]:
-    """The rules that apply to the checkpoint's keys: all of them, except those of dropped keys that are absent.
+    """Return the rules that apply to a checkpoint: all but those of dropped keys that it does not have.
+
+    Args:
+        rules (iterable of `KeyRule`): the table.
+        keys (iterable of `str`): the checkpoint's keys.
+        what (`str`): what the checkpoint must be, for the message.
 
     Raises:
-        ValueError: a key without a rule, or a rule without its key; the message names the first of them.
+        ValueError: if a key has no rule, or a rule has no key. The message names the first four.
     """
     table = {rule.source: rule for rule in rules}
     present = set(keys)
@@ -158,22 +173,26 @@ def match_keys(rules: Iterable[KeyRule], keys: Iterable[str], what: str) -> list
             listing = ", ".join(names[:4] + ["..."] * (len(names) > 4))
             problems.append(f"{len(names)} {kind} key{'s' * (len(names) > 1)} ({listing})")
     if problems:
-        raise ValueError(f"not the keys of {what}: {' and '.join(problems)}")
+        raise ValueError(f"the checkpoint must hold the keys of {what}, got {' and '.join(problems)}")
     return [rule for rule in table.values() if rule.source in present]
 
 
 def plan_conversion(
     rules: Iterable[KeyRule], checkpoint: Checkpoint, expected: Mapping[str, tuple[int, ...]], prefix: str = ""
 ) -> list[PlannedTensor]:
-    """Our tensors, each to be loaded from the released checkpoint when its turn comes.
+    """Plan our tensors from a released checkpoint. Only shapes are read.
 
     Args:
-        rules: as `match_keys` returns them.
-        checkpoint: the released file, its names beginning with `prefix`.
-        expected: our model's names and shapes; every one must come out, in its shape.
+        rules (iterable of `KeyRule`): the rules from `match_keys`.
+        checkpoint (`Checkpoint`): the released file.
+        expected (mapping of `str` to shape): names and shapes of our model's tensors.
+        prefix (`str`, *optional*, defaults to `""`): what the released names begin with.
+
+    Returns:
+        `list[PlannedTensor]`: one for each expected tensor.
 
     Raises:
-        ValueError: a shape that does not fit, or a name of ours that no rule fills.
+        ValueError: if a shape or a number type does not fit.
     """
     plan = []
     for rule in rules:
@@ -193,10 +212,7 @@ def plan_conversion(
             if expected[target] != part_shape:
                 raise ValueError(f"{key} must have the shape of {target}, {expected[target]}, got {part_shape}")
             plan.append(PlannedTensor(target, part_shape, _Loader(checkpoint, key, part_shape, part)))
-    names = [tensor.name for tensor in plan]
-    if sorted(names) != sorted(expected):
-        odd = sorted(set(names) ^ set(expected))
-        raise ValueError(f"the key table and the model differ in {len(odd)} names: {odd[:4]}")
+    assert sorted(tensor.name for tensor in plan) == sorted(expected), "the key table and the model differ"
     return plan
 
 
@@ -233,7 +249,7 @@ def plan_reverse(
 
 @dataclass(frozen=True)
 class _Loader:
-    """Loads one part of a tensor, in our shape."""
+    """Loads one part of a released tensor in our shape."""
 
     checkpoint: Checkpoint
     key: str
@@ -250,7 +266,7 @@ class _Loader:
 
 @dataclass(frozen=True)
 class _Joiner:
-    """Joins tensors along the first axis, in the released shape."""
+    """Joins our tensors along the first axis in the released shape."""
 
     checkpoint: Checkpoint
     keys: tuple[str, ...]
@@ -262,10 +278,10 @@ class _Joiner:
 
 
 def block_count(keys: Iterable[str], prefix: str) -> int:
-    """How many blocks named `prefix`0, `prefix`1, ... there are.
+    """Count the blocks named `prefix`0, `prefix`1, ...
 
     Raises:
-        ValueError: the numbers have gaps.
+        ValueError: if the numbers have gaps.
     """
     texts = {key[len(prefix) :].split(".", 1)[0] for key in keys if key.startswith(prefix)}
     numbers = {int(text) for text in texts if text.isdigit() and len(text) < 6}

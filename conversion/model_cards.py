@@ -1,5 +1,5 @@
 # Copyright 2026 The gpstoken-hf authors. Licensed under the Apache License, Version 2.0.
-"""The model cards that the converters write. Numbers of the paper are marked as the paper's, not as measured."""
+"""Model cards of converted models. They mark the paper's numbers as reported, not measured."""
 
 from __future__ import annotations
 
@@ -11,7 +11,13 @@ PAPER = "[GPSToken: Gaussian Parameterized Spatially-adaptive Tokenization](http
 
 
 def front_matter(library: str, tags: list[str], pipeline_tag: str | None = None) -> str:
-    """The YAML head of a model card. It names no licence: that of the checkpoint is not known to the converter."""
+    """Return the YAML front matter of a model card. It names no licence, since the checkpoint does not state one.
+
+    Args:
+        library (`str`): the Hub's `library_name`.
+        tags (`list[str]`): the tags.
+        pipeline_tag (`str`, *optional*): the task on the Hub.
+    """
     lines = ["---", f"library_name: {library}"]
     if pipeline_tag:
         lines.append(f"pipeline_tag: {pipeline_tag}")
@@ -20,12 +26,12 @@ def front_matter(library: str, tags: list[str], pipeline_tag: str | None = None)
 
 
 def layout_bank_card(bank: GaussianLayoutBank, origin: str, source: str) -> str:
-    """README.md of a layout bank.
+    """Return the README.md of a layout bank.
 
     Args:
-        bank: the bank.
-        origin: how its layouts came about, "converted from ..." or "taken from ...".
-        source: whom to ask for data and licence.
+        bank (`GaussianLayoutBank`): the bank.
+        origin (`str`): where the layouts come from: "converted from ..." or "taken from ...".
+        source (`str`): who can answer questions about data and licence.
     """
     counts = bank.class_counts
     return f"""{front_matter("diffusers", ["gpstoken", "layout-bank"])}
@@ -33,7 +39,7 @@ def layout_bank_card(bank: GaussianLayoutBank, origin: str, source: str) -> str:
 
 {len(bank)} layouts of {len(counts)} classes ({min(counts.values())} to {max(counts.values())} per class, layouts of \
 {", ".join(str(length) for length in sorted(bank.token_counts))} tokens), {origin} with \
-`gpstoken_hf`. A layout is a set of 2D Gaussians that says where the tokens of an image lie; see {PAPER}.
+`gpstoken_hf`. A layout is a set of 2D Gaussians, one for each token of an image; see {PAPER}.
 
 ```python
 import torch
@@ -45,7 +51,7 @@ layouts.gaussians       # (B, L, 5): sigma_x, sigma_y, rho, mu_x, mu_y
 layouts.attention_mask  # (B, L): 1 for a token, 0 for padding
 ```
 
-For the data and the licence of the layouts ask {source}.
+For the training data and the licence of the layouts, ask {source}.
 """
 
 
@@ -58,7 +64,13 @@ PAPER_METRICS = {
 
 
 def gpstoken_card(config: GPSTokenConfig, preset: str | None, source: str) -> str:
-    """README.md of a converted tokenizer."""
+    """Return the README.md of a converted tokenizer.
+
+    Args:
+        config (`GPSTokenConfig`): its config.
+        preset (`str`, *optional*): its preset, whose numbers in the paper the card quotes.
+        source (`str`): the name of the released file.
+    """
     metrics = ""
     if preset in PAPER_METRICS:
         psnr, ssim, lpips, rfid, rsfid, fid, sfid = PAPER_METRICS[preset]
@@ -66,7 +78,7 @@ def gpstoken_card(config: GPSTokenConfig, preset: str | None, source: str) -> st
 ## Reported by the paper
 
 256 x 256 ImageNet validation, {config.num_tokens} tokens. **These are the paper's numbers for {preset}; they were \
-not measured with this folder.** FID and sFID are of images generated on top of this tokenizer.
+not measured with this folder.** FID and sFID measure images generated with this tokenizer.
 
 | PSNR | SSIM | LPIPS | rFID | rsFID | FID | sFID |
 |---|---|---|---|---|---|---|
@@ -75,8 +87,8 @@ not measured with this folder.** FID and sFID are of images generated on top of 
     return f"""{front_matter("transformers", ["gpstoken", "image-tokenizer", "arxiv:2509.01109"])}
 # GPSToken tokenizer, {config.num_tokens} tokens of 5 + {config.texture_channels} numbers
 
-Converted from `{source}` with `gpstoken_hf`: the weights are the checkpoint's, bit for bit. GPSToken turns an image \
-into 2D-Gaussian tokens, placed where the image is complex, and back; see {PAPER}.
+Converted from `{source}` with `gpstoken_hf`. The weights equal the checkpoint's bit for bit. GPSToken encodes an \
+image as 2D Gaussian tokens, which are denser where the image is complex, and decodes them; see {PAPER}.
 
 ```python
 from PIL import Image
@@ -99,23 +111,29 @@ image = processor.post_process(model.decode(tokens).sample.detach())[0]
 | partition | lambda {config.complexity_exponent:g}, smallest region {config.min_region_size} px, sigma scale \
 {config.sigma_scale:.4g} |
 {metrics}
-For the training data and the licence of the weights ask the source of `{source}`.
+For the training data and the licence of the weights, ask the authors of `{source}`.
 """
 
 
 def sit_card(config: dict, source: str, weights: str) -> str:
-    """README.md of a converted generator."""
+    """Return the README.md of a converted generator.
+
+    Args:
+        config (`dict`): its config.
+        source (`str`): the name of the released file.
+        weights (`str`): which of its weights were converted.
+    """
     width = config["num_attention_heads"] * config["attention_head_dim"]
     condition = config["condition_channels"]
     statistics = (
         "in the config (`latents_mean`, `latents_std`)"
         if config["latents_mean"] is not None
-        else "not in the config: a pipeline takes those of its tokenizer"
+        else "not in the config; a pipeline takes those of its tokenizer"
     )
     return f"""{front_matter("diffusers", ["gpstoken", "sit", "flow-matching", "arxiv:2509.01109"])}
 # SiT generator for GPSToken, {config["sample_size"]} tokens of {config["in_channels"]} channels
 
-Converted from `{source}` ({weights} weights) with `gpstoken_hf`: the weights are the checkpoint's, bit for bit. See \
+Converted from `{source}` ({weights} weights) with `gpstoken_hf`. The weights equal the checkpoint's bit for bit. See \
 {PAPER}.
 
 ```python
@@ -127,28 +145,31 @@ transformer = SiTTransformer1DModel.from_pretrained("path/or/repo")
 | | |
 |---|---|
 | size | {config["num_layers"]} blocks, width {width}, {config["num_attention_heads"]} heads |
-| classes | 0 to {config["num_classes"] - 1}, and {config["num_classes"]} for no class |
+| classes | 0 to {config["num_classes"] - 1}; {config["num_classes"]} means no class |
 | condition | {f"initial Gaussians, {condition} channels, added at the input" if condition else "none"} |
 | target | `{config["gaussian_target"]}`; channel statistics {statistics} |
 | time | `forward` takes `timestep = 1000 (1 - t)` and returns `x_0 - x_1`, minus the checkpoint's velocity |
 
-For the training data and the licence of the weights ask the source of `{source}`.
+For the training data and the licence of the weights, ask the authors of `{source}`.
 """
 
 
 def pipeline_card(pipeline: GPSTokenPipeline) -> str:
-    """README.md of an assembled pipeline."""
+    """Return the README.md of an assembled pipeline."""
     vae, transformer = pipeline.vae.config, pipeline.transformer.config
     sources = []
     if pipeline.layout_transformer is not None:
-        sources.append("a layout transformer, whose layouts are calibrated")
+        sources.append("a layout transformer with calibration")
     if pipeline.layout_bank is not None:
         sources.append(f"a bank of {len(pipeline.layout_bank)} layouts")
-    layouts = " and ".join(sources) or ("made with the texture" if pipeline.is_one_stage else "given by the caller")
+    layouts = " and ".join(sources) or (
+        "generated with the texture" if pipeline.is_one_stage else "given by the caller"
+    )
     return f"""{front_matter("diffusers", ["gpstoken", "class-conditional", "arxiv:2509.01109"])}
 # GPSToken pipeline
 
-Class label to layout to texture to image, assembled from converted components with `gpstoken_hf`. See {PAPER}.
+Generates images from class labels: first a layout, then its texture. Assembled from converted components with \
+`gpstoken_hf`. See {PAPER}.
 
 ```python
 import torch

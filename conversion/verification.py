@@ -1,7 +1,7 @@
 # Copyright 2026 The gpstoken-hf authors. Licensed under the Apache License, Version 2.0.
-"""Hold a converted model against recorded inputs and outputs of the release.
+"""Compare a converted model with recorded inputs and outputs of the authors' code.
 
-Tolerances are largest absolute errors in float32 on the CPU.
+Tolerances are the largest absolute errors allowed in float32 on a CPU.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ MERGED_DECODED_TOLERANCE = 2e-3
 
 @dataclass(frozen=True)
 class Comparison:
-    """The largest absolute error of one output."""
+    """The largest absolute error of one output, and its tolerance."""
 
     name: str
     error: float
@@ -41,49 +41,57 @@ class Comparison:
 
 
 def load_arrays(path: Path) -> dict[str, torch.Tensor]:
-    """Recorded inputs and outputs from a safetensors file."""
+    """Load recorded inputs and outputs from a safetensors file.
+
+    Raises:
+        ValueError: if the file is damaged.
+    """
     try:
         return load_file(path)
     except SafetensorError as error:
-        raise ValueError(f"{path} is not a whole safetensors file: {error}") from None
+        raise ValueError(f"{path} must be a whole safetensors file, got {error}") from None
 
 
 def check_errors(comparisons: Iterable[Comparison]) -> None:
-    """Print every comparison; ValueError when one is out of tolerance."""
+    """Print every comparison.
+
+    Raises:
+        ValueError: if an error exceeds its tolerance.
+    """
     comparisons = list(comparisons)
     for item in comparisons:
         print(f"verified: {item.name}: largest error {item.error:.3g} (tolerance {item.tolerance:g})")
     failed = [item for item in comparisons if not item.passed]
     if failed:
         listing = ", ".join(f"{item.name} {item.error:.3g} > {item.tolerance:g}" for item in failed)
-        raise ValueError(f"the converted model differs from the recorded outputs: {listing}")
+        raise ValueError(f"the converted model must reproduce the recorded outputs, got errors of {listing}")
 
 
 def compare_tensors(checkpoint: Checkpoint, restored: Iterable[PlannedTensor]) -> int:
-    """The number of restored tensors, each of which equals the checkpoint's in type, shape and every bit.
+    """Check that restored tensors equal the checkpoint's in number type, shape and every bit, and count them.
 
     Raises:
-        ValueError: one that is not.
+        ValueError: if a tensor differs.
     """
     count = 0
     for tensor in restored:
         original, value = checkpoint.tensor(tensor.name), tensor.load()
         same_kind = original.dtype == value.dtype and original.shape == value.shape
         if not same_kind or not torch.equal(as_bytes(original), as_bytes(value)):
-            raise ValueError(f"{tensor.name} does not come back as it was")
+            raise ValueError(f"{tensor.name} must equal the checkpoint's bit for bit, got other values")
         count += 1
     return count
 
 
 def regions_to_boxes(regions: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
-    """Regions `(..., 4)` as inclusive corners x0 y0 x1 y1 in [-1, 1] -> inclusive pixel boxes, int64."""
+    """Convert regions `(..., 4)`, inclusive corners x0 y0 x1 y1 in [-1, 1], to inclusive pixel boxes, int64."""
     height, width = size
     scale = regions.new_tensor([width - 1, height - 1, width - 1, height - 1])
     return ((regions + 1) / 2 * scale).round().long()
 
 
 def match_regions(boxes: torch.Tensor, expected: torch.Tensor) -> torch.Tensor | None:
-    """Where each of the expected boxes `(L, 4)` is in `boxes` `(L, 4)`; None if they are not the same set."""
+    """Return the index in `boxes` `(L, 4)` of each expected box `(L, 4)`, or None if the two sets differ."""
     places = {tuple(box): index for index, box in enumerate(boxes.tolist())}
     wanted = [tuple(box) for box in expected.tolist()]
     if len(places) != len(wanted) or set(places) != set(wanted):
@@ -92,9 +100,13 @@ def match_regions(boxes: torch.Tensor, expected: torch.Tensor) -> torch.Tensor |
 
 
 def max_error(value: torch.Tensor, expected: torch.Tensor) -> float:
-    """The largest absolute difference."""
+    """Return the largest absolute difference.
+
+    Raises:
+        ValueError: if the shapes differ.
+    """
     if value.shape != expected.shape:
-        raise ValueError(f"the model gives shape {tuple(value.shape)}, recorded is {tuple(expected.shape)}")
+        raise ValueError(f"the model's output must have shape {tuple(expected.shape)}, got {tuple(value.shape)}")
     return (value.double() - expected.double()).abs().max().item()
 
 
@@ -187,12 +199,16 @@ RECORDED_TIMES = {"cfg_in": 0.5, "cfg_out": 0.1}
 
 @torch.no_grad()
 def verify_sit(model: SiTTransformer1DModel, arrays: dict[str, torch.Tensor]) -> list[Comparison]:
-    """Errors of a generator against recorded velocities, for as many of them as there are.
+    """Compare a generator's velocities with the recorded ones.
 
     Args:
-        model: the converted model, float32.
-        arrays: x `(B, C, L, 1)`, t `(B,)` the paper's time, y `(B,)`, cond `(B, L, E)` and velocity (the paper's sign,
-            `(B, C, L, 1)`) and/or velocity_unconditioned; optional cfg_x, cfg_y, cfg_cond with cfg_in, cfg_out.
+        model (`SiTTransformer1DModel`): the converted model, float32.
+        arrays (`dict[str, torch.Tensor]`): x `(B, C, L, 1)`, t `(B,)` (the paper's time), y `(B,)`, and any of
+            velocity `(B, C, L, 1)` (the paper's sign) with cond `(B, L, E)`, velocity_unconditioned, and cfg_in and
+            cfg_out with cfg_x, cfg_y and cfg_cond.
+
+    Raises:
+        ValueError: if an input or all outputs are missing, or a shape does not fit.
     """
     for name in ("x", "t", "y"):
         if name not in arrays:

@@ -1,5 +1,5 @@
 # Copyright 2026 The gpstoken-hf authors. Licensed under the Apache License, Version 2.0.
-"""What the conversion tests share: golden files, edited checkpoints, and what a refusal must look like."""
+"""Shared by the conversion tests: golden files, damaged checkpoints and the messages that refuse them."""
 
 from pathlib import Path
 
@@ -11,7 +11,7 @@ SHARED_GOLDEN = Path(__file__).parents[2] / "shared" / "golden"
 
 
 class Hostile:
-    """A pickle that would make the file `marker`."""
+    """A pickle that creates the file `marker` when it is loaded."""
 
     def __init__(self, marker):
         self.marker = marker
@@ -21,7 +21,7 @@ class Hostile:
 
 
 def broken_checkpoints(source, folder, marker):
-    """Name -> (file, what the refusal must say), made from a good checkpoint of the release's format."""
+    """Name -> (file, pattern of the message that refuses it), made from a good checkpoint of the release's format."""
     tensors = load_file(source)
     key = next(name for name in sorted(tensors) if name.endswith(("mlp.0.weight", "mlp.fc1.weight")))
     data = source.read_bytes()
@@ -43,7 +43,7 @@ def broken_checkpoints(source, folder, marker):
         "infinite weight": (with_value(float("-inf")), "must be finite, got NaN or infinite"),
         "integer weight": (edited(**{key: tensors[key].int()}), "floating-point weights, got torch.int32"),
         "other shape": (edited(**{key: tensors[key][:, :-1].contiguous()}), "must have the shape of"),
-        "empty": ({"nothing": torch.zeros(1)}, "is not a"),
+        "empty": ({"nothing": torch.zeros(1)}, "must be a .*, got a file without"),
         "gap in the blocks": (
             {name.replace("blocks.1.", "blocks.2."): value for name, value in tensors.items()},
             "without gaps",
@@ -88,7 +88,7 @@ BROKEN_NAMES = (
 
 
 def same_bits(a, b):
-    """Equal type, shape and bytes."""
+    """Whether two tensors have the same number type, shape and bytes."""
     return (
         a.dtype == b.dtype
         and a.shape == b.shape

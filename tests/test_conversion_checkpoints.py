@@ -132,6 +132,38 @@ def test_state_dicts_of_modules_are_read(tmp_path):
             assert torch.equal(checkpoint.tensor("weight"), module.weight)
 
 
+@pytest.mark.parametrize("kind", ["header.safetensors", "archive.pt", "pickle.pt"])
+def test_random_damage_is_read_as_tensors_or_is_a_value_error(tmp_path, kind):
+    """150 corruptions of one or two bytes each, outside of the weights."""
+    content = {"a": torch.arange(6.0).reshape(2, 3), "b": torch.zeros(3, dtype=torch.float16)}
+    save_file(content, tmp_path / "good.safetensors")
+    good = torch_file(content) if kind.endswith("pt") else (tmp_path / "good.safetensors").read_bytes()
+    random = torch.Generator().manual_seed(0)
+
+    def number(limit):
+        return int(torch.randint(limit, (), generator=random))
+
+    def damaged(name, data):
+        if kind == "pickle.pt" and not name.endswith("data.pkl"):
+            return data
+        changed = bytearray(data)
+        for _ in range(1 + number(2)):
+            changed[number(len(data) - 20 * kind.startswith("header"))] = number(256)
+        return bytes(changed)
+
+    path, refused = tmp_path / kind, 0
+    for _ in range(150):
+        # The archive around a damaged pickle is written anew, with the right checksum.
+        path.write_bytes(rewritten(good, edit=damaged) if kind == "pickle.pt" else damaged("", good))
+        try:
+            with open_checkpoint(path) as checkpoint:
+                for key in checkpoint.keys():  # noqa: SIM118 (not a mapping)
+                    assert checkpoint.tensor(key).nbytes <= len(good)
+        except ValueError:
+            refused += 1
+    assert 50 < refused < 150
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 def test_weights_that_are_not_finite_are_not_written(tmp_path, value):
     for dtype in (torch.float64, torch.float32, torch.float16, torch.bfloat16):
@@ -173,7 +205,7 @@ def test_a_full_disk_is_one_line(tmp_path):
 
 
 def test_a_killed_conversion_leaves_a_staging_folder_at_most(tmp_path):
-    """Killed while it writes 515 MB of zeros: no output that could be taken for a whole one."""
+    """Kill the program while it writes 515 MB of zeros. The output must not exist."""
     shapes = json.loads((GOLDEN / "official_state_dict_shapes.json").read_text())["gpstoken_m128"]
     header, offset = {}, 0
     for key, shape in shapes.items():
@@ -200,7 +232,7 @@ def test_a_killed_conversion_leaves_a_staging_folder_at_most(tmp_path):
 
 
 def test_the_pickle_that_is_refused_would_take_memory():
-    """pickle itself makes the call: the test above would notice."""
+    """pickle itself makes the call, so the test above can fail."""
     assert len(pickle.loads(CALL.replace(b"J\xff\xff\xff\x7f", b"J\xff\xff\x01\x00"))) == 2**17 - 1
 
 

@@ -1,5 +1,5 @@
 # Copyright 2026 The gpstoken-hf authors. Licensed under the Apache License, Version 2.0.
-"""The released checkpoints' full key lists: every key accounted for; conversion within 1.5 times the file's memory."""
+"""The full key lists of the released checkpoints: every key has a rule, and the memory is bounded."""
 
 import argparse
 import json
@@ -30,7 +30,7 @@ TOKENIZERS = ("gpstoken_s64", "gpstoken_m128", "gpstoken_l256")
 
 
 def write(path, name, sparse):
-    """A checkpoint of the release's names and shapes: random weights, or a hole in the file in their place."""
+    """Write a checkpoint with the release's names and shapes. The weights are random, or a hole in the file."""
     prefix = "ema_model." if "sit" in name else ""
     header, offset = {}, 0
     for key, shape in SHAPES[name].items():
@@ -116,7 +116,7 @@ print("ratio", (status("VmHWM") - baseline) / size)
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="peak memory is read from /proc")
 @pytest.mark.parametrize("name", sorted(EXPECTED))
 def test_full_size_conversion(tmp_path, name):
-    """Random weights through the whole program and back, bit for bit; the peak counts mapped pages of the file.
+    """Convert random weights and convert them back, bit for bit. The peak memory includes mapped pages of the file.
 
     Measured: 1.02 times the file for the tokenizers in both directions; for the generator 1.00, and 1.17 in reverse.
     """

@@ -1,5 +1,5 @@
 # Copyright 2026 The gpstoken-hf authors. Licensed under the Apache License, Version 2.0.
-"""The tokenizer's conversion: exact, strict, both ways, and equal to the release's recorded outputs."""
+"""Conversion of the tokenizer: exact in both directions, strict, and equal to the authors' recorded outputs."""
 
 import json
 import re
@@ -47,7 +47,7 @@ def test_sizes_come_from_the_tensors(converted):
     assert config.decoder_layers_per_block == decoder["num_res_blocks"]
     assert config.conditioner_channels == 128
     assert config.mlp_ratio == 4
-    # What the tensors cannot tell: options, and the release's values.
+    # Not in the tensors: options, and the defaults of the release.
     assert (config.num_tokens, config.image_size, config.num_attention_heads) == (16, 64, 8)
     assert (config.splat_support, config.tile_decode, config.min_region_size) == (3, "merged", 8)
     assert config.dtype == torch.float16  # as the file stores them
@@ -113,7 +113,7 @@ def test_agrees_with_the_release_on_photographs(tmp_path, capsys):
 
 
 def test_tokens_and_images_against_the_recording(converted):
-    """The comparison of --verify once more, written out: given the recorded regions, in the recorded order."""
+    """The comparison of --verify without its code: given the recorded regions, in the recorded order."""
     recorded = load_file(ARRAYS)
     model = GPSTokenModel.from_pretrained(converted, dtype=torch.float32).eval()
     boxes = ((recorded["regions"] + 1) / 2 * 63).round().long()
@@ -136,7 +136,7 @@ def test_verify_notices_a_difference(tmp_path, capsys, array):
         "--checkpoint", OFFICIAL, "--output", tmp_path / "out", *OPTIONS, "--verify", tmp_path / "arrays.safetensors"
     )
     assert code == 2
-    assert "differs from the recorded outputs" in capsys.readouterr().err
+    assert "must reproduce the recorded outputs" in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["arrays.safetensors"]
 
 
@@ -144,7 +144,7 @@ def test_verify_notices_a_difference(tmp_path, capsys, array):
 def test_errors_beyond_the_tolerance_are_refused(error, capsys):
     good = Comparison("good", 1e-3, 1e-3)
     check_errors([good])
-    with pytest.raises(ValueError, match=r"recorded outputs: bad \S+ > 0.001$"):
+    with pytest.raises(ValueError, match=r"recorded outputs, got errors of bad \S+ > 0.001$"):
         check_errors([good, Comparison("bad", error, 1e-3)])
     assert "verified: bad: largest error" in capsys.readouterr().out
 
@@ -216,7 +216,7 @@ def broken(tmp_path_factory):
 
 
 def refusal(capsys, argv, message):
-    """Exit code 2 and one line that says `message`."""
+    """Check that a run exits with code 2 and prints one line that matches `message`."""
     assert run(*argv) == 2
     error = capsys.readouterr().err
     assert error.startswith("error: ")
@@ -235,8 +235,8 @@ def test_broken_checkpoints_are_refused(tmp_path, capsys, broken, name):
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        ([], "expected --num_tokens N or --preset s64|m128|l256"),
-        (["--preset", "m128"], "preset m128 has hidden_size 512, the checkpoint has 64"),
+        ([], "--num_tokens N or --preset s64|m128|l256 must be given, got neither"),
+        (["--preset", "m128"], "hidden_size of the checkpoint must be 512 for m128, got 64"),
         (["--num_tokens", 16, "--num_attention_heads", 7], "hidden_size=64 and num_attention_heads=7"),
     ],
 )
@@ -247,7 +247,7 @@ def test_options_that_do_not_fit(tmp_path, capsys, argv, message):
 
 def test_a_generator_is_no_tokenizer(tmp_path, capsys):
     source = GOLDEN / "sit_official.safetensors"
-    refusal(capsys, ["--checkpoint", source, "--output", tmp_path / "out", *OPTIONS], "is not a GPSToken tokenizer")
+    refusal(capsys, ["--checkpoint", source, "--output", tmp_path / "out", *OPTIONS], "must be a GPSToken tokenizer")
     assert not list(tmp_path.iterdir())
 
 

@@ -1,5 +1,5 @@
 # Copyright 2026 The gpstoken-hf authors. Licensed under the Apache License, Version 2.0.
-"""The layout bank's conversion: the authors' pickle in, the same numbers out, and nothing of a hostile pickle runs."""
+"""Conversion of the layout bank: the numbers stay the same, and no code from a hostile pickle runs."""
 
 import os
 import pickle
@@ -92,7 +92,7 @@ def test_golden_pickle(tmp_path):
 
 
 class Hostile:
-    """Pickles as a call of `function` with `arguments`."""
+    """An object that pickles as a call of `function` with `arguments`."""
 
     def __init__(self, function, *arguments):
         self.function, self.arguments = function, arguments
@@ -102,7 +102,7 @@ class Hostile:
 
 
 class HostileState:
-    """Pickles as an array's constructor whose BUILD state is code."""
+    """An object that pickles as an array's constructor with `state` for BUILD."""
 
     def __init__(self, state):
         self.state = state
@@ -151,7 +151,7 @@ def large_int(value):
 
 
 def hostile_pickles(marker):
-    """Files that would create the file `marker`, take the memory, or crash the interpreter, if pickle read them."""
+    """Files that would create the file `marker`, exhaust the memory or crash the interpreter if pickle loaded them."""
     touch = f"touch {marker}"
     protocol_2 = pickle.dumps(Hostile(os.system, touch), 2)
     nested = b")" + b"\x85" * 90_000  # nested tuples, which Python hashes recursively in C
@@ -294,7 +294,7 @@ HOSTILE_NAMES = sorted(hostile_pickles("marker"))
 
 
 def test_the_hostile_pickles_are_hostile(tmp_path):
-    """pickle itself runs the first of them: the test below would notice."""
+    """pickle itself runs the first of them, so the test below can fail."""
     marker = tmp_path / "marker"
     pickle.loads(hostile_pickles(marker)["os.system"][0])
     assert marker.exists()
@@ -317,7 +317,7 @@ def test_hostile_pickles_are_refused_and_nothing_runs(tmp_path, capsys, name):
 
 
 def loads(tmp_path, data):
-    """What the pickle holds, or None if it was refused; fails if loading takes more memory than its bound."""
+    """Load a pickle, or return None if it is refused. Fails if loading exceeds the bound on memory."""
     path = tmp_path / "initg.pickle"
     path.write_bytes(data)
     tracemalloc.start()
@@ -356,7 +356,7 @@ def test_every_cut_of_a_good_pickle_is_refused(tmp_path, content):
 
 
 def is_plain(value):
-    """Numbers, text, arrays of numbers, and containers of them: types that have no methods of the file's choice."""
+    """Whether a value consists of numbers, text, arrays of numbers and containers of them, and of no other type."""
     if type(value) is dict:
         return all(type(key) in (bool, int, float, str) for key in value) and all(map(is_plain, value.values()))
     if type(value) in (list, tuple):
@@ -400,14 +400,14 @@ def test_random_damage_loads_as_arrays_or_is_refused(tmp_path, content, protocol
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ([1], "must hold a dict of class id -> layouts, got a list"),
+        ([1], "must hold a dict of class id -> layouts, got list"),
         ({}, "must hold a dict"),
-        ({"a": []}, "class ids must be integers, got 'a'"),
-        ({True: []}, "class ids must be integers, got True"),
-        ({0: 5}, "class 0 must have a list of arrays, got a int"),
-        ({0: np.array(1.0)}, r"class 0 must have a list of arrays, got an array of float64 of shape \(\)"),
-        ({0: np.zeros((4, 5))}, "layout 0 of class 0 must be a float array"),
-        ({0: [np.float64(1)]}, "layout 0 of class 0 must be a float array .*, got a float"),
+        ({"a": []}, "class ids in .* must be integers, got 'a'"),
+        ({True: []}, "class ids in .* must be integers, got True"),
+        ({0: 5}, "class 0 in .* must have a list of arrays, got int"),
+        ({0: np.array(1.0)}, r"class 0 in .* must have a list of arrays, got an array of float64 of shape \(\)"),
+        ({0: np.zeros((4, 5))}, "layout 0 of class 0 in .* must be a float array"),
+        ({0: [np.float64(1)]}, "layout 0 of class 0 in .* must be a float array .*, got float"),
         ({0: [np.full((4, 5), 1e300)]}, "must be finite"),
         ({-1: [np.full((4, 5), 0.5)]}, "got -1"),
         ({0: [np.zeros((4, 4), "f4")]}, "at least 5 columns, got 4"),

@@ -1,5 +1,5 @@
 # Copyright 2026 The gpstoken-hf authors. Licensed under the Apache License, Version 2.0.
-"""Converted components become one pipeline that loads, samples, and holds the converted weights bit for bit."""
+"""Converted components become one pipeline, which loads, samples and holds the converted weights bit for bit."""
 
 import json
 import pickle
@@ -87,7 +87,7 @@ def test_holds_the_converted_weights(assembled, components):
 
 
 def test_is_what_save_pretrained_writes(assembled, tmp_path):
-    """The same files and the same index as those of the loaded pipeline."""
+    """The folder has the files and the index that the loaded pipeline would save."""
     pipeline = GPSTokenPipeline.from_pretrained(assembled)
     pipeline.save_pretrained(tmp_path)
     ours = {path.relative_to(assembled) for path in assembled.rglob("*") if path.is_file()}
@@ -120,13 +120,13 @@ def test_card(assembled):
 
 def test_verify(components, tmp_path, capsys):
     assert run(convert_pipeline, *arguments(components), "--output", tmp_path / "out", "--verify") == 0
-    assert "loads and makes an image of (3, 64, 64)" in capsys.readouterr().out
+    assert "generates an image of shape (3, 64, 64)" in capsys.readouterr().out
 
 
 def test_without_a_bank_a_layout_must_be_given(components, tmp_path, capsys):
     argv = arguments(components, "--layout_bank", None)
     assert run(convert_pipeline, *argv, "--output", tmp_path / "out", "--verify") == 0
-    assert "every call of the pipeline must be given a layout" in capsys.readouterr().out
+    assert "every call of the pipeline needs the argument layout" in capsys.readouterr().out
     assert GPSTokenPipeline.from_pretrained(tmp_path / "out").layout_bank is None
 
 

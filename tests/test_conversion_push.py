@@ -1,5 +1,8 @@
 # Copyright 2026 The gpstoken-hf authors. Licensed under the Apache License, Version 2.0.
-"""`--push_to_hub` of every converter, against a Hub on this machine, in a process that reads its address at import."""
+"""`--push_to_hub` of every converter and `push_folder`, with a Hub on this machine.
+
+The Hub's client reads its address when it is imported, so each test runs a process.
+"""
 
 import ast
 import os
@@ -41,7 +44,7 @@ def hub():
 
 
 def run(program, hub_env, tmp_path):
-    """The output of a program in a process of its own, without the Hub's offline switches."""
+    """Run a program in a new process without the Hub's offline switches, and return its output."""
     paths = os.pathsep.join(filter(None, [str(TESTS), str(TESTS.parent), os.environ.get("PYTHONPATH")]))
     environment = {**os.environ, **hub_env, "HF_HOME": str(tmp_path / "cache"), "PYTHONPATH": paths}
     for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_HUB_CACHE"):
@@ -86,7 +89,7 @@ def test_a_hub_out_of_reach_is_an_os_error(tmp_path):
 
 
 def test_programs_import_no_other_program():
-    """What two programs need lies in a module without `main`."""
+    """Code that several programs need is in modules without `main`."""
     folder = TESTS.parent / "conversion"
     programs = {path.stem for path in folder.glob("*.py") if "\ndef main(" in path.read_text()}
     assert programs == {"convert_gpstoken", "convert_layout_bank", "convert_pipeline", "convert_sit"}

@@ -1,5 +1,5 @@
 # Copyright 2026 The gpstoken-hf authors. Licensed under the Apache License, Version 2.0.
-"""The generator's conversion: the chosen weights, exactly, both ways, and equal to the release's recorded outputs."""
+"""Conversion of the generator: exact in both directions, strict, and equal to the authors' recorded outputs."""
 
 import json
 import logging
@@ -92,7 +92,7 @@ def test_verify_notices_a_difference(tmp_path, capsys, array):
     save_file(recorded, arrays)
     assert run("--checkpoint", OFFICIAL, "--output", tmp_path / "out", *HEADS, "--verify", arrays) == 2
     error = capsys.readouterr().err
-    assert f"differs from the recorded outputs: {array} " in error
+    assert f"must reproduce the recorded outputs, got errors of {array} " in error
     assert error.count("\n") == 1
     assert [path.name for path in tmp_path.iterdir()] == ["arrays.safetensors"]
 
@@ -107,7 +107,7 @@ def test_reverse_gives_back_every_bit(converted, official, tmp_path):
 
 @pytest.fixture(scope="module")
 def with_online(official, tmp_path_factory):
-    """A file with both kinds of weights, which differ."""
+    """A file with both kinds of weights, with different values."""
     online = {
         name.replace("ema_model.", "online_model."): -tensor for name, tensor in official.items() if "ema" in name
     }
@@ -234,9 +234,12 @@ def test_unknown_keys_outside_of_the_weights_are_refused(official, tmp_path, cap
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        ([], "expected --num_attention_heads N"),
+        ([], "--num_attention_heads must be given for a model of this depth and width, got none"),
         (["--num_attention_heads", 7], "must divide the width 64, got 7"),
-        ([*HEADS, "--weights", "online"], r"has the weights \['ema'\], got --weights online"),
+        (
+            [*HEADS, "--weights", "online"],
+            r"--weights must be one of \['ema'\], which the checkpoint holds, got online",
+        ),
         ([*HEADS, "--latents_mean", 1, "--latents_std", 1], "latents"),
     ],
 )
@@ -250,7 +253,7 @@ def test_patches_are_refused(official, tmp_path, capsys):
     tensors["ema_model.x_embedder.proj.weight"] = torch.zeros(64, 9, 2, 2)
     save_file(tensors, tmp_path / "w.safetensors")
     argv = ["--checkpoint", tmp_path / "w.safetensors", "--output", tmp_path / "out", *HEADS]
-    refusal(capsys, argv, "patches of 2 x 2, expected patch size 1")
+    refusal(capsys, argv, "patch size of .* must be 1, got 2 x 2")
 
 
 @pytest.mark.parametrize("shape", [(), (0,), (191,), (192, 1)])
@@ -263,7 +266,7 @@ def test_projections_that_cannot_be_cut_in_three_are_refused(official, tmp_path,
 
 def test_a_tokenizer_is_no_generator(tmp_path, capsys):
     argv = ["--checkpoint", GOLDEN / "tokenizer_official.safetensors", "--output", tmp_path / "out", *HEADS]
-    refusal(capsys, argv, "is not a SiT generator")
+    refusal(capsys, argv, "must be a SiT generator")
     assert not list(tmp_path.iterdir())
 
 
