@@ -78,7 +78,7 @@ class Ended:
     def problem(self, codes: Sequence[int] = (0, 2)) -> str | None:
         """What is wrong with this end of a program, in one line; None if nothing is."""
         lines = [line for line in self.printed.replace("\r", "\n").splitlines() if line.strip()]
-        last = lines[-1][:300] if lines else "nothing printed"
+        last = lines[-1] if lines else "nothing printed"
         if self.code is None:
             return f"still running after {self.seconds:.0f} s: {last}"
         if "Traceback (most recent call last)" in self.printed:
@@ -468,8 +468,9 @@ def start(module: str, arguments: Sequence[Any], cwd: Path, **limits: Any) -> Ch
 
 
 def tree(folder: Path) -> set[str]:
-    """The relative names of all files below a folder, hidden ones among them."""
-    names = (path.relative_to(folder) for path in folder.rglob("*") if not path.is_dir())
+    """The relative names of all files and empty folders below a folder, hidden ones among them."""
+    leaves = (path for path in folder.rglob("*") if not path.is_dir() or not any(path.iterdir()))
+    names = (path.relative_to(folder) for path in leaves)
     return {os.fsencode(name).decode("utf-8", "replace") for name in names if not {*IGNORED_FOLDERS} & {*name.parts}}
 
 
@@ -808,15 +809,14 @@ def kills_case(campaign: Campaign, number: int, folder: Path) -> tuple[str, str 
     title = f"{name}, killed after {moment:.2f} s"
     campaign.start(name, folder).wait(SECONDS * 3, sigkill_after=moment)
     (folder / "area" / "mine.txt").write_text("mine")
-    ended = campaign.start(name, folder).wait(SECONDS * 3)
-    return title, _refused_as_done(name, ended) or _left_over(campaign, name, folder) or _mine_is_lost(folder)
+    return title, _go_on(campaign, name, folder) or _mine_is_lost(folder)
 
 
-def _refused_as_done(name: str, ended: Ended) -> str | None:
-    """A run that was killed after its last step has its output: a program may refuse to make it again."""
-    if ended.code == 2 and "must not exist or be an empty folder" in ended.printed:
-        return None
-    return ended.problem((0,))
+def _go_on(campaign: Campaign, name: str, folder: Path, *more: str) -> str | None:
+    """What the same command does wrong after an interrupted one. Where all is done, it may refuse to do it again."""
+    done = _left_over(campaign, name, folder) is None
+    ended = campaign.start(name, folder, *more).wait(SECONDS * 3)
+    return ended.problem((0, 2) if done else (0,)) or _left_over(campaign, name, folder)
 
 
 def _mine_is_lost(folder: Path) -> str | None:
@@ -843,10 +843,7 @@ def disk_case(campaign: Campaign, number: int, folder: Path) -> tuple[str, str |
     if problem is None and again:
         lost = expected - tree(folder / "area")
         problem = (f"lost: {', '.join(sorted(lost)[:5])}" if lost else None) or find_broken(folder / "area")
-    if problem is None:
-        ended = campaign.start(name, folder, *more).wait(SECONDS * 3)
-        problem = _refused_as_done(name, ended) or _left_over(campaign, name, folder)
-    return title, problem
+    return title, problem or _go_on(campaign, name, folder, *more)
 
 
 def readonly_case(campaign: Campaign, number: int, folder: Path) -> tuple[str, str | None]:
@@ -891,10 +888,7 @@ def twice_case(campaign: Campaign, number: int, folder: Path) -> tuple[str, str 
             return title, problem
     if all(ended.code for ended in ends):
         return title, f"both refused: {ends[0].printed.strip()[-200:]}"
-    (folder / "area" / "mine.txt").write_text("mine")
-    return title, _refused_as_done(name, campaign.start(name, folder).wait(SECONDS * 3)) or _left_over(
-        campaign, name, folder
-    )
+    return title, _go_on(campaign, name, folder)
 
 
 # -- names
@@ -1053,7 +1047,9 @@ def versions() -> dict[str, str]:
 def as_markdown(results: Sequence[Result], seed: int, scale: float, minutes: float) -> str:
     """The page docs/reliability.md."""
     listed = ", ".join(f"{name} {number}" for name, number in versions().items())
-    command = f"python -m tests.hostile_campaign --seed {seed} --scale {scale:g} --output docs/reliability.md"
+    command = f"python -m tests.hostile_campaign --seed {seed} --scale {scale:g}"
+    if len(results) < len(AREAS):
+        command += " --areas " + " ".join(result.area for result in results)
     lines = [
         "# Reliability",
         "",
@@ -1084,7 +1080,8 @@ def as_markdown(results: Sequence[Result], seed: int, scale: float, minutes: flo
 
 def _code(text: str) -> str:
     """Text from outside as inline code: it may hold anything."""
-    return "`" + " ".join(text.encode("unicode_escape").decode().replace("`", "'").split())[:300] + "`"
+    plain = " ".join(text.encode("unicode_escape").decode().replace("`", "'").split())
+    return "`" + (plain if len(plain) <= 300 else f"{plain[:140]} ... {plain[-140:]}") + "`"
 
 
 def run_area(campaign: Campaign, name: str, numbers: Sequence[int]) -> Result:
@@ -1104,7 +1101,7 @@ def run_area(campaign: Campaign, name: str, numbers: Sequence[int]) -> Result:
     return result
 
 
-def warm_up(campaign: Campaign) -> None:
+def warm_up(campaign: Campaign, areas: Sequence[str]) -> None:
     """Import and compile once what every forked child then has."""
     import datasets
     import diffusers
@@ -1122,6 +1119,9 @@ def warm_up(campaign: Campaign) -> None:
     model = gpstoken_hf.GPSTokenModel.from_pretrained(campaign.inputs["model"]).eval()
     with torch.inference_mode():
         model(torch.zeros(1, 3, 24, 32), num_tokens=6)
+    if {"files", "configs"} & {*areas}:
+        use_autoencoder(campaign.inputs["autoencoder"])
+        use_pipeline(campaign.inputs["pipeline"])
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -1144,7 +1144,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             if name not in os.environ:
                 os.environ[name] = f"{work}/{name.lower()}"
         campaign = Campaign(Path(work), options.seed)
-        warm_up(campaign)
+        warm_up(campaign, options.areas)
         results = []
         for name in options.areas:
             count = max(1, math.ceil(AREAS[name].cases * options.scale))
