@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 # One thread per worker: more would only take turns on the same cores.
 FAST_TESTS := -m "not slow and not gpu" --numprocesses 2 --dist loadfile
 
-.PHONY: help install demo test test-slow test-oldest test-newest docs lint format clean
+.PHONY: help install demo test test-slow test-hostile test-oldest test-newest docs lint format clean
 
 help: ## List the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  \1\t\2/p' Makefile | expand -t 16
@@ -30,6 +30,10 @@ test: $(STAMP) ## Run the tests, about five minutes on two cores
 
 test-slow: $(STAMP) ## Run the tests that take minutes each
 	$(BIN)/python -m pytest -m "slow and not gpu"
+
+# Linux only. The table of a run without failures goes into the documentation: HOSTILE="--output docs/reliability.md".
+test-hostile: $(STAMP) ## Attack the package: damaged files, kills, full disks; prints what did not survive
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.hostile_campaign $(HOSTILE)
 
 # What old versions warn about is no error.
 test-oldest: ## Run the tests with the oldest versions that pyproject.toml admits
