@@ -1056,7 +1056,7 @@ def as_markdown(results: Sequence[Result], seed: int, scale: float, minutes: flo
         "configuration's field of a function. A traceback, a crash, a hang, memory without bound, a lost file or one",
         "left half-written is a failure.",
         "",
-        f"Measured on {datetime.now(timezone.utc):%Y-%m-%d} in {minutes:.0f} minutes with {listed}:",
+        f"Measured on {datetime.now(timezone.utc):%Y-%m-%d} in {minutes:.0f} min with {listed}:",
         "",
         "| area | tried | survived |",
         "|---|---:|---:|",
