@@ -540,8 +540,7 @@ class Campaign:
         area, scratch = folder / "area", folder / "scratch"
         for path in (area, scratch):
             path.mkdir(exist_ok=True)
-            if limits.get("user"):
-                path.chmod(0o777)
+        scratch.chmod(0o777)  # whoever the program runs as
         arguments = program.command(self.inputs, area / (output or program.output), scratch)
         return start(program.module, [*arguments, *more], folder, **limits)
 
@@ -849,7 +848,7 @@ def disk_case(campaign: Campaign, number: int, folder: Path) -> tuple[str, str |
 def readonly_case(campaign: Campaign, number: int, folder: Path) -> tuple[str, str | None]:
     """An output that cannot be written: a read-only folder or parent, or a file where a folder should be."""
     names = list(PROGRAMS)
-    name, kind = names[number % len(names)], ("parent", "folder", "file", "below a file")[number // len(names) % 4]
+    name, kind = names[number % len(names)], ("parent", "folder", "file", "below a file")[number % 4]
     area = folder / "area"
     area.mkdir()
     (area / "mine.txt").write_text("mine")
@@ -863,10 +862,8 @@ def readonly_case(campaign: Campaign, number: int, folder: Path) -> tuple[str, s
     before = contents(area)
     more = {"output": "out/below"} if kind == "below a file" else {}
     user = NOBODY if os.geteuid() == 0 else None  # root writes anywhere
-    child = campaign.start(name, folder, user=user, **more)
-    if kind == "parent":
-        area.chmod(0o555)
-    problem = child.wait(SECONDS * 3).problem((2,))
+    area.chmod(0o555 if kind == "parent" else 0o777)
+    problem = campaign.start(name, folder, user=user, **more).wait(SECONDS * 3).problem((2,))
     area.chmod(0o755)
     if problem is None and contents(area) != before:
         problem = f"changed: {', '.join(sorted(set(contents(area)) ^ set(before)) or ['contents'])}"
@@ -1059,7 +1056,7 @@ def as_markdown(results: Sequence[Result], seed: int, scale: float, minutes: flo
         "configuration's field of a function. A traceback, a crash, a hang, memory without bound, a lost file or one",
         "left half-written is a failure.",
         "",
-        f"Measured on {datetime.now(timezone.utc):%Y-%m-%d} in {minutes:.0f} minutes with {listed}:",
+        f"Measured on {datetime.now(timezone.utc):%Y-%m-%d} in {minutes:.0f} min with {listed}:",
         "",
         "| area | tried | survived |",
         "|---|---:|---:|",
