@@ -89,6 +89,37 @@ def test_goes_on_where_it_was_stopped(parquet, tmp_path, monkeypatch, capsys):
     assert len(GaussianLayoutBank.from_pretrained(tmp_path / "bank")) == 10
 
 
+def test_parts_of_somebody_else_are_left_alone(parquet, tmp_path, capsys):
+    (tmp_path / "bank.parts").mkdir()
+    (tmp_path / "bank.parts" / "work").write_text("years of it")
+    argv = ["--train_data_files", parquet, *SMALL, "--output_dir", tmp_path / "bank"]
+    assert run(*argv) == 2
+    assert "got a folder that holds work" in capsys.readouterr().err
+    assert (tmp_path / "bank.parts" / "work").read_text() == "years of it"
+    assert not (tmp_path / "bank").exists()
+
+
+def test_what_is_added_to_the_parts_is_kept(parquet, tmp_path, monkeypatch):
+    build_part = build_layout_bank.build_part
+
+    def add_a_file(*arguments):
+        (tmp_path / "bank.parts" / "work").write_text("years of it")
+        return build_part(*arguments)
+
+    monkeypatch.setattr(build_layout_bank, "build_part", add_a_file)
+    assert run("--train_data_files", parquet, *SMALL, "--output_dir", tmp_path / "bank") == 0
+    assert (tmp_path / "bank.parts" / "work").read_text() == "years of it"
+    assert not list((tmp_path / "bank.parts").glob("*.safetensors"))
+
+
+def test_an_output_that_is_there_is_refused_before_any_work(parquet, tmp_path, capsys):
+    (tmp_path / "bank").mkdir()
+    (tmp_path / "bank" / "work").write_text("years of it")
+    assert run("--train_data_files", parquet, *SMALL, "--output_dir", tmp_path / "bank") == 2
+    assert "must not exist or be an empty folder" in capsys.readouterr().err
+    assert {path.name for path in tmp_path.iterdir()} == {"bank"}
+
+
 def test_defaults_come_from_the_tokenizer(tmp_path, capsys):
     from gpstoken_hf.configuration_gpstoken import GPSTokenConfig
 

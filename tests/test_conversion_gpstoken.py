@@ -69,7 +69,7 @@ def test_writes_processor_and_card(converted):
     assert "Converted from `tokenizer_official.safetensors`" in card
     assert "PSNR" not in card  # no released preset, no numbers
     assert {path.name for path in converted.iterdir()} == {
-        *("README.md", "config.json", "model.safetensors", "preprocessor_config.json")
+        *(".gpstoken.json", "README.md", "config.json", "model.safetensors", "preprocessor_config.json")
     }
 
 

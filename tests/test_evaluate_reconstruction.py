@@ -4,6 +4,7 @@
 import io
 import json
 import math
+import os
 
 import numpy as np
 import PIL.Image
@@ -45,10 +46,11 @@ def folder(tmp_path):
 @pytest.fixture
 def run(model_folder, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    common = ["--model", model_folder, "--resolution", "32", "--device", "cpu", "--output", "results"]
+    common = ["--model", model_folder, "--resolution", "32", "--device", "cpu"]
 
     def call(*arguments):
-        return run_program(evaluate.main, [*map(str, arguments), *common])
+        output = [] if "--output" in arguments else ["--output", "results"]
+        return run_program(evaluate.main, [*map(str, arguments), *common, *output])
 
     return call
 
@@ -156,6 +158,28 @@ def test_an_interrupted_run_goes_on(run, folder, tmp_path, capsys):
     assert run(folder, "--tokens", 8) == 2
     assert "other settings" in capsys.readouterr().err
     assert run(folder, "--tokens", 8, "--overwrite") == 0
+
+
+def test_a_folder_of_somebody_else_is_left_alone(run, folder, tmp_path, capsys):
+    (tmp_path / "results").mkdir()
+    (tmp_path / "results/table.md").write_text("years of it")
+    for options in ((), ("--overwrite",)):
+        assert run(folder, "--tokens", 4, *options) == 2
+        assert "got a folder that holds table.md" in capsys.readouterr().err
+    assert [path.name for path in (tmp_path / "results").iterdir()] == ["table.md"]
+
+
+def test_its_own_pictures_are_not_taken_for_images(run, folder, tmp_path, capsys):
+    for options in ((), ("--overwrite",), ()):
+        assert run(folder, "--tokens", 4, "--output", folder / "results", *options) == 0
+        assert "5 images of images" in capsys.readouterr().out
+
+
+def test_names_that_are_not_text(run, folder, tmp_path, capsys):
+    odd = tmp_path / os.fsdecode(b"caf\xe9")
+    folder.rename(odd)
+    assert run(odd, "--tokens", 4) == 0
+    assert r"5 images of caf\udce9" in (tmp_path / "results/table.md").read_text()
 
 
 def test_standard_error():

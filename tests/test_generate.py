@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from tiny_pipeline import TOKENS, make_pipeline
 
 from pipelines.generate import SCHEDULERS, Job, main
+from pipelines.shared.outputs import own_directory
 from pipelines.shared.programs import run_program
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -211,6 +212,94 @@ def test_a_folder_of_something_else_is_left_alone(generate, tmp_path, capsys):
     assert generate("--classes", 1, "--count", 1, "--overwrite") == 2
     assert "written by pipelines.generate, got a folder that holds notes.txt" in capsys.readouterr().err
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["notes.txt"]
+
+
+def test_settings_of_somebody_else_do_not_make_a_folder_ones_own(generate, tmp_path, capsys):
+    output = tmp_path / "out"
+    (output / "images").mkdir(parents=True)
+    (output / "images" / "work.png").write_text("years of it")
+    (output / "settings.json").write_text("{}")
+    for options in ((), ("--overwrite",)):
+        assert generate("--classes", 1, "--count", 1, *options) == 2
+        error = capsys.readouterr().err
+        assert error.startswith("error: the output ")
+        assert error.count("\n") == 1
+    assert (output / "images" / "work.png").read_text() == "years of it"
+
+
+def test_what_was_added_to_the_images_is_kept(generate, tmp_path, capsys):
+    assert generate("--classes", 1, 2, "--count", 1) == 0
+    added = tmp_path / "out" / "images" / "0001" / "best.png"
+    added.write_text("mine")
+    assert generate("--classes", 1, "--count", 1, "--steps", 4, "--overwrite") == 2
+    assert "also holds images/0001/best.png" in capsys.readouterr().err
+    assert len(images_in(tmp_path / "out")) == 3
+    added.unlink()
+    assert generate("--classes", 1, "--count", 1, "--steps", 4, "--overwrite") == 0
+    assert images_in(tmp_path / "out") == ["images/0001/00000.png"]
+
+
+def images_in(output: Path) -> list[str]:
+    return sorted(path.relative_to(output).as_posix() for path in (output / "images").rglob("*.png"))
+
+
+@pytest.mark.parametrize("content", [b"[1, 2]", b"{", b"\xff", b"[" * 100_000, b"5"])
+def test_damaged_settings_are_one_line(generate, tmp_path, capsys, content):
+    assert generate("--classes", 1, "--count", 1) == 0
+    (tmp_path / "out" / "settings.json").write_bytes(content)
+    capsys.readouterr()
+    assert generate("--classes", 1, "--count", 1) == 2
+    errors = capsys.readouterr().err.splitlines()
+    assert len(errors) == 1
+    assert "holds images of other settings" in errors[0]
+    assert generate("--classes", 1, "--count", 1, "--overwrite") == 0
+
+
+def test_the_second_of_two_runs_refuses(generate, tmp_path, capsys):
+    with own_directory(tmp_path / "out", "pipelines.generate"):
+        assert generate("--classes", 1, "--count", 1) == 2
+    assert "out is being written by another run" in capsys.readouterr().err
+    assert generate("--classes", 1, "--count", 1) == 0
+
+
+KILLED = """
+import os, signal, sys
+import pipelines.generate as program
+real = program.save_file
+def stop(tensors, path, metadata):
+    real(tensors, path, metadata)
+    if path.name == "00001.safetensors":
+        os.kill(os.getpid(), signal.SIGKILL)
+program.save_file = stop
+program.main(sys.argv[1:])
+"""
+
+
+def test_a_killed_run_is_resumed_and_cleaned_up(generate, tmp_path, saved):
+    (tmp_path / "killed.py").write_text(KILLED)
+    arguments = [
+        "--pipeline",
+        saved,
+        "--output",
+        tmp_path / "out",
+        "--steps",
+        3,
+        "--layout_steps",
+        2,
+        "--device",
+        "cpu",
+    ]
+    arguments += ["--classes", 1, "--count", 2, "--batch_size", 1]
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT / 'src'}:{ROOT}"}
+    command = [sys.executable, str(tmp_path / "killed.py"), *map(str, arguments)]
+    assert subprocess.run(command, env=environment, capture_output=True).returncode == -9
+    output = tmp_path / "out"
+    assert images_in(output) == ["images/0001/00000.png"]
+    assert len(list(output.rglob(".gpstoken-*"))) == 2  # of the run and of the file
+    # Other settings that clear the folder clear that, too.
+    assert generate("--classes", 1, "--count", 2, "--steps", 2, "--overwrite") == 0
+    assert [path.name for path in output.rglob(".*")] == [".gpstoken.json"]
+    assert images_in(output) == ["images/0001/00000.png", "images/0001/00001.png"]
 
 
 LAUNCHED = """

@@ -32,7 +32,7 @@ def find_checkpoint(name: str, option: str) -> str:
     Raises:
         ProgramError: If `name` is none of these.
     """
-    if Path(name).is_dir():
+    if name and Path(name).is_dir():
         return name
     bundled = sorted(entry.name for entry in (files(gpstoken_hf) / "bundled").iterdir() if entry.is_dir())
     if name in bundled:
