@@ -23,7 +23,7 @@ from pipelines.shared.programs import ProgramError, one_line
 MARKER = ".gpstoken.json"
 FORMAT = 1
 
-# The temporary names that `atomic_file` and `atomic_directory` give to "stem.suffix", and that of a checkpoint.
+# The name of a checkpoint while it is written. What `pipelines.shared.outputs` stages it removes by itself.
 _STAGING = re.compile(r"\.(?P<stem>.+)\.(?:[a-z0-9_]{8}|partial)(?P<suffix>\.\w+)?")
 
 
@@ -61,9 +61,8 @@ def replaced_folder(folder: Path, program: str) -> Iterator[Path]:
         ProgramError: If `folder` holds what another program or a person has put there.
     """
     check_replaceable(folder, program)
-    with atomic_directory(folder, overwrite=True) as staging:
+    with atomic_directory(folder, overwrite=True, program=program) as staging:
         yield staging
-        _write_marker(staging / MARKER, program)
 
 
 @contextmanager
