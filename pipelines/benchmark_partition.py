@@ -1,18 +1,18 @@
 # Copyright 2026 The gpstoken-hf authors. Licensed under the Apache License, Version 2.0.
-"""Time and memory of `partition_images` against the plain NumPy/OpenCV algorithm, both in turn in one run.
+"""Compare time and memory of `partition_images` with the plain NumPy/OpenCV algorithm.
 
     python -m pipelines.benchmark_partition --output results/
     python -m pipelines.benchmark_partition --device cuda --output results/
     python -m pipelines.benchmark_partition --quick --output results/        # seconds, small cases
 
-Every case is checked first: the two must give the same regions. Then they take turns and the medians of their
-processor time are compared (on the GPU: of the wall's, for every backend and size of a batch); absolute times depend
-on the machine, the ratios less so. The plain algorithm is tests/partition_reference.py, so the program runs from a
+Every case is checked first: both sides must give the same regions. Then they take turns, and the medians of their
+processor time are compared. On the GPU the medians are of wall time, for every backend and batch size. Absolute times
+depend on the machine, ratios less so. The plain algorithm is tests/partition_reference.py, so the program runs from a
 checkout of the repository. Without --image the picture is scikit-image's astronaut, scaled down to 256 x 256 and
-mirrored at its borders to larger sizes. Into the output folder go
+mirrored at its borders for larger sizes. The output folder holds:
 
-    results.md      the tables, results.json the numbers behind them
-    growth.png      how the cost grows with tokens and with pixels
+    results.md, results.json    the tables, and the numbers behind them
+    growth.png                  how the cost grows with tokens and with pixels
 """
 
 from __future__ import annotations
@@ -40,7 +40,8 @@ from gpstoken_hf.image_processing_gpstoken import open_image
 from gpstoken_hf.partition import partition_images
 from gpstoken_hf.triton_support import is_available
 from pipelines.shared.outputs import atomic_directory
-from pipelines.shared.programs import make_parser, positive_int, run_program
+from pipelines.shared.photographs import sample_photograph
+from pipelines.shared.programs import ProgramError, make_parser, positive_int, printable, run_program
 
 PROGRAM = "pipelines.benchmark_partition"
 REFERENCE = Path(__file__).resolve().parent.parent / "tests" / "partition_reference.py"
@@ -56,7 +57,7 @@ BATCHES = (1, 16, 64)
 def load_reference() -> Callable[..., np.ndarray]:
     """`partition_reference` of the tests."""
     if not REFERENCE.exists():
-        raise ValueError(f"the plain algorithm is expected in a checkout of the repository, at {REFERENCE}: not found")
+        raise ProgramError(f"the plain algorithm must be in a checkout of the repository, got no file {REFERENCE}")
     spec = importlib.util.spec_from_file_location("partition_reference", REFERENCE)
     assert spec is not None
     assert spec.loader is not None
@@ -69,9 +70,7 @@ def load_reference() -> Callable[..., np.ndarray]:
 def load_square(path: str | None) -> np.ndarray:
     """The largest centred square of a picture, (3, S, S) float32 in [-1, 1]."""
     if path is None:
-        from skimage import data
-
-        pixels = data.astronaut()
+        pixels = np.asarray(sample_photograph("astronaut"))
     else:
         pixels = np.asarray(open_image(path).convert("RGB"))
     side = min(pixels.shape[:2])
@@ -81,7 +80,7 @@ def load_square(path: str | None) -> np.ndarray:
 
 
 def picture(square: np.ndarray, side: int) -> np.ndarray:
-    """The picture at side x side: scaled to 512 (256 and below: to that size), larger sizes mirrored from it."""
+    """The picture at side x side: scaled to at most 512 pixels, and mirrored for larger sizes."""
     scaled = torch.nn.functional.interpolate(
         torch.from_numpy(square)[None], size=(min(side, 512),) * 2, mode="bicubic", antialias=True
     )[0].clamp(-1, 1)
@@ -92,10 +91,10 @@ def picture(square: np.ndarray, side: int) -> np.ndarray:
 
 
 def peak_extra_memory(function: Callable[[], Any]) -> float | None:
-    """MiB by which the process grows at most while `function` runs; None where the kernel does not tell."""
+    """The most by which the process grows while `function` runs, in MiB; None if the kernel does not report it."""
     clear, status = Path("/proc/self/clear_refs"), Path("/proc/self/status")
     try:
-        # Memory that was freed before must not serve the call unseen.
+        # Return freed memory to the system first, because a call that reuses it would not be measured.
         ctypes.CDLL(None).malloc_trim(0)
         clear.write_text("5")
         before = _status_kib(status, "VmRSS")
@@ -125,19 +124,19 @@ def as_set(boxes: np.ndarray) -> set[tuple[int, ...]]:
 def compare_on_cpu(
     square: np.ndarray, reference: Callable[..., np.ndarray], side: int, tokens: int, seconds: float
 ) -> dict[str, Any]:
-    """One case, one thread: both in turn until about `seconds` have gone (at least once each, at most 25 times)."""
+    """Measure one case on one thread, both sides in turn for about `seconds` and at most 25 times."""
     image = picture(square, side)
     batch = torch.from_numpy(image)[None]
     expected: list[np.ndarray] = []
     memory = peak_extra_memory(lambda: partition_images(batch, tokens))
     plain_memory = peak_extra_memory(lambda: expected.append(reference(image, tokens)))
     if as_set(expected[0]) != as_set(partition_images(batch, tokens).boxes[0].numpy()):
-        raise ValueError(f"the regions differ from the plain algorithm's at {side} x {side} with {tokens} tokens")
+        raise ProgramError(f"the regions differ from the plain algorithm's at {side} x {side} with {tokens} tokens")
     plain: list[float] = []
     ours: list[float] = []
     begin = time.perf_counter()
     while len(plain) < 25 and (not plain or time.perf_counter() - begin < seconds):
-        # Processor time of the whole process: on a shared machine the wall also times the neighbours.
+        # Processor time, because wall time on a shared machine includes other processes.
         plain.append(timed(lambda: reference(image, tokens), time.process_time))
         ours.extend(timed(lambda: partition_images(batch, tokens), time.process_time) for _ in range(3))
     return {
@@ -161,7 +160,7 @@ def compare_batches(
     turns: int,
     device: torch.device,
 ) -> dict[str, Any]:
-    """A batch that lies on `device`, by every backend that it has; the plain algorithm takes one image in its turn."""
+    """Measure a batch on `device` with every backend; the plain algorithm takes one image per turn."""
     pictures = np.stack([np.roll(picture(square, side), 7 * i, axis=-1) for i in range(batch_size)])
     images = torch.from_numpy(pictures).to(device)
     backends = [name for name in ("numba", "torch", "triton") if name != "triton" or is_available(device)]
@@ -177,9 +176,9 @@ def compare_batches(
     for backend in backends:
         boxes = run(backend).cpu().numpy()
         row[f"{backend}_equal"] = sum(as_set(found) == wanted for found, wanted in zip(boxes, expected))
-        # Powers of the entropies come from the device there, and may differ in the last place.
+        # Triton computes powers on the device, which may differ in the last place.
         if backend != "triton" and row[f"{backend}_equal"] < batch_size:
-            raise ValueError(f"the regions of {backend} differ from the plain algorithm's at {side} x {side}")
+            raise ProgramError(f"the regions of {backend} differ from the plain algorithm's at {side} x {side}")
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
             before = torch.cuda.memory_allocated(device)
@@ -213,7 +212,7 @@ def cpu_table(rows: list[dict[str, Any]]) -> list[str]:
 
 
 def batch_table(rows: list[dict[str, Any]]) -> list[str]:
-    """A line for each case and backend; the ratio is that of the times of one image."""
+    """One line for each case and backend. The ratio compares times per image."""
     lines = [
         "| batch | image | tokens | backend | ms | images per s | plain, ms per image | ratio | equal regions | MiB |",
         "|---|---|---|---|---|---|---|---|---|---|",
@@ -234,7 +233,7 @@ def batch_table(rows: list[dict[str, Any]]) -> list[str]:
 
 
 def slope(rows: list[dict[str, Any]], quantity: Callable[[dict[str, Any]], float]) -> float:
-    """Exponent p of the best fit `ours ~ quantity^p`: 1 is linear growth."""
+    """The exponent p of the best fit `ours ~ quantity^p`; linear growth has 1."""
     x = np.log([quantity(row) for row in rows])
     y = np.log([row["ours_ms"] for row in rows])
     return float(np.polyfit(x, y, 1)[0])
@@ -274,16 +273,18 @@ def machine() -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = make_parser(PROGRAM, __doc__)
-    parser.add_argument("--output", required=True, help="folder for the tables and the plot; must not exist yet")
-    parser.add_argument("--overwrite", action="store_true", help="replace the output folder")
-    parser.add_argument("--image", help="a picture to use in the place of the astronaut")
-    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="cuda: also batches on the GPU")
+    parser.add_argument("--output", required=True, help="new folder for the tables and the plot")
+    parser.add_argument("--overwrite", action="store_true", help="replace an output folder of this program")
+    parser.add_argument("--image", help="picture to use instead of the astronaut")
+    parser.add_argument(
+        "--device", choices=["cpu", "cuda"], default="cpu", help="cuda: also measure batches on the GPU"
+    )
     parser.add_argument("--turns", type=positive_int, default=15, help="turns of each CUDA case (default %(default)s)")
     parser.add_argument("--seconds", type=positive_int, default=8, help="time for a CPU case (default %(default)s)")
-    parser.add_argument("--quick", action="store_true", help="small cases only, to see that it runs")
+    parser.add_argument("--quick", action="store_true", help="small cases only, as a check that the program runs")
     arguments = parser.parse_args(argv)
     if arguments.device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("--device cuda expects a CUDA device, got none")
+        raise ProgramError("--device cuda must have a CUDA device, got none")
     reference = load_reference()
     square = load_square(arguments.image)
     cases = {
@@ -297,7 +298,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         threads = torch.get_num_threads()
         torch.set_num_threads(1)
         try:
-            # The first call compiles.
+            # The first call compiles the loops.
             partition_images(torch.zeros(1, 3, 32, 32), 2)
             measured: dict[tuple[int, int], dict[str, Any]] = {}
             distinct = sorted({case for group in cases.values() for case in group})
@@ -309,10 +310,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         text = [
             "# Partition: benchmark",
             "",
-            f"`python -m pipelines.benchmark_partition {' '.join(sys.argv[1:] if argv is None else argv)}`",
+            f"`python -m pipelines.benchmark_partition {printable(' '.join(sys.argv[1:] if argv is None else argv))}`",
             "",
             f"gpstoken_hf {gpstoken_hf.__version__} on {environment}. One thread, medians of processor time, both",
-            "sides in turn, equal regions in every case; MiB is what the process grows by at most during a call.",
+            "sides in turn, equal regions in every case. MiB is the growth of the process during a call.",
             "",
             "## One image",
             "",
@@ -342,7 +343,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 "",
                 f"## Batches on {torch.cuda.get_device_name()}",
                 "",
-                f"Medians of the wall's time. numba: brought to the CPU, {threads} threads there, and back; the plain",
+                f"Medians of wall time. numba: copied to the CPU, {threads} threads there, and back. The plain",
                 "algorithm takes one image at a time, in one thread.",
                 "",
                 *batch_table(results["cuda"]),

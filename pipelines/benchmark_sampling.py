@@ -1,13 +1,13 @@
 # Copyright 2026 The gpstoken-hf authors. Licensed under the Apache License, Version 2.0.
-"""What the sampling loop of GPSTokenPipeline adds to the time of the model calls that it makes.
+"""Measure the time that the sampling loop of GPSTokenPipeline adds to its model calls.
 
     python -m pipelines.benchmark_sampling
     python -m pipelines.benchmark_sampling --width 384 --layers 12 --heads 6 --tokens 128 --device cuda
 
-The models have random weights: time does not depend on them. Every scheduler samples in turn, `--repeats` times after
-a warm-up, with guidance in its default interval; the time inside of the transformer's forward is taken from the time
-of the loop around it, within the same run, so that the load of the machine falls on both. Medians are printed; the
-exit code is 1 when the texture loop of any scheduler adds more than `--limit` percent.
+The models have random weights, on which time does not depend. The schedulers sample in turn, `--repeats` times after a
+warm-up, with guidance in its default interval. The time in the transformer's forward is subtracted from the time of
+the loop around it, within the same run, so that the load of the machine affects both. The program prints medians. The
+exit code is 1 if the texture loop of any scheduler adds more than `--limit` percent.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from gpstoken_hf.pipeline_gpstoken import GPSTokenPipeline
 from gpstoken_hf.scheduling_flow_match_sde import FlowMatchSDEScheduler
 from gpstoken_hf.transformer_sit import SiTTransformer1DModel
 from pipelines.shared.outputs import atomic_directory
-from pipelines.shared.programs import make_parser, positive_float, positive_int, run_program
+from pipelines.shared.programs import ProgramError, make_parser, positive_float, positive_int, run_program
 
 PROGRAM = "pipelines.benchmark_sampling"
 SCHEDULERS = {
@@ -42,7 +42,7 @@ NUM_CLASSES = 1000
 
 
 class TimedPipeline(GPSTokenPipeline):
-    """Notes the seconds of each loop, by stage, and of the forward passes inside of it."""
+    """Records the seconds of each loop, by stage, and of the forward passes inside it."""
 
     loop_s: dict[str, float]
     model_s: dict[str, float]
@@ -73,7 +73,7 @@ class TimedPipeline(GPSTokenPipeline):
 
 
 def clock(device: torch.device) -> float:
-    """Seconds, when the device has done what it was given."""
+    """The time in seconds, after the work of the device is done."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter()
@@ -98,7 +98,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def benchmark(args: argparse.Namespace) -> dict[str, dict[str, float]]:
-    """The figures of each scheduler, by name."""
+    """Measure each scheduler; returns figures by name."""
     pipeline = make_pipeline(args)
     labels = [label % NUM_CLASSES for label in range(args.batch_size)]
     runs: dict[str, list[dict[str, float]]] = {name: [] for name in args.schedulers}
@@ -126,7 +126,7 @@ def benchmark(args: argparse.Namespace) -> dict[str, dict[str, float]]:
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = make_parser(PROGRAM, __doc__)
-    parser.add_argument("--layers", type=positive_int, default=4, help="of the texture transformer")
+    parser.add_argument("--layers", type=positive_int, default=4, help="layers of the texture transformer")
     parser.add_argument("--width", type=positive_int, default=256)
     parser.add_argument("--heads", type=positive_int, default=4)
     parser.add_argument("--tokens", type=positive_int, default=64)
@@ -134,19 +134,21 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--steps", type=positive_int, default=20)
     parser.add_argument("--repeats", type=positive_int, default=5)
     parser.add_argument("--schedulers", nargs="+", choices=SCHEDULERS, default=list(SCHEDULERS))
-    parser.add_argument("--limit", type=positive_float, default=3.0, help="percent that the loop may add")
+    parser.add_argument(
+        "--limit", type=positive_float, default=3.0, help="largest share that the loop may add, in percent"
+    )
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--output", type=Path, help="new folder for results.md and results.json; default: print only")
     parser.add_argument("--overwrite", action="store_true", help="replace an output folder of this program")
     args = parser.parse_args(argv)
     if args.width % args.heads:
-        raise ValueError(f"--width must be a multiple of --heads, got {args.width} and {args.heads}")
+        raise ProgramError(f"--width must be a multiple of --heads, got {args.width} and {args.heads}")
     return args
 
 
 def make_pipeline(args: argparse.Namespace) -> TimedPipeline:
-    """Random weights: a small tokenizer, a layout transformer of half the layers, and the texture transformer."""
+    """A pipeline of random weights. Its layout transformer has half the layers of the texture transformer."""
     torch.manual_seed(0)
     vae = GPSTokenModel(GPSTokenConfig.preset("nano", num_tokens=args.tokens)).eval()
     size = {"num_attention_heads": args.heads, "attention_head_dim": args.width // args.heads}
@@ -167,7 +169,7 @@ def make_pipeline(args: argparse.Namespace) -> TimedPipeline:
 
 
 def summarise(runs: Sequence[dict[str, float]], args: argparse.Namespace) -> dict[str, float]:
-    """Medians over the runs; the overhead is the median of the runs' own ratios."""
+    """Medians over the runs. The overhead is the median of the ratios of single runs."""
     overheads = [100 * (run["texture_loop_s"] / run["texture_model_s"] - 1) for run in runs]
     outside = [run["texture_loop_s"] - run["texture_model_s"] for run in runs]
     return {

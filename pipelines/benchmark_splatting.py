@@ -4,10 +4,10 @@
     python -m pipelines.benchmark_splatting --output results                  # one CPU thread
     python -m pipelines.benchmark_splatting --output results --device cuda
 
-Every figure is a median of rounds in which all sides take their turn, so that a busy moment of the machine hits all
-of them (but in the curves of growth, where each side has its own rounds). Writes results.md, results.json and
-growth.png. The dense side is `splat_reference`: every weight of every (token, pixel) pair, forward in chunks of
-tokens, backward by autograd.
+Every figure is a median of rounds in which all sides take turns, so that the load of the machine affects all of them;
+only in the curves of growth each side has its own rounds. The dense side is `splat_reference`: every weight of every
+(token, pixel) pair, forward in chunks of tokens, backward by autograd. The output folder holds results.md,
+results.json and growth.png.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from tqdm.auto import tqdm
 from gpstoken_hf import splatting_triton, triton_support
 from gpstoken_hf.splatting import splat_gaussians, splat_reference
 from pipelines.shared.outputs import atomic_directory
-from pipelines.shared.programs import ProgramError, make_parser, positive_int, run_program
+from pipelines.shared.programs import ProgramError, make_parser, positive_int, printable, run_program
 
 PROGRAM = "pipelines.benchmark_splatting"
 
@@ -43,9 +43,9 @@ Splat = Callable[..., torch.Tensor]
 # Largest error of the op against the reference, over the largest value of the reference. Float32 sums in another
 # order; the gradient of a Gaussian adds thousands of terms of either sign.
 MAP_TOLERANCE, GRADIENT_TOLERANCE = 1e-5, 5e-5
-# Dense autograd keeps about five float32 tensors of as many values as there are (token, pixel) pairs.
+# Dense autograd keeps about five float32 tensors with one value per (token, pixel) pair.
 MAX_DENSE_AUTOGRAD_PAIRS = 150_000_000
-# The curves of growth leave the dense side out beyond this.
+# The curves of growth leave out the dense side beyond this size.
 MAX_GROWTH_PAIRS = 2**26
 MIN_SECONDS_PER_MEASUREMENT = 0.005
 
@@ -85,13 +85,13 @@ RATIO_TARGETS = {
     ("forward", "B", "cuda"): 30,
     ("forward + backward", "B", "cuda"): 30,
 }
-# Of the rows above on a GPU: at most as long as this many times two launches of the smallest kernel.
+# On a GPU, the rows above may take at most this many times two launches of the smallest kernel.
 MAX_TWO_LAUNCHES = 3
 MEMORY_TARGETS_MB = {("forward + backward", "C"): 200}
 
 
 def partition_like_gaussians(B: int, L: int, seed: int) -> torch.Tensor:
-    """Gaussians `(B, L, 5)` laid out as a partition lays them out: dyadic regions, small where it is complex.
+    """Gaussians `(B, L, 5)` as of a partition: dyadic regions, small where the image is complex.
 
     Complexity is drawn, and passed on to the halves with some noise. At support 3 the boxes hold three to four times
     as many (token, pixel) pairs as a map has pixels, as those of photographs do.
@@ -107,7 +107,7 @@ def partition_like_gaussians(B: int, L: int, seed: int) -> torch.Tensor:
             half_w, half_h = (w / 2, h) if w >= h else (w, h / 2)
             for x0, y0 in ((x, y), (x + w - half_w, y + h - half_h)):
                 inherited = complexity * math.exp(0.7 * next(draws))
-                # A partition does not split a region that is small; here, below an eighth of the mean.
+                # A partition does not split small regions; here, below an eighth of the mean.
                 score = inherited * half_w * half_h if 8 * L * half_w * half_h > 1 else 0.0
                 heapq.heappush(regions, (-score, x0, y0, half_w, half_h, inherited))
         layouts.append([[2 / 3 * w, 2 / 3 * h, 0.0, 2 * x + w - 1, 2 * y + h - 1] for _, x, y, w, h, _ in regions])
@@ -125,7 +125,7 @@ def random_features(B: int, L: int, C: int, device: torch.device) -> torch.Tenso
 
 
 def automatic(gaussians, features, size, support=3.0, mask=None):
-    """What a user gets: `splat_gaussians` with its own choice of a path."""
+    """`splat_gaussians` with its own choice of a path, as users call it."""
     return splat_gaussians(gaussians, features, size, support, attention_mask=mask)
 
 
@@ -150,7 +150,7 @@ def forward_backward(
     support: float = 3.0,
     mask: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, ...]:
-    """The map, and the gradients of `<weights, map>` by Gaussians and features."""
+    """The map, and the gradients of `<weights, map>` with respect to Gaussians and features."""
     gaussians, features = gaussians.detach().requires_grad_(), features.detach().requires_grad_()
     maps = splat(gaussians, features, weights.shape[-2:], support, mask)
     return maps.detach(), *torch.autograd.grad(maps, (gaussians, features), weights)
@@ -163,7 +163,11 @@ PASSES: dict[str, Callable[..., Any]] = {"forward": forward, "forward + backward
 
 
 def check(device: torch.device, quick: bool) -> list[dict[str, Any]]:
-    """Every path and kernel variant against the reference; raises ProgramError on the first that differs."""
+    """Compare every path and kernel variant with the reference.
+
+    Raises:
+        ProgramError: If any of them differs.
+    """
     shapes = [(2, 7, 3, 9, 13), (1, 1, 1, 1, 1), (2, 40, 16, 16, 16)]
     if not quick:
         shapes += [(1, 30, 70, 17, 33), (1, 12, 128, 40, 9), (2, 600, 5, 70, 64), (1, 200, 2, 1, 300)]
@@ -215,7 +219,7 @@ def _kernel_variants(
     mask: torch.Tensor | None,
     support: float,
 ) -> dict[str, tuple[torch.Tensor, ...]]:
-    """The kernels' variants, each forced; results as of `forward_backward`."""
+    """The results of `forward_backward` for each variant of the kernels, forced."""
     height, width = weights.shape[-2:]
     render = partial(splatting_triton.triton_forward, gaussians, features, mask, height, width, support)
     differentiate = partial(splatting_triton.triton_backward, weights, gaussians, features, mask, support)
@@ -229,7 +233,7 @@ def _kernel_variants(
 
 
 def measure(functions: dict[str, Callable[[], Any]], device: torch.device, num_rounds: int) -> dict[str, float]:
-    """Median seconds of each function; in every round each takes its turn. The first, uncounted round compiles."""
+    """Median seconds of each function over rounds in which they take turns, after a first round that compiles."""
     repeats = {}
     for name, function in functions.items():
         function()
@@ -257,7 +261,7 @@ def _wait(device: torch.device) -> None:
 
 
 def peak_extra_bytes(what: str, case: Case, device: torch.device) -> int | None:
-    """Memory that a call of the op needs at most beyond its inputs, its results included; None if unknown.
+    """Peak memory of a call of the op beyond its inputs, results included; None if unknown.
 
     On the CPU it is measured in a process of its own: here the allocator keeps what earlier calls gave back, and a
     call that finds room there would seem to need nothing.
@@ -276,7 +280,7 @@ def peak_extra_bytes(what: str, case: Case, device: torch.device) -> int | None:
 
 
 def print_peak(what: str, case: tuple[Any, ...]) -> None:
-    """What `peak_extra_bytes` runs in a fresh process on the CPU; prints bytes."""
+    """Print the peak in bytes; `peak_extra_bytes` runs this in a fresh process on the CPU."""
     cpu = torch.device("cpu")
     run = PASSES[what]
     run(automatic, *_inputs(Case("first call", 1, 4, case[3], 8), cpu))  # loads the compiled loops
@@ -292,7 +296,7 @@ def _status_bytes(field: str) -> int:
 
 
 def two_launches(device: torch.device) -> Callable[[], None]:
-    """Two of the smallest kernels: what a launch costs, however little it does."""
+    """Two launches of the smallest kernel, to measure the cost of a launch."""
     value = torch.zeros(1, device=device)
 
     def launch() -> None:
@@ -303,7 +307,7 @@ def two_launches(device: torch.device) -> Callable[[], None]:
 
 
 def graphed(function: Callable[[], Any]) -> Callable[[], None]:
-    """`function` as a CUDA graph: the work of the GPU, without that of the host in starting it."""
+    """`function` as a CUDA graph, which leaves out the host's work."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):  # what is compiled or allocated once, before the capture
@@ -317,7 +321,7 @@ def graphed(function: Callable[[], Any]) -> Callable[[], None]:
 
 
 def time_case(case: Case, device: torch.device, num_rounds: int) -> list[dict[str, Any]]:
-    """Forward, and forward + backward, of every side; rows of the table."""
+    """Time forward, and forward + backward, of every side; returns rows of the table."""
     inputs = _inputs(case, device)
     rows = []
     for what, run in PASSES.items():
@@ -346,14 +350,14 @@ def time_case(case: Case, device: torch.device, num_rounds: int) -> list[dict[st
 
 
 def _inputs(case: Case, device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Gaussians, features, and the weights that stand for a loss."""
+    """Gaussians, features, and weights that take the place of a loss."""
     weights = torch.randn(case.B, case.C, case.side, case.side, generator=torch.Generator().manual_seed(2))
     gaussians = partition_like_gaussians(case.B, case.L, seed=0)
     return gaussians.to(device), random_features(case.B, case.L, case.C, device), weights.to(device)
 
 
 def _target(row: dict[str, Any], what: str, case: str, device: str) -> tuple[str, bool | None]:
-    """The target of a row and whether it is met; ("", None) where there is none."""
+    """The target of a row and whether it is met; `("", None)` without a target."""
     ratio, megabytes = RATIO_TARGETS.get((what, case, device)), MEMORY_TARGETS_MB.get((what, case))
     if ratio is not None:
         target, met = f">= {ratio}x dense", row["ratio"] >= ratio
@@ -367,7 +371,7 @@ def _target(row: dict[str, Any], what: str, case: str, device: str) -> tuple[str
 
 
 def scaling(device: torch.device, num_rounds: int, quick: bool) -> dict[str, list[dict[str, float]]]:
-    """How forward + backward grows with the number of tokens (256² map) and with the map (256 tokens), 16 channels."""
+    """Time of forward + backward over the number of tokens (256² map) and over pixels (256 tokens), 16 channels."""
     side, L = (16, 16) if quick else (256, 256)
     token_counts = (8, 16) if quick else (64, 256, 1024, 4096, 16384)
     sides = (8, 16) if quick else (64, 128, 256, 512, 1024)
@@ -445,7 +449,7 @@ def _column_order(name: str) -> tuple[int, str]:
 
 
 def draw(curves: dict[str, list[dict[str, float]]], path: Path) -> None:
-    """Milliseconds over tokens and over pixels, both axes logarithmic."""
+    """Plot milliseconds over tokens and over pixels, both axes logarithmic."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -473,18 +477,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--threads", type=positive_int, default=1, help="CPU threads (default: %(default)s)")
     parser.add_argument("--rounds", type=positive_int, default=9, help="rounds of each median (default: %(default)s)")
-    parser.add_argument("--check_only", action="store_true", help="check against the reference and time nothing")
-    parser.add_argument("--quick", action="store_true", help="one small case: does the program run here?")
+    parser.add_argument("--check_only", action="store_true", help="check against the reference only")
+    parser.add_argument("--quick", action="store_true", help="one small case, as a check that the program runs")
     arguments = parser.parse_args(argv)
     if arguments.device == "cuda" and not torch.cuda.is_available():
-        raise ProgramError("--device cuda needs a CUDA device and a PyTorch built for it; this machine has none")
+        raise ProgramError("--device cuda must have a CUDA device and a PyTorch built for it, got none")
     device = torch.device(arguments.device)
     threads_before = torch.get_num_threads()
     torch.set_num_threads(arguments.threads)
     try:
         with atomic_directory(arguments.output, program=PROGRAM) as folder:
             command = "python -m pipelines.benchmark_splatting " + " ".join(sys.argv[1:] if argv is None else argv)
-            report: dict[str, Any] = {"command": command.strip(), "machine": machine(device), "cases": []}
+            report: dict[str, Any] = {"command": printable(command.strip()), "machine": machine(device), "cases": []}
             report["checks"] = check(device, arguments.quick)
             if not arguments.check_only:
                 cases = QUICK_CASES if arguments.quick else CASES

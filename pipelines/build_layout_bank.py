@@ -1,12 +1,12 @@
 # Copyright 2026 The gpstoken-hf authors. Licensed under the Apache License, Version 2.0.
-"""A labelled dataset -> a GaussianLayoutBank: the layouts of real images, per class.
+"""Build a GaussianLayoutBank: the layouts of real images, by class, from a labelled dataset.
 
     python -m pipelines.build_layout_bank --train_data_dir photos/ --num_tokens 128 --output_dir bank/
-    python -m pipelines.build_layout_bank --train_data_files train.parquet --tokenizer gpstoken-m128 --output_dir bank/
+    python -m pipelines.build_layout_bank --train_data_files train.parquet --tokenizer owner/name --output_dir bank/
 
-Images are cropped to their central square, resized and partitioned as the tokenizer does it. Parts that are done are
-kept beside the output; the same command goes on where it was stopped, and the output appears when it is whole. It
-holds the bank, a model card and `layouts.png`, a sheet of some of the layouts.
+Images are cropped to their central square, resized and partitioned as by the tokenizer. Finished parts are kept in
+`<output_dir>.parts`, so the same command resumes an interrupted run. The output appears when it is complete. It holds
+the bank, a model card and `layouts.png`, a sheet of some layouts.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 import PIL.Image
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from tqdm.auto import tqdm
 
@@ -29,6 +30,7 @@ from gpstoken_hf.configuration_gpstoken import GPSTokenConfig
 from gpstoken_hf.layout_bank import GaussianLayoutBank
 from gpstoken_hf.partition import partition_images
 from gpstoken_hf.visualization import contact_sheet, draw_gaussians
+from pipelines.shared.checkpoints import find_checkpoint
 from pipelines.shared.outputs import OwnDirectory, atomic_directory, atomic_file, own_directory
 from pipelines.shared.programs import (
     ProgramError,
@@ -55,20 +57,21 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--config", type=Path, help="YAML file of defaults for these options; the command line wins")
     parser.add_argument("--output_dir", type=Path, required=True, help="folder to write")
     parser.add_argument(
-        "--tokenizer", help="a GPSTokenModel, folder or Hub repository, whose config gives the defaults"
+        "--tokenizer", help="folder, Hub repository or bundled tokenizer whose config gives the defaults"
     )
     parser.add_argument(
-        "--resolution", type=positive_int, help="side of the central squares; default: the tokenizer's"
+        "--resolution", type=positive_int, help="side of the resized squares, in pixels; default: the tokenizer's"
     )
     parser.add_argument(
-        "--num_tokens", type=positive_int, nargs="+", help="tokens of a layout; several: one layout of each per image"
+        "--num_tokens",
+        type=positive_int,
+        nargs="+",
+        help="tokens per layout; several numbers: as many layouts per image",
     )
     parser.add_argument("--complexity_exponent", type=non_negative_float, help="lambda of the partition")
-    parser.add_argument("--min_region_size", type=positive_int, help="s_min of the partition, pixels")
-    parser.add_argument("--sigma_scale", type=positive_float, help="initial sigma over a region's extent")
-    parser.add_argument(
-        "--images_per_class", type=positive_int, default=50, help="drawn at random, without repetition"
-    )
+    parser.add_argument("--min_region_size", type=positive_int, help="s_min of the partition, in pixels")
+    parser.add_argument("--sigma_scale", type=positive_float, help="initial sigma / extent of a region")
+    parser.add_argument("--images_per_class", type=positive_int, default=50, help="drawn at random without repetition")
     parser.add_argument("--seed", type=non_negative_int, default=0)
     parser.add_argument("--batch_size", type=positive_int, default=32)
     parser.add_argument("--part_size", type=positive_int, default=1024, help="images between two saved parts")
@@ -79,8 +82,10 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def resolve_settings(options: argparse.Namespace) -> None:
-    """Fill in what was not given from the tokenizer's config (without one: the released m128's)."""
-    config = GPSTokenConfig() if options.tokenizer is None else GPSTokenConfig.from_pretrained(options.tokenizer)
+    """Complete the options from the tokenizer's config, or from the defaults of `GPSTokenConfig` without one."""
+    config = GPSTokenConfig()
+    if options.tokenizer is not None:
+        config = GPSTokenConfig.from_pretrained(find_checkpoint(options.tokenizer, "--tokenizer"))
     defaults = {name: getattr(config, {"resolution": "image_size"}.get(name, name)) for name in SETTINGS}
     for name, value in defaults.items():
         if getattr(options, name) is None:
@@ -93,23 +98,23 @@ def choose_rows(labels: Sequence[Any], per_class: int, seed: int) -> list[int]:
     """Up to `per_class` rows of every class, drawn at random without repetition, in ascending order.
 
     Raises:
-        ProgramError: a label that is no class id.
+        ProgramError: If a label is not a class id.
     """
     rows: dict[int, list[int]] = {}
     for row, label in enumerate(labels):
         if not isinstance(label, int) or isinstance(label, bool) or label < 0:
-            raise ProgramError(f"labels must be class ids >= 0, row {row} has {label!r}")
+            raise ProgramError(f"labels must be class ids >= 0, got {label!r} in row {row}")
         rows.setdefault(label, []).append(row)
     chosen: list[int] = []
     for label, members in rows.items():
-        # A generator per class: the choice within a class does not depend on the other classes.
+        # One generator per class, so that the choice does not depend on the other classes.
         order = np.random.default_rng([seed, label]).permutation(len(members))
         chosen += [members[place] for place in order[:per_class]]
     return sorted(chosen)
 
 
 def layouts_of(images: Sequence[PIL.Image.Image], options: argparse.Namespace) -> list[torch.Tensor]:
-    """The layouts `(L, 5)` of square images, for each image one per number of tokens."""
+    """The layouts `(L, 5)` of square images, one for each image and number of tokens."""
     pixel_values = torch.from_numpy(np.stack([image_to_array(image) for image in images]))
     settings = {name: getattr(options, name) for name in ("complexity_exponent", "min_region_size", "sigma_scale")}
     columns = [partition_images(pixel_values, count, **settings).gaussians for count in options.num_tokens]
@@ -137,10 +142,10 @@ def build_part(dataset: Any, rows: Sequence[int], options: argparse.Namespace, b
 
 
 def build_parts(dataset: Any, rows: Sequence[int], options: argparse.Namespace, folder: OwnDirectory) -> list[Path]:
-    """Every part as a file; those that are there already are taken as they are.
+    """Write the parts that do not exist yet; returns the files of all parts.
 
     Raises:
-        ProgramError: If the parts that are there were made with other options.
+        ProgramError: If existing parts were made with other options.
     """
     resolved = json.dumps({"rows": list(rows), **{name: getattr(options, name) for name in SETTINGS}})
     record = folder.path / "options.json"
@@ -165,15 +170,18 @@ def build_parts(dataset: Any, rows: Sequence[int], options: argparse.Namespace, 
 
 
 def read_parts(files: Sequence[Path]) -> Iterator[tuple[int, torch.Tensor]]:
-    """(class, layout) of all parts."""
+    """Class and layout of every image of all parts."""
     for file in files:
-        part = load_file(file)
+        try:
+            part = load_file(file)
+        except SafetensorError as error:
+            raise ProgramError(f"{file} must be a whole part, got a damaged one; delete it and run again") from error
         layouts = part["gaussians"].split(part["lengths"].tolist())
         yield from zip(part["class_labels"].tolist(), layouts)
 
 
 def draw_layouts(bank: GaussianLayoutBank) -> PIL.Image.Image:
-    """A sheet of layouts of classes spread over all, on grey."""
+    """Draw layouts on grey, evenly spaced over all classes."""
     places = np.unique(np.linspace(0, len(bank) - 1, SHEET_LAYOUTS).round().astype(int))
     ground = PIL.Image.new("RGB", (SHEET_SIDE, SHEET_SIDE), (40, 40, 44))
     pictures = [draw_gaussians(ground, bank.gaussians_of(int(place)), zoom=1) for place in places]
@@ -190,7 +198,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(describe_options(options), end="")
         return 0
     if options.streaming:
-        raise ProgramError("the classes are counted before images are read: expected a dataset without --streaming")
+        raise ProgramError("--streaming must be off, because classes are counted before images are read")
     dataset = load_image_dataset(options)
     if options.label_column not in dataset.column_names:
         raise ProgramError(
@@ -198,7 +206,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
     rows = choose_rows(dataset[options.label_column][:], options.images_per_class, options.seed)
     if not rows:
-        raise ProgramError("the dataset holds no rows")
+        raise ProgramError("the dataset must have rows, got none")
 
     parts = options.output_dir.parent / f"{options.output_dir.name}.parts"
     with own_directory(parts, PROGRAM) as folder:
@@ -210,7 +218,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def make_bank(dataset: Any, rows: Sequence[int], options: argparse.Namespace, folder: OwnDirectory) -> None:
-    """Write the bank, its sheet and its card to the output folder; parts are kept in `folder`."""
+    """Write the bank, its sheet and its card to the output folder. Parts are kept in `folder`."""
     with atomic_directory(options.output_dir, program=PROGRAM) as staging:
         files = build_parts(dataset, rows, options, folder)
         layouts: dict[int, list[torch.Tensor]] = {}

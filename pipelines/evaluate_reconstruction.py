@@ -1,19 +1,19 @@
 # Copyright 2026 The gpstoken-hf authors. Licensed under the Apache License, Version 2.0.
-"""PSNR and SSIM of a tokenizer on a set of images, beside what as many floats buy without any learning.
+"""Score a tokenizer on a set of images by PSNR and SSIM, against thumbnails of as many floats.
 
     python -m pipelines.evaluate_reconstruction images.parquet --resolution 64 --tokens 16 32 64 --output results/
     python -m pipelines.evaluate_reconstruction folder/ --resolution 256 --tokens 128 --focus 64,64,191,191
 
-Every image is resized until its shortest side is the resolution (antialiased, bicubic unless --resample says
-otherwise: a softer filter makes images that every method reconstructs better) and cropped in the middle. For each
-number of tokens the table gives the means over the images of PSNR and SSIM, and those of a *thumbnail*: the image
-reduced to s x s pixels and enlarged again, both bicubic and antialiased as Pillow does it, in floating point and
-clamped. Its side s is the smallest with `3 s² >= floats`, so that it never holds fewer floats than the tokens.
+Every image is resized until its shortest side is the resolution, and cropped in the middle. The resize is antialiased
+and bicubic unless --resample says otherwise; a softer filter makes images that every method reconstructs better. For
+each number of tokens the table holds the mean PSNR and SSIM, and those of a *thumbnail*: the image reduced to s x s
+pixels and enlarged again, both bicubic and antialiased as in Pillow, in floating point, clamped. The side s is the
+smallest with `3 s² >= floats`, so a thumbnail never holds fewer floats than the tokens.
 
-With --focus, every image is also encoded with that box marked as important, and PSNR inside the box is compared with
-and without. Written to the output folder:
+With --focus, every image is also encoded with that box marked as important, and the PSNR inside the box is compared
+with and without. The output folder holds:
 
-    per_image.jsonl     the scores of every image; an interrupted run goes on behind the last one
+    per_image.jsonl     the scores of every image; an interrupted run resumes after the last one
     results.json        the means and the settings
     table.md            the same as tables
     curve.png           PSNR over the number of floats
@@ -66,7 +66,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     images = ImageSet(args.data, args.image_column, args.resolution, args.max_images, args.resample)
     if args.focus and (args.focus[2] >= args.resolution or args.focus[3] >= args.resolution):
         raise ProgramError(
-            f"expected a focus box inside {args.resolution} x {args.resolution} pixels, "
+            f"--focus must lie inside {args.resolution} x {args.resolution} pixels, "
             f"got {','.join(map(str, args.focus))}"
         )
     model = load_tokenizer(args.model, args.device)
@@ -96,7 +96,7 @@ def evaluate(
     settings: dict[str, Any],
     folder: OwnDirectory,
 ) -> None:
-    """Score the images that have no scores yet, then write and print what follows from all of them."""
+    """Score the images that have no scores yet, then write and print the results of all images."""
     output = folder.path
     done = _open_progress(folder, settings, args.overwrite)
     if done:
@@ -131,15 +131,17 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--image_column", default="image", help="column of the parquet files")
     parser.add_argument("--resolution", type=positive_int, default=64)
     parser.add_argument("--resample", choices=("bicubic", "bilinear", "lanczos", "box"), default="bicubic")
-    parser.add_argument("--tokens", type=positive_int, nargs="+", help="default: the model's own number")
-    parser.add_argument("--max_images", type=positive_int, help="the first so many only")
+    parser.add_argument("--tokens", type=positive_int, nargs="+", help="numbers of tokens; default: the model's")
+    parser.add_argument("--max_images", type=positive_int, help="use only the first images, this many")
     parser.add_argument("--batch_size", type=positive_int, default=16)
     parser.add_argument("--model", default=DEFAULT_MODEL, help="folder, Hub repository, or the bundled checkpoint")
     parser.add_argument("--focus", type=pixel_box, metavar="x0,y0,x1,y1", help="box in pixels of the cropped images")
-    parser.add_argument("--focus_weight", type=non_negative_float, default=30.0, help="importance per pixel there")
+    parser.add_argument(
+        "--focus_weight", type=non_negative_float, default=30.0, help="importance per pixel of the focus box"
+    )
     parser.add_argument("--output", type=Path, default=Path("out/evaluate_reconstruction"))
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--overwrite", action="store_true", help="start anew when the output is of other settings")
+    parser.add_argument("--overwrite", action="store_true", help="replace results of this program")
     return parser.parse_args(argv)
 
 
@@ -147,7 +149,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 class ImageSet:
-    """Images of parquet files, files and folders in a fixed order, resized and cropped when they are asked for."""
+    """Images of parquet files, image files and folders in a fixed order, resized and cropped on demand."""
 
     def __init__(self, paths: Sequence[Path], column: str, resolution: int, max_images: int | None, resample: str):
         self.entries: list[Path | tuple[Any, int]] = []  # a file, or a parquet column and a row of it
@@ -166,7 +168,7 @@ class ImageSet:
                 self.entries += [file for file, _ in find_photographs([path])]
         self.entries = self.entries[:max_images]
         if not self.entries:
-            raise ProgramError(f"expected images, found none in {', '.join(map(str, paths))}")
+            raise ProgramError(f"data must hold images, got none in {', '.join(map(str, paths))}")
 
     def __len__(self) -> int:
         return len(self.entries)
@@ -183,12 +185,12 @@ class ImageSet:
         value = column[row].as_py()
         content = value.get("bytes") if isinstance(value, dict) else value
         if not isinstance(content, bytes):
-            raise ProgramError(f"expected an encoded image in row {row}, got {type(content).__name__}")
+            raise ProgramError(f"row {row} must hold an encoded image, got {type(content).__name__}")
         try:
             image = PIL.Image.open(BytesIO(content))
             image.load()
         except (OSError, SyntaxError, EOFError) as error:
-            raise ProgramError(f"expected a readable image in row {row}: {error}") from error
+            raise ProgramError(f"row {row} must hold a readable image: {error}") from error
         return image
 
 
@@ -201,22 +203,22 @@ def _parquet_column(path: Path, column: str) -> Any:
     try:
         file = pyarrow.parquet.ParquetFile(path)
         if column not in file.schema_arrow.names:
-            raise ProgramError(f"expected a column {column!r} in {path}, got {', '.join(file.schema_arrow.names)}")
+            raise ProgramError(f"{path} must have a column {column!r}, got {', '.join(file.schema_arrow.names)}")
         return file.read([column]).column(column)
     except pyarrow.ArrowInvalid as error:
-        raise ProgramError(f"expected a parquet file, cannot read {path}: {error}") from error
+        raise ProgramError(f"{path} must be a parquet file, cannot read it: {error}") from error
 
 
 # ---------------------------------------------------------------------------------------------------------- scores
 
 
 def thumbnail_side(num_floats: int) -> int:
-    """The smallest s with `3 s² >= num_floats`: the thumbnail then holds no fewer floats than the tokens."""
+    """The smallest s with `3 s² >= num_floats`."""
     return math.isqrt(max(0, -(-num_floats // 3) - 1)) + 1
 
 
 def thumbnail(images: torch.Tensor, side: int) -> torch.Tensor:
-    """(B, 3, H, W) reduced to `side` x `side` and enlarged again, bicubic and antialiased, clamped to [-1, 1]."""
+    """Reduce (B, 3, H, W) to `side` x `side` and enlarge it again, bicubic and antialiased, clamped to [-1, 1]."""
     small = F.interpolate(images, (side, side), mode="bicubic", antialias=True, align_corners=False).clamp(-1, 1)
     large = F.interpolate(small, images.shape[-2:], mode="bicubic", antialias=True, align_corners=False)
     return large.clamp(-1, 1)
@@ -226,7 +228,7 @@ def thumbnail(images: torch.Tensor, side: int) -> torch.Tensor:
 def reconstruct(
     model: GPSTokenModel, images: torch.Tensor, num_tokens: int, importance: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """(B, 3, H, W) -> the same shape, through `num_tokens` tokens, clamped to [-1, 1]."""
+    """Encode (B, 3, H, W) as `num_tokens` tokens and decode it, clamped to [-1, 1]."""
     encoded = model.encode(images, num_tokens=num_tokens, importance=importance)
     sample = model.decode(encoded.tokens, tuple(images.shape[-2:]), attention_mask=encoded.attention_mask).sample
     return sample.float().clamp(-1, 1)
@@ -239,7 +241,7 @@ def score_batch(
     focus: PixelBox | None,
     focus_weight: float,
 ) -> Iterator[dict[str, dict[str, float]]]:
-    """The scores of every image of a batch: number of tokens -> score -> value."""
+    """For each image of a batch: its scores by number of tokens and name."""
     columns: dict[str, dict[str, list[float]]] = {}
     for count in token_counts:
         plain = reconstruct(model, images, count)
@@ -268,7 +270,7 @@ def score_batch(
 def summarize(
     rows: Sequence[dict[str, dict[str, float]]], token_counts: Sequence[int], channels: int, resolution: int
 ) -> list[dict[str, Any]]:
-    """Means over the images, one entry for each number of tokens."""
+    """The means over the images, one entry for each number of tokens."""
     results = []
     for count in token_counts:
         floats = count * channels
@@ -301,9 +303,9 @@ def _standard_error(values: Sequence[float]) -> float | None:
 
 
 def _open_progress(folder: OwnDirectory, settings: dict[str, Any], overwrite: bool) -> int:
-    """Make `PER_IMAGE_FILE` ready for the next line; returns how many images it holds.
+    """Prepare `PER_IMAGE_FILE` for the next line; returns how many images it holds.
 
-    The first line holds the settings. A last line that was cut off in the middle is dropped.
+    The first line holds the settings. A last line that was cut off is dropped.
 
     Raises:
         ProgramError: If the file is of other settings, unless `overwrite`.
@@ -313,7 +315,7 @@ def _open_progress(folder: OwnDirectory, settings: dict[str, Any], overwrite: bo
         lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
         if lines[0] != header:
             raise ProgramError(f"{path} holds the scores of other settings; choose another --output, or --overwrite")
-        complete = lines[1:-1]  # what follows the last line break is empty, or was cut off
+        complete = lines[1:-1]  # the rest after the last line break is empty, or was cut off
     elif overwrite:
         folder.clear()
     folder.expect(OUTPUTS)
@@ -323,7 +325,7 @@ def _open_progress(folder: OwnDirectory, settings: dict[str, Any], overwrite: bo
 
 
 def as_markdown(results: Sequence[dict[str, Any]], settings: dict[str, Any]) -> str:
-    """The table of the scores, and that of the focus box where there is one."""
+    """The table of the scores, and the table of the focus box if there is one."""
     lines = [
         f"{settings['model']}, {settings['images']} images of {', '.join(settings['data'])}, "
         f"{settings['resolution']} x {settings['resolution']} centre crops ({settings['resample']})",
@@ -361,7 +363,7 @@ def _draw_curve(path: Path, results: Sequence[dict[str, Any]], settings: dict[st
     try:
         from matplotlib.figure import Figure
     except ImportError:
-        print("no curve.png: matplotlib is not there (pip install gpstoken-hf[demo])", file=sys.stderr)
+        print("no curve.png: it needs matplotlib (pip install gpstoken-hf[demo])", file=sys.stderr)
         return
     figure = Figure(figsize=(6, 4), layout="constrained")
     axes = figure.add_subplot()

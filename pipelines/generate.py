@@ -1,5 +1,5 @@
 # Copyright 2026 The gpstoken-hf authors. Licensed under the Apache License, Version 2.0.
-"""Class labels -> images, their layouts and a contact sheet.
+"""Generate images of classes, with their layouts and a contact sheet.
 
     python -m pipelines.generate --classes 3 7 --count 8 --output out/
     python -m pipelines.generate --pipeline owner/name --classes "golden retriever" 88 --steps 100 --scheduler heun
@@ -10,12 +10,12 @@ The output folder:
     images/<class>/<index>.png              the images
     layouts/<class>/<index>.safetensors     layout (L, 5) and tokens (L, 5 + C); --layout takes it, edited or not
     sheet.png, layouts.png                  the first images of every class, and their Gaussians
-    settings.json                           what they were made with
+    settings.json                           the settings of all images
 
-The noise of an image comes from the seed, its class and its index alone: it is the same image whatever the batch size,
-the number of processes and the other images asked for. Running the same command again goes on where it was stopped,
-and more classes or a larger count add to the folder; other settings are an error unless --overwrite clears it.
-With several processes each makes its own share of the images, and no image is made twice.
+The noise of an image depends on the seed, its class and its index alone. It is the same image whatever the batch size,
+the number of processes and the other images of the run. The same command resumes an interrupted run, and more classes
+or a larger count add to the folder. Other settings are an error unless --overwrite deletes the images first. Only
+files that this program has listed in `.gpstoken.json` are ever deleted. Several processes share the work.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ DRAWN_SIDE = 128  # small images are drawn enlarged, to at least this many pixel
 
 @dataclass(frozen=True)
 class Job:
-    """One image to make."""
+    """One image to generate."""
 
     label: int
     index: int
@@ -91,7 +91,7 @@ class Job:
         return f"layouts/{self.label:04d}/{self.index:05d}.safetensors"
 
     def generator(self, seed: int) -> torch.Generator:
-        """On the CPU, so that every device starts from the same noise."""
+        """A generator on the CPU, so that every device starts from the same noise."""
         state = np.random.SeedSequence([seed, self.label, self.index]).generate_state(1, np.uint64)[0]
         return torch.Generator().manual_seed(int(state) >> 1)
 
@@ -125,7 +125,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 folder = stack.enter_context(own_directory(args.output, PROGRAM))
                 open_output(folder, jobs, settings, args.overwrite)
 
-        # The share of a process follows from the list alone, not from what is done already: no two can meet.
+        # A share depends on the list alone, not on the images that exist, so no two processes make the same one.
         share = jobs[state.process_index :: state.num_processes]
         pending = [job for job in share if not (args.output / job.image_file).exists()]
         with tqdm(
@@ -161,9 +161,11 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         nargs=2,
         default=(0.2, 1.0),
         metavar=("LOW", "HIGH"),
-        help="the time in which guidance acts, 0 noise to 1 data",
+        help="range of time in which guidance acts; 0 is noise, 1 is data",
     )
-    parser.add_argument("--scheduler", choices=SCHEDULERS, help="of the texture stage; default: the pipeline's own")
+    parser.add_argument(
+        "--scheduler", choices=SCHEDULERS, help="scheduler of the texture stage; default: the pipeline's"
+    )
     parser.add_argument(
         "--layout",
         metavar="SOURCE",
@@ -174,7 +176,9 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--dtype", choices=DTYPES, default="float32")
     parser.add_argument("--device", help="default: the accelerator of this process, or the CPU")
     parser.add_argument("--output", type=Path, default=Path("out/generate"))
-    parser.add_argument("--overwrite", action="store_true", help="clear an output folder of other settings")
+    parser.add_argument(
+        "--overwrite", action="store_true", help="delete images of other settings from the output folder"
+    )
     return parser.parse_args(argv)
 
 
@@ -182,10 +186,10 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def swap_scheduler(pipeline: GPSTokenPipeline, name: str | None) -> None:
-    """Put another scheduler into the texture stage, by name."""
+    """Replace the scheduler of the texture stage by the one of that name."""
     if name is None or type(pipeline.scheduler) is SCHEDULERS[name]:
         return
-    # Diffusers' multistep solvers serve many kinds of models and must be told that this is a flow model.
+    # Diffusers' multistep solvers take many kinds of models; these settings select flow models.
     flow = {"prediction_type": "flow_prediction", "use_flow_sigmas": True}
     is_multistep = name in ("dpmsolver++", "unipc")
     with quiet_loading():
@@ -193,7 +197,7 @@ def swap_scheduler(pipeline: GPSTokenPipeline, name: str | None) -> None:
 
 
 def class_ids(pipeline: GPSTokenPipeline, classes: Sequence[str] | None) -> list[int]:
-    """Ids and names as they were typed -> ids, each once; all of them by default.
+    """Turn ids and names, as typed, into ids without duplicates; all classes by default.
 
     Raises:
         ValueError: an unknown id or name.
@@ -205,7 +209,7 @@ def class_ids(pipeline: GPSTokenPipeline, classes: Sequence[str] | None) -> list
     for text in classes:
         label = int(text) if text.removeprefix("-").isdigit() else pipeline.get_label_ids(text)[0]
         if not 0 <= label < num_classes:
-            raise ValueError(f"class ids are 0 to {num_classes - 1}, got {label}")
+            raise ProgramError(f"class ids must be between 0 and {num_classes - 1}, got {label}")
         ids.append(label)
     return list(dict.fromkeys(ids))
 
@@ -232,7 +236,7 @@ def _layout_setting(source: str | None) -> str | None:
 
 
 def open_output(folder: OwnDirectory, jobs: Sequence[Job], settings: dict[str, Any], overwrite: bool) -> None:
-    """Make the output folder ready for `jobs`, beside the images of the same settings that it holds already.
+    """Prepare the output folder for `jobs`. Images of the same settings stay.
 
     Raises:
         ProgramError: If the folder holds images of other settings, unless `overwrite`.
@@ -247,7 +251,7 @@ def open_output(folder: OwnDirectory, jobs: Sequence[Job], settings: dict[str, A
         if changed and not overwrite:
             pairs = ", ".join(f"{key} {present.get(key)!r} (now {settings.get(key)!r})" for key in changed)
             raise ProgramError(
-                f"{folder.path} holds images of other settings: {pairs}; expected another --output or --overwrite"
+                f"{folder.path} holds images of other settings: {pairs}; choose another --output, or --overwrite"
             )
         if changed:
             folder.clear()
@@ -268,11 +272,11 @@ def make_images(
     args: argparse.Namespace,
     bar: tqdm,
 ) -> None:
-    """Make and write one batch; an image appears last, so that it stands for its layout too."""
+    """Generate and write one batch. The image is written last, so where it exists its layout does too."""
 
     def show_step(pipe: GPSTokenPipeline, step: int, timestep: torch.Tensor, tensors: dict) -> dict:
         bar.set_postfix_str(f"step {step + 1}/{pipe.num_timesteps}", refresh=False)
-        bar.update(0)  # redraws at most as often as the bar does
+        bar.update(0)  # redraws no more often than the bar does by itself
         return {}
 
     output = pipeline(
@@ -299,7 +303,7 @@ def make_images(
 
 
 def draw_sheets(pipeline: GPSTokenPipeline, labels: Sequence[int], count: int, output: Path) -> None:
-    """One row for each of the first classes: their images, and the Gaussians that they were made from."""
+    """Draw a sheet of images and a sheet of their Gaussians, one row for each of the first classes."""
     names = pipeline.config.id2label or {}
     columns = min(count, SHEET_COLUMNS)
     jobs = [Job(label, index) for label in labels[:SHEET_ROWS] for index in range(columns)]

@@ -1,23 +1,24 @@
 # Copyright 2026 The gpstoken-hf authors. Licensed under the Apache License, Version 2.0.
-"""Photographs -> Gaussian tokens -> photographs, with pictures of what the tokens do.
+"""Encode photographs as Gaussian tokens, decode them again, and draw what the tokens do.
 
     python -m pipelines.reconstruct photo.jpg more.png folder/ --tokens 256 --output out/
     python -m pipelines.reconstruct photo.jpg --focus 120,40,260,200 --output out/
     python -m pipelines.reconstruct --from_tokens out/photo/tokens.safetensors --output out/
 
-Without an image it takes four sample photographs that scikit-image ships with. Every image gets a folder of its own:
+Without an image the program takes four sample photographs of scikit-image. Each image gets its own folder:
 
-    reconstruction.png          what the decoder makes of the tokens
+    reconstruction.png          the decoded image
     initial_gaussians.png       the Gaussians of the regions, one sigma, over the image
-    refined_gaussians.png       the same after refinement by the encoder
-    error.png                   where the reconstruction errs, in 8-bit levels
+    refined_gaussians.png       the Gaussians after refinement by the encoder
+    error.png                   the error of each pixel, in 8-bit levels
     panel.png                   all of these side by side
     tokens.safetensors          tokens, initial Gaussians and regions; --from_tokens decodes them again
-    scores.json                 PSNR, SSIM, tokens, floats and the settings
+    scores.json                 PSNR, SSIM, number of tokens and floats, settings
 
-A folder appears only when it is complete. Running the same command again goes on where it was stopped: images that
-are done are named and skipped, and outputs of other settings are an error unless --overwrite replaces them. The exit
-code is 0 when every image was reconstructed and 2 when at least one could not be.
+A folder appears only when it is complete. The same command resumes an interrupted run: finished images are skipped.
+Results of other settings are an error unless --overwrite replaces them, and only files that this program has listed in
+`.gpstoken.json` are ever replaced. Large photographs are encoded and decoded in tiles. The exit code is 0 if every
+image was reconstructed and 2 if any was not.
 """
 
 from __future__ import annotations
@@ -79,7 +80,7 @@ SSIM_BAND_ROWS = 128
 
 @dataclass
 class Source:
-    """One image to reconstruct: where it comes from and the folder, under the output, that its results go to."""
+    """One image to reconstruct, and the folder for its results, relative to the output."""
 
     label: str
     folder: str
@@ -90,9 +91,10 @@ class Source:
 def main(argv: Sequence[str] | None = None) -> int:
     args = _parse(argv)
     if args.from_tokens:
-        if args.images or args.focus or args.importance or args.tokens:
+        if args.images or args.focus or args.importance or args.tokens or args.tile_size:
             raise ProgramError(
-                "--from_tokens decodes what is stored: expected no images, --tokens, --focus, --importance"
+                "--from_tokens must come without images, --tokens, --tile_size, --focus and --importance: it decodes "
+                "tokens as they were stored"
             )
         return _decode_files(args)
 
@@ -130,12 +132,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run_batch(
     items: Sequence[Any], unit: str, labels: Sequence[str], work: Callable[[Any], Any]
 ) -> tuple[list[tuple[Any, Any]], list[str]]:
-    """Work on each item whatever becomes of the others; items with their results, and the labels of failures."""
+    """Work on every item, also after failures. Returns finished items with their results, and labels of failures."""
     done, failures = [], []
     for item, label in zip(progress(items, unit), labels):
         try:
             done.append((item, work(item)))
-        except OutputError:  # no other item would fare better
+        except OutputError:  # the disk is full or read-only, so every other item would fail too
             raise
         except FILE_ERRORS as error:
             failures.append(label)
@@ -151,9 +153,9 @@ def _report(failures: Sequence[str], count: int, what: str) -> int:
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = make_parser(PROGRAM, __doc__)
-    parser.add_argument("images", nargs="*", type=Path, help="image files and folders of them (searched recursively)")
+    parser.add_argument("images", nargs="*", type=Path, help="image files, and folders that are searched recursively")
     parser.add_argument(
-        "--tokens", type=positive_int, help="tokens of an image; default: as many per pixel as in the model's training"
+        "--tokens", type=positive_int, help="tokens per image; default: as many per pixel as in training"
     )
     parser.add_argument(
         "--focus",
@@ -161,28 +163,34 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         action="append",
         default=[],
         metavar="x0,y0,x1,y1",
-        help="more tokens in this box of the original image, inclusive pixels; may be repeated",
+        help="spend more tokens in this box of the original image, inclusive pixels; may be repeated",
     )
-    parser.add_argument("--importance", metavar="MASK", help="image of the size of the photograph: white, more tokens")
+    parser.add_argument(
+        "--importance", metavar="MASK", help="image of the photograph's size; more tokens where it is white"
+    )
     parser.add_argument(
         "--focus_weight",
         type=non_negative_float,
         default=30.0,
-        help="importance per pixel of a focus box or a white mask; much more splits its flat parts, too",
+        help="importance per pixel of a focus box or a white mask; far larger values also split flat parts",
     )
     parser.add_argument("--output", type=Path, default=Path("out"))
     parser.add_argument(
         "--model", default=DEFAULT_MODEL, help=f"folder or Hub repository; default: the bundled {DEFAULT_MODEL}"
     )
-    parser.add_argument("--tile_size", type=positive_int, help="encode and decode in tiles of this side, in pixels")
     parser.add_argument(
-        "--max_side", type=non_negative_int, default=640, help="reduce larger images to this side; 0: keep every size"
+        "--tile_size",
+        type=positive_int,
+        help="side of the tiles, in pixels; default: one pass, tiles for large images",
     )
     parser.add_argument(
-        "--from_tokens", type=Path, nargs="+", metavar=TOKENS_FILE, help="decode stored tokens; needs no image"
+        "--max_side", type=non_negative_int, default=640, help="reduce larger images to this side, in pixels; 0: never"
+    )
+    parser.add_argument(
+        "--from_tokens", type=Path, nargs="+", metavar=TOKENS_FILE, help="decode stored tokens instead of images"
     )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--overwrite", action="store_true", help="make outputs anew that are there already")
+    parser.add_argument("--overwrite", action="store_true", help="replace results of this program")
     return parser.parse_args(argv)
 
 
@@ -190,7 +198,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def collect_sources(paths: Sequence[Path], output: Path) -> list[Source]:
-    """Files, and the images of folders in alphabetical order -> sources, each with an output folder of its own.
+    """Plan a source, with its own output folder, for each file and for each image of a folder.
 
     `photo.jpg` goes to `photo`, or to `photo.jpg` where another result would share, contain or lie in that folder, or
     to `photo.jpg-<hash of its path>` where even that is taken.
@@ -225,7 +233,7 @@ def _result_names(name: Path) -> list[str]:
 
 
 def read_mask(path: str) -> torch.Tensor:
-    """A mask image -> (1, H, W) in [0, 1], the mean of its channels."""
+    """Read a mask as (1, H, W) in [0, 1], the mean of its channels."""
     mask = GPSTokenImageProcessor(do_normalize=False)(open_image(path), return_tensors="pt").pixel_values
     return mask.mean(dim=1)
 
@@ -233,24 +241,23 @@ def read_mask(path: str) -> torch.Tensor:
 def importance_map(
     photograph: Photograph, mask: torch.Tensor | None, boxes: Sequence[PixelBox], weight: float
 ) -> torch.Tensor | None:
-    """Mask and boxes, in pixels of the original -> (1, H, W) importance of the image as the model takes it.
+    """Turn a mask and boxes, in pixels of the original, into importance (1, H, W) at the size of the model's input.
 
     Raises:
-        ValueError: the mask has another size than the original, or a box reaches beyond it.
+        ProgramError: If the mask has another size than the original, or if a box reaches beyond it.
     """
     height, width = photograph.original_size
     total = torch.zeros(1, height, width)
     if mask is not None:
         if mask.shape != total.shape:
-            raise ValueError(
-                f"expected an importance mask of the image's {width} x {height} pixels, "
-                f"got {mask.shape[2]} x {mask.shape[1]}"
+            raise ProgramError(
+                f"--importance must have the image's {width} x {height} pixels, got {mask.shape[2]} x {mask.shape[1]}"
             )
         total += weight * mask
     for x0, y0, x1, y1 in boxes:
         if x1 >= width or y1 >= height:
-            raise ValueError(
-                f"expected a focus box inside the image's {width} x {height} pixels, got {x0},{y0},{x1},{y1}"
+            raise ProgramError(
+                f"--focus must lie inside the image's {width} x {height} pixels, got {x0},{y0},{x1},{y1}"
             )
         total[:, y0 : y1 + 1, x0 : x1 + 1] += weight
     if mask is None and not boxes:
@@ -264,7 +271,7 @@ def importance_map(
 
 
 def default_num_tokens(model: GPSTokenModel, size: tuple[int, int]) -> int:
-    """As many tokens per pixel as in training."""
+    """The number of tokens that gives an image as many tokens per pixel as in training."""
     return max(1, round(model.config.num_tokens * size[0] * size[1] / model.config.image_size**2))
 
 
@@ -320,10 +327,10 @@ def _reconstruct_source(
 
 
 def _done_before(folder: Path, settings: dict[str, Any], label: str, overwrite: bool) -> dict[str, Any] | None:
-    """What a former run has written to `SCORES_FILE`; `None` if there is nothing or it is to be made anew.
+    """The scores that an earlier run has written; `None` if there are none or if they are to be replaced.
 
     Raises:
-        ProgramError: If the folder holds the results of other settings.
+        ProgramError: If the folder holds results of other settings.
     """
     if overwrite or not (folder / SCORES_FILE).is_file():
         return None
@@ -334,7 +341,7 @@ def _done_before(folder: Path, settings: dict[str, Any], label: str, overwrite: 
         same = False
     if not same:
         raise ProgramError(f"{folder} holds the outputs of other settings; choose another --output, or --overwrite")
-    tqdm.write(f"{label}: done before, skipped (--overwrite makes it anew): {printable(folder)}")
+    tqdm.write(f"{label}: done before, skipped (--overwrite replaces it): {printable(folder)}")
     return known
 
 
@@ -353,7 +360,7 @@ def _scores(pixel_values: torch.Tensor, reconstruction: torch.Tensor, encoded: A
 
 
 def _ssim_in_bands(images: torch.Tensor, reference: torch.Tensor) -> float:
-    """`ssim` of one image (1, 3, H, W) in bands of rows. It keeps 19 float64 copies, 2.7 GB of 3000 x 2000 pixels."""
+    """`ssim` of one image (1, 3, H, W), band by band. In one piece it takes 2.7 GB for 3000 x 2000 pixels."""
     num_rows = images.shape[2] - SSIM_WINDOW + 1  # of windows
     total = 0.0
     for top in range(0, num_rows, SSIM_BAND_ROWS):
@@ -377,7 +384,7 @@ def _in_words(scores: dict[str, Any]) -> str:
 
 
 def _scaled_box(box: PixelBox, photograph: Photograph) -> PixelBox:
-    """A box in pixels of the original -> the pixels of the image as the model takes it that it touches."""
+    """The pixels of the model's input that a box, in pixels of the original, touches."""
     scale_y, scale_x = (new / old for new, old in zip(photograph.size, photograph.original_size))
     x0, y0, x1, y1 = box
     right, bottom = math.ceil((x1 + 1) * scale_x) - 1, math.ceil((y1 + 1) * scale_y) - 1

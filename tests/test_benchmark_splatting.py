@@ -33,7 +33,7 @@ def test_a_wrong_path_is_found_out(tmp_path, monkeypatch, capsys):
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
 def test_cuda_without_a_device_is_one_line(tmp_path, capsys):
     assert run_program(main, ["--output", str(tmp_path / "out"), "--device", "cuda"]) == 2
-    assert capsys.readouterr().err.startswith("error: --device cuda needs a CUDA device")
+    assert capsys.readouterr().err.startswith("error: --device cuda must have a CUDA device")
 
 
 def test_layouts_are_like_a_partition():

@@ -112,6 +112,24 @@ def test_what_is_added_to_the_parts_is_kept(parquet, tmp_path, monkeypatch):
     assert not list((tmp_path / "bank.parts").glob("*.safetensors"))
 
 
+def test_a_damaged_part_is_one_line(parquet, tmp_path, capsys, monkeypatch):
+    argv = ["--train_data_files", parquet, *SMALL, "--output_dir", tmp_path / "bank"]
+    monkeypatch.setattr(build_layout_bank, "read_parts", fail)
+    assert run(*argv) == 130
+    monkeypatch.undo()
+    part = next((tmp_path / "bank.parts").glob("*.safetensors"))
+    part.write_bytes(part.read_bytes()[:100])
+    capsys.readouterr()
+    assert run(*argv) == 2
+    assert f"error: {part} must be a whole part" in capsys.readouterr().err
+    part.unlink()
+    assert run(*argv) == 0
+
+
+def fail(files):
+    raise KeyboardInterrupt
+
+
 def test_an_output_that_is_there_is_refused_before_any_work(parquet, tmp_path, capsys):
     (tmp_path / "bank").mkdir()
     (tmp_path / "bank" / "work").write_text("years of it")
@@ -138,7 +156,7 @@ def test_defaults_come_from_the_tokenizer(tmp_path, capsys):
     ("argv", "message"),
     [
         (["--label_column", "kind"], "no column 'kind' in the dataset; it has image, label"),
-        (["--streaming"], "expected a dataset without --streaming"),
+        (["--streaming"], "--streaming must be off"),
         (["--num_tokens", 4, 4], r"--num_tokens must be different numbers, got [4, 4]"),
         (["--num_tokens", 5000], "5000"),
         (["--image_column", "picture"], "no column 'picture'"),
@@ -158,7 +176,7 @@ def test_labels_must_be_class_ids(pixels, tmp_path, capsys, label):
     features = datasets.Features({"image": datasets.Image(), "label": datasets.Value("int64")})
     datasets.Dataset.from_dict(rows, features=features).to_parquet(tmp_path / "data.parquet")
     assert run("--train_data_files", tmp_path / "data.parquet", "--output_dir", tmp_path / "bank", *SMALL) == 2
-    assert f"row 1 has {label!r}" in capsys.readouterr().err
+    assert f"got {label!r} in row 1" in capsys.readouterr().err
 
 
 def test_choice_of_rows():

@@ -193,11 +193,11 @@ def test_standard_error():
     [
         (["absent.parquet"], "no such file: absent.parquet"),
         (["empty"], "images in the folder empty, found none"),
-        (["text.parquet"], "cannot read text.parquet"),
-        (["images", "--focus", "0,0,32,5"], "inside 32 x 32 pixels, got 0,0,32,5"),
+        (["text.parquet"], "text.parquet must be a parquet file"),
+        (["images", "--focus", "0,0,32,5"], "--focus must lie inside 32 x 32 pixels, got 0,0,32,5"),
         (["images", "--tokens", "100000"], "100000"),
         (["cut.png"], "cannot read cut.png"),
-        (["bytes.parquet"], "readable image in row 0"),
+        (["bytes.parquet"], "row 0 must hold a readable image"),
     ],
 )
 def test_one_line_and_exit_code_2(run, folder, tmp_path, capsys, arguments, message):

@@ -184,8 +184,8 @@ def test_layouts_from_a_file_an_image_and_the_bank(generate, tmp_path):
     ("arguments", "message"),
     [
         (["--classes", "cot"], "class names, such as ['cat'], got 'cot'"),
-        (["--classes", "10"], "class ids are 0 to 9, got 10"),
-        (["--classes", "-1"], "class ids are 0 to 9, got -1"),
+        (["--classes", "10"], "class ids must be between 0 and 9, got 10"),
+        (["--classes", "-1"], "class ids must be between 0 and 9, got -1"),
         (["--guidance_interval", "0.9", "0.1"], "low <= high"),
         (
             ["--pipeline", "nowhere"],

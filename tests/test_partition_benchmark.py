@@ -61,5 +61,5 @@ def test_batches_of_every_backend_that_the_device_has():
 def test_missing_device_is_one_line_and_leaves_nothing(tmp_path, capsys):
     arguments = ["--device", "cuda", "--quick", "--output", str(tmp_path / "results")]
     assert run_program(benchmark_partition.main, arguments) == 2
-    assert "expects a CUDA device" in capsys.readouterr().err
+    assert "must have a CUDA device" in capsys.readouterr().err
     assert not (tmp_path / "results").exists()

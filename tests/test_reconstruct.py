@@ -194,7 +194,7 @@ def test_the_same_command_goes_on_where_it_stopped(run, tmp_path, capsys):
     before = (tmp_path / "out/a/scores.json").stat().st_mtime_ns
     assert run("a.png", "b.png", "--tokens", 8) == 0
     printed = capsys.readouterr().out
-    assert "a.png: done before, skipped (--overwrite makes it anew): out/a" in printed
+    assert "a.png: done before, skipped (--overwrite replaces it): out/a" in printed
     assert (tmp_path / "out/a/scores.json").stat().st_mtime_ns == before
     assert (tmp_path / "out/b/scores.json").exists()
 
@@ -590,12 +590,12 @@ def test_memory_of_a_large_photograph(model_folder, tmp_path, size, options, meg
         (["cut.jpg"], "cannot read cut.jpg"),
         (["empty"], "images in the folder empty, found none"),
         (["photo.png", "--tokens", "100000"], "100000"),
-        (["photo.png", "--focus", "0,0,56,10"], "inside the image's 56 x 40 pixels, got 0,0,56,10"),
+        (["photo.png", "--focus", "0,0,56,10"], "--focus must lie inside the image's 56 x 40 pixels, got 0,0,56,10"),
         (["photo.png", "--importance", "mask.png"], "56 x 40 pixels, got 30 x 20"),
         (["photo.png", "--importance", "absent.png"], "absent.png"),
         (["photo.png", "--model", "absent-model"], "absent-model"),
         (["photo.png", "--tile_size", "3"], "tile_size"),
-        (["photo.png", "--from_tokens", "t.safetensors"], "expected no images"),
+        (["photo.png", "--from_tokens", "t.safetensors"], "--from_tokens must come without images"),
         (["--from_tokens", "t.safetensors"], "no such file: t.safetensors"),
         (["--from_tokens", "photo.png"], "cannot read photo.png"),
         (["--from_tokens", "bad.safetensors"], "sigma"),
