@@ -199,7 +199,8 @@ def test_a_full_disk_is_one_line(tmp_path):
     command = [sys.executable, "-c", FULL, *map(str, argv), "--num_attention_heads", "4"]
     result = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=300)
     assert result.returncode == 2, result.stderr[-3000:]
-    assert "could not be written: Error while serializing: I/O error: File too large" in result.stderr
+    assert "cannot write" in result.stderr
+    assert "File too large" in result.stderr
     assert result.stderr.count("\n") == 1
     assert not list(tmp_path.iterdir())
 
@@ -219,14 +220,14 @@ def test_a_killed_conversion_leaves_a_staging_folder_at_most(tmp_path):
     command = [sys.executable, "-m", "conversion.convert_gpstoken", *map(str, argv)]
     with subprocess.Popen(command, env=environment(), stdout=subprocess.DEVNULL) as process:
         end = time.monotonic() + 120
-        while not list(tmp_path.glob("run/.out.*/model.safetensors")) and time.monotonic() < end:
+        while not list(tmp_path.glob("run/.gpstoken-*/new/out/model.safetensors")) and time.monotonic() < end:
             time.sleep(0.001)
         process.send_signal(signal.SIGKILL)
         assert process.wait() == -signal.SIGKILL
     left = list((tmp_path / "run").iterdir())
     assert len(left) == 1
-    assert left[0].name.startswith(".out.")
-    assert not (left[0] / "config.json").exists()
+    assert left[0].name.startswith(".gpstoken-")
+    assert not (left[0] / "new" / "out" / "config.json").exists()
     for path in tmp_path.rglob("*.safetensors"):
         path.unlink()
 

@@ -251,24 +251,37 @@ def config_text(text):
     return edit
 
 
+REFUSED = "must be those of|must be the config of"
 HOSTILE_CONFIGS = {
     "list": ("vae", config_text("[1, 2]"), "must hold a JSON object, got a list"),
     "deep list": ("vae", config_text("[" * 100_000), "must be a JSON file, got RecursionError"),
     "architectures is a number": ("vae", config_with(architectures=5), "got that of a None"),
     "architectures is a list of lists": ("vae", config_with(architectures=[[]]), "got that of a None"),
-    "a billion layers": ("vae", config_with(num_hidden_layers=10**9), "must be those of|must be the config of"),
-    "a billion residual blocks": ("vae", config_with(decoder_layers_per_block=10**9), "must be those of|must be the config of"),
-    "a million levels": ("vae", config_with(decoder_channel_multipliers=[1] * 10**6), "must be those of|must be the config of"),
+    "a billion layers": ("vae", config_with(num_hidden_layers=10**9), REFUSED),
+    "a billion residual blocks": (
+        "vae",
+        config_with(decoder_layers_per_block=10**9),
+        REFUSED,
+    ),
+    "a million levels": (
+        "vae",
+        config_with(decoder_channel_multipliers=[1] * 10**6),
+        REFUSED,
+    ),
     "a wide encoder": (
         "vae",
         config_with(hidden_size=2**33),
         "must be the config of a GPSTokenModel|must be those of",
     ),
-    "wide features": ("vae", config_with(texture_channels=10**12), "must be those of|must be the config of"),
+    "wide features": ("vae", config_with(texture_channels=10**12), REFUSED),
     "text for a size": ("vae", config_with(hidden_size="64"), "must be the config of a GPSTokenModel"),
     "negative size": ("vae", config_with(num_tokens=-1), "must be the config of a GPSTokenModel"),
     "dtype of another world": ("vae", config_with(dtype=["x"]), "must be the config of a GPSTokenModel"),
-    "a generator of a billion layers": ("sit", config_with(num_layers=10**9), "must be those of|must be the config of"),
+    "a generator of a billion layers": (
+        "sit",
+        config_with(num_layers=10**9),
+        REFUSED,
+    ),
     "a generator of text layers": ("sit", config_with(num_layers="2"), "must be those of .* for '2'"),
     "no layers": ("sit", config_with(num_layers=None), "must be those of .* for None"),
     "a wide generator": (
@@ -276,7 +289,7 @@ HOSTILE_CONFIGS = {
         config_with(attention_head_dim=2**40),
         "must be the config of a SiTTransformer1DModel",
     ),
-    "a billion classes": ("sit", config_with(num_classes=10**9), "must be those of|must be the config of"),
+    "a billion classes": ("sit", config_with(num_classes=10**9), REFUSED),
     "text for channels": ("sit", config_with(in_channels="21"), "must be the config of a SiTTransformer1DModel"),
     "statistics of text": ("sit", config_with(latents_mean="x"), "must be the config of a SiTTransformer1DModel"),
     "a bank of a trillion tokens": ("bank", config_with(total_tokens=10**12), "must be those of its config.json"),

@@ -36,7 +36,7 @@ def recorded(request, tmp_path_factory):
     if not (root / weights).is_file():
         pytest.skip("the full golden arrays are not beside this repository")
     folder = tmp_path_factory.mktemp("golden") / request.param
-    options = ["--num-tokens", "16", "--image-size", "64"]
+    options = ["--num_tokens", "16", "--image_size", "64"]
     assert convert_gpstoken.main(["--checkpoint", str(root / weights), "--output", str(folder), *options]) == 0
     model = GPSTokenModel.from_pretrained(folder, dtype=torch.float32).eval()
     arrays = load_file(root / arrays)

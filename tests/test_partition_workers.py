@@ -91,7 +91,7 @@ def copy_of_the_partition(folder):
     package.mkdir()
     (package / "__init__.py").write_text("")
     library = Path(gpstoken_hf.__file__).parent
-    names = ("gaussians", "layout", "numba_support", "partition", "regions", "triton_support")
+    names = ("file_checks", "gaussians", "layout", "numba_support", "partition", "regions", "triton_support")
     for module in (*names, *(path.stem for path in library.glob("complexity_*.py"))):
         shutil.copy(library / f"{module}.py", package)
     return package

@@ -22,8 +22,9 @@ from diffusers.models.modeling_outputs import AutoencoderKLOutput
 from diffusers.utils.accelerate_utils import apply_forward_hook
 
 from .configuration_gpstoken import GPSTokenConfig
+from .file_checks import check_number, check_statistics
 from .gaussians import clamp_gaussians, gaussians_to_logits, join_tokens, logits_to_gaussians, split_tokens
-from .loading import StrictDiffusersMixin, check_number, check_statistics
+from .loading import StrictDiffusersMixin
 from .modeling_gpstoken import GPSTokenModel
 from .tiling import gaussians_from_frame, gaussians_to_frame, tiles_of_image
 

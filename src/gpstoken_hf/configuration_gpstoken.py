@@ -13,7 +13,7 @@ from huggingface_hub.dataclasses import strict
 from huggingface_hub.errors import StrictDataclassError
 from transformers import PreTrainedConfig
 
-from .loading import (
+from .file_checks import (
     check_fields,
     check_number,
     check_source,

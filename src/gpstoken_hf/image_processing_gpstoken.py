@@ -24,7 +24,7 @@ from transformers.image_processing_base import BatchFeature, ImageProcessingMixi
 from transformers.image_transforms import group_images_by_shape, reorder_images
 from transformers.image_utils import ChannelDimension, PILImageResampling, SizeDict
 
-from .loading import check_json_files, check_number, refusing
+from .file_checks import check_json_files, check_number, refusing
 
 # All that Pillow raises for a file that it cannot read.
 _PILLOW_READ_ERRORS = (OSError, SyntaxError, ValueError, EOFError, PIL.Image.DecompressionBombError)

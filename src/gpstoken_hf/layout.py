@@ -18,8 +18,8 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from .file_checks import read_header
 from .gaussians import NUM_GAUSSIAN_PARAMS, boxes_to_gaussians, check_gaussians, gaussians_to_boxes
-from .loading import read_header
 
 if TYPE_CHECKING:
     import PIL.Image

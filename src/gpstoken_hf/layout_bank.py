@@ -16,9 +16,10 @@ from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.utils.accelerate_utils import apply_forward_hook
 
+from .file_checks import check_number
 from .gaussians import NUM_GAUSSIAN_PARAMS, check_gaussians
 from .layout import GaussianLayout
-from .loading import StrictDiffusersMixin, check_number
+from .loading import StrictDiffusersMixin
 
 # ImageNet-21k has 14 million images; 300 tokens of each fill 80 GB.
 MAX_LAYOUTS, MAX_BANK_TOKENS = 2**28, 2**32

@@ -1,10 +1,8 @@
 # Copyright 2026 The gpstoken-hf authors. Licensed under the Apache License, Version 2.0.
-"""Reading files from strangers: the header first, then what it claims is bounded, then the contents.
+"""Loading checkpoints of strangers, strictly and never from a pickle.
 
-A JSON file is read up to a limit and must be an object with known fields. A checkpoint is a set of safetensors files,
-never a pickle. Its headers are compared with the model that its config describes, which is built on the meta device,
-before any memory is taken for weights. Every file that is not what it should be is one ValueError with its name;
-missing files and unreachable repositories are OSErrors, as everywhere in transformers and diffusers.
+The headers of a checkpoint's safetensors files are compared with the model that its config describes. That model is
+built on the meta device, before any memory is taken for weights. `file_checks` reads the files.
 
 [`StrictTransformersMixin`] and [`StrictDiffusersMixin`] give models such a `from_pretrained`,
 [`CheckedConfigMixin`] gives it to what has a config only.
@@ -14,280 +12,43 @@ from __future__ import annotations
 
 import copy
 import inspect
-import json
 import os
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, ClassVar, get_type_hints
 
 import diffusers
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import PreTrainedConfig
 from transformers.utils import cached_file
 from transformers.utils.hub import extract_commit_hash
 
-# A thousand class names take 40 KB in a `model_index.json`, the index of a thousand layers 2 MB.
-MAX_JSON_BYTES = 4 * 2**20
-MAX_JSON_DEPTH = 32
-# About 100 bytes for each tensor.
-MAX_HEADER_BYTES = 16 * 2**20
-# No quantization packs more than 8 numbers into a byte.
-MAX_PARAMETERS_PER_BYTE = 8
-# Schedulers make tables of this length.
-MAX_TRAIN_TIMESTEPS = 10**6
-# What a caller who takes a checkpoint that does not fit may have initialised instead.
-MAX_FRESH_PARAMETERS = 2**30
-
-FLOATING_DTYPES = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")
-HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "token")
-CONFIG_FILE, SCHEDULER_CONFIG = "config.json", "scheduler_config.json"
-ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-DISTRIBUTED_FILES = "shard-*.safetensors"
-# What both libraries write into configs without declaring it.
-UNDECLARED_FIELDS = {"auto_map", "quantization_config"}
-
-# -- JSON files and their fields
-
-
-def read_json(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """Read a JSON file of a stranger.
-
-    Args:
-        path (`str` or `os.PathLike`): the file, of at most `MAX_JSON_BYTES`.
-
-    Returns:
-        `dict`: the object that it holds, nested at most `MAX_JSON_DEPTH` levels deep.
-
-    Raises:
-        ValueError: if the file is larger or nested deeper, is not JSON in UTF-8, has a key twice or is not an object.
-        OSError: if it cannot be read.
-    """
-    with open(path, "rb") as file:
-        data = file.read(MAX_JSON_BYTES + 1)
-    if len(data) > MAX_JSON_BYTES:
-        raise ValueError(f"{path} must be at most {MAX_JSON_BYTES} bytes of JSON, got more")
-    try:
-        value = json.loads(data.decode("utf-8"), object_pairs_hook=_object_without_duplicates)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} must be a JSON file, got: {error}") from error
-    if not isinstance(value, dict):
-        raise ValueError(f"{path} must be a JSON object, got {type(value).__name__}")
-    level: list[Any] = [value]
-    for _ in range(MAX_JSON_DEPTH):
-        level = [child for parent in level for child in (parent.values() if isinstance(parent, dict) else parent)]
-        level = [child for child in level if isinstance(child, dict | list)]
-    if level:
-        raise ValueError(f"{path} must be nested at most {MAX_JSON_DEPTH} levels deep, got more")
-    return value
-
-
-def _object_without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    value: dict[str, Any] = {}
-    for name, entry in pairs:
-        if name in value:
-            raise ValueError(f"the key {_shown(name)} twice")
-        value[name] = entry
-    return value
-
-
-def _shown(value: Any) -> str:
-    """A value of a file in a message, cut where it is long."""
-    shown = repr(value)
-    return shown if len(shown) <= 100 else f"{shown[:100]}..."
-
-
-def check_fields(path: str | os.PathLike[str], config: Mapping[str, Any], class_name: str, known: set[str]) -> None:
-    """Refuse fields of a config that its class does not know.
-
-    A field of a later version would otherwise be ignored, and the model would silently be another one.
-
-    Raises:
-        ValueError: if a field is unknown, or one of the libraries' fields has a wrong type.
-    """
-    unknown = sorted(set(config) - known)
-    if unknown:
-        saved_by = config.get("_class_name", config.get("model_type"))
-        raise ValueError(
-            f"{path} must hold fields of {class_name} only, got {', '.join(map(_shown, unknown[:5]))}"
-            + (f" and {len(unknown) - 5} more" if len(unknown) > 5 else "")
-            + (f" in a config of {_shown(saved_by)}" if isinstance(saved_by, str) else "")
-        )
-    quantization = config.get("quantization_config")
-    if quantization is not None and not (
-        isinstance(quantization, dict) and isinstance(quantization.get("quant_method"), str)
-    ):
-        raise ValueError(
-            f"{path}: quantization_config must be an object with a quant_method, got {_shown(quantization)}"
-        )
-    for name in ("_class_name", "_diffusers_version", "transformers_version", "architectures"):
-        value = config.get(name)
-        parts = value if isinstance(value, list) else [value]
-        if value is not None and not all(isinstance(part, str) for part in parts):
-            raise ValueError(f"{path}: {name} must be a name or a list of names, got {_shown(value)}")
-
-
-def transformers_fields(config_class: type[PreTrainedConfig]) -> set[str]:
-    """The fields that a saved config of this class may have: its own, and those of transformers."""
-    declared = {field.name for field in fields(config_class)}
-    settable = {name for name, value in vars(PreTrainedConfig).items() if isinstance(value, property) and value.fset}
-    # What is private does not come from files: it would choose the code that runs.
-    return {name for name in declared | settable if not name.startswith("_")} | UNDECLARED_FIELDS | {"model_type"}
-
-
-@contextmanager
-def refusing(what: str | os.PathLike[str]) -> Iterator[None]:
-    """Turn every error that values of a file can cause in a constructor into one ValueError that names the file."""
-    try:
-        yield
-    except (AttributeError, IndexError, KeyError, OverflowError, RecursionError, TypeError, ValueError) as error:
-        raise ValueError(f"{what} must hold legal values, got: {error}") from error
-
-
-def check_number(name: str, value: Any, low: float, high: float) -> None:
-    """Raise a ValueError unless a value is a number from `low` to `high`, and an integer if both limits are.
-
-    Booleans are no numbers.
-    """
-    is_whole = isinstance(low, int) and isinstance(high, int)
-    is_number = isinstance(value, int if is_whole else int | float) and not isinstance(value, bool)
-    # NaN is in no range.
-    if not is_number or not low <= value <= high:
-        kind = "an integer" if is_whole else "a number"
-        # Python refuses to print an integer of more than 4300 digits.
-        shown = "a longer one" if isinstance(value, int) and abs(value) >= 10**20 else _shown(value)
-        raise ValueError(f"{name} must be {kind} from {low} to {high}, got {shown}")
-
-
-def check_statistics(
-    names: tuple[str, str], mean: Sequence[float] | None, std: Sequence[float] | None, channels: int
-) -> None:
-    """Raise a ValueError unless mean and standard deviation are both `None` or both hold a number per channel.
-
-    Args:
-        names (`tuple[str, str]`): what the two are called.
-        mean, std (`Sequence[float]`, *optional*): finite numbers; `std` above 0.
-        channels (`int`): how many numbers each must hold.
-    """
-    if mean is None and std is None:
-        return
-    if mean is None or std is None:
-        raise ValueError(f"{names[0]} and {names[1]} must be given together, got only one of them")
-    for name, values, low in ((names[0], mean, -MAX_STATISTIC), (names[1], std, MIN_STD)):
-        if not isinstance(values, list | tuple) or len(values) != channels:
-            found = len(values) if isinstance(values, list | tuple) else _shown(values)
-            raise ValueError(f"{name} must hold {channels} numbers, one per channel, got {found}")
-        for value in values:
-            check_number(f"every entry of {name}", value, low, MAX_STATISTIC)
-
-
-# Statistics outside of float32 would become 0 or infinite.
-MAX_STATISTIC, MIN_STD = 1e38, 1e-38
-
-
-# -- safetensors files
-
-
-def read_header(path: str | os.PathLike[str]) -> dict[str, tuple[str, tuple[int, ...]]]:
-    """Names of the tensors of a safetensors file -> `(dtype, shape)`, without reading the tensors.
-
-    Raises:
-        ValueError: if the header is larger than `MAX_HEADER_BYTES`, or the file is damaged.
-    """
-    with open(path, "rb") as start:
-        claimed = int.from_bytes(start.read(8), "little")
-    if MAX_HEADER_BYTES < claimed < os.path.getsize(path):
-        raise ValueError(f"{path} must have a header of at most {MAX_HEADER_BYTES} bytes, got {claimed}")
-    try:
-        with safe_open(path, framework="pt") as file:
-            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 - it is no mapping
-            return {name: (part.get_dtype(), tuple(part.get_shape())) for name, part in slices.items()}
-    except SafetensorError as error:
-        raise ValueError(f"{path} must be a whole safetensors file, got a damaged one: {error}") from error
-
-
-def read_index(path: str | os.PathLike[str]) -> dict[str, set[str]]:
-    """The index of a sharded checkpoint: file names -> the names of the tensors in each.
-
-    Raises:
-        ValueError: if it is not such an index, or names something else than safetensors files beside it.
-    """
-    index = read_json(path)
-    names, metadata = index.get("weight_map"), index.get("metadata")
-    if not isinstance(names, dict) or not names or not isinstance(metadata, dict):
-        raise ValueError(f"{path} must hold the objects weight_map and metadata, got {_shown(sorted(index))}")
-    if not all(isinstance(value, int | float) for value in metadata.values()):
-        raise ValueError(f"{path}: metadata must hold numbers, got {_shown(metadata)}")
-    shards: dict[str, set[str]] = {}
-    for name, file in names.items():
-        if not isinstance(file, str) or Path(file).name != file or not file.endswith(".safetensors"):
-            raise ValueError(f"{path} must name safetensors files beside it, got {_shown(file)}")
-        shards.setdefault(file, set()).add(name)
-    return shards
-
-
-# -- where files are
-
-
-def check_source(source: Any) -> None:
-    """Raise an OSError with a hint for the name of a bundled checkpoint, which is no repository on the Hub."""
-    folder = Path(__file__).parent / "bundled"
-    name = str(source)
-    if folder.is_dir() and name in os.listdir(folder) and not os.path.exists(name):
-        raise OSError(
-            f"{name} must be a folder or a repository on the Hub (owner/name), got the name of a bundled checkpoint: "
-            f'use from_pretrained(gpstoken_hf.bundled("{name}"))'
-        )
-
-
-def find_file(source: Any, name: str, arguments: Mapping[str, Any]) -> Path | None:
-    """A file of a folder or of a repository on the Hub, downloaded if need be; `None` if it is not there.
-
-    Args:
-        source (`str` or `os.PathLike`): the folder or the repository.
-        name (`str`): name of the file.
-        arguments (`Mapping`): those of `from_pretrained`; what concerns the Hub and `subfolder` are used.
-    """
-    found = cached_file(
-        source,
-        name,
-        subfolder=arguments.get("subfolder") or "",
-        _raise_exceptions_for_missing_entries=False,
-        _raise_exceptions_for_connection_errors=False,
-        **_hub_arguments(arguments),
-    )
-    return None if found is None else Path(found)
-
-
-def _hub_arguments(arguments: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: arguments[name] for name in HUB_ARGUMENTS if arguments.get(name) is not None}
-
-
-def check_json_files(source: Any, names: Iterable[str], arguments: Mapping[str, Any]) -> None:
-    """Read a JSON file, or those of the names that a folder or repository has: ValueError if one is malformed."""
-    check_source(source)
-    is_file = os.path.isfile(source)
-    for path in [source] if is_file else [find_file(source, name, arguments) for name in names]:
-        if path is not None:
-            read_json(path)
-
-
-def only_safetensors(arguments: dict[str, Any]) -> None:
-    """Set `use_safetensors=True`.
-
-    Raises:
-        ValueError: if the caller asks for pickles.
-    """
-    if arguments.get("use_safetensors") not in (None, True):
-        raise ValueError(
-            f"use_safetensors must be True (pickles are never loaded), got {arguments['use_safetensors']}"
-        )
-    arguments["use_safetensors"] = True
-
+from .file_checks import (
+    ADAPTER_CONFIG,
+    ADAPTER_WEIGHTS,
+    CONFIG_FILE,
+    DISTRIBUTED_FILES,
+    FLOATING_DTYPES,
+    MAX_FRESH_PARAMETERS,
+    MAX_PARAMETERS_PER_BYTE,
+    MAX_TRAIN_TIMESTEPS,
+    SCHEDULER_CONFIG,
+    UNDECLARED_FIELDS,
+    check_fields,
+    check_number,
+    check_source,
+    find_file,
+    hub_arguments,
+    only_safetensors,
+    read_header,
+    read_index,
+    read_json,
+    refusing,
+    shown,
+)
 
 # -- checkpoints of models
 
@@ -365,11 +126,11 @@ class CheckedPipelineMixin(CheckedConfigMixin):
             value = config.get(name, [None, None])
             is_pair = isinstance(value, list) and len(value) == 2
             if not is_pair or not (value == [None, None] or all(isinstance(part, str) for part in value)):
-                raise ValueError(f"{path}: {name} must be [module, class] or [null, null], got {_shown(value)}")
+                raise ValueError(f"{path}: {name} must be [module, class] or [null, null], got {shown(value)}")
         names = config.get("id2label")
         is_names = isinstance(names, dict) and all(key.isdecimal() for key in names)
         if names is not None and not (is_names and all(isinstance(value, str) for value in names.values())):
-            raise ValueError(f"{path}: id2label must map class ids to names, got {_shown(names)}")
+            raise ValueError(f"{path}: id2label must map class ids to names, got {shown(names)}")
         return config
 
     @classmethod
@@ -403,7 +164,7 @@ def _check_saved_component(index: Path, name: str, expected: Any, module: str, c
     library = getattr(diffusers.pipelines, module, None) or sys.modules.get(module)
     component: Any = getattr(library, class_name, None)
     if not isinstance(component, type) or not issubclass(component, expected):
-        raise ValueError(f"{index}: {name} must be of {expected}, got {_shown(class_name)} of {_shown(module)}")
+        raise ValueError(f"{index}: {name} must be of {expected}, got {shown(class_name)} of {shown(module)}")
     file = index.parent / name / SCHEDULER_CONFIG
     if issubclass(component, diffusers.SchedulerMixin) and file.is_file():
         config = read_json(file)
@@ -553,7 +314,7 @@ class StrictTransformersMixin(StrictLoadingMixin):
             if kwargs.get("subfolder"):
                 given["subfolder"] = kwargs["subfolder"]
             config = config_class.from_pretrained(
-                source if config is None else config, **given, **_hub_arguments(kwargs)
+                source if config is None else config, **given, **hub_arguments(kwargs)
             )
         with refusing(config_file or source):
             return cls(copy.deepcopy(config), *args, **_constructor_arguments(cls, kwargs))  # type: ignore[call-arg]
@@ -591,7 +352,7 @@ def _with_variant(name: str, variant: str | None) -> str:
 def _missing(source: Any, name: str, arguments: Mapping[str, Any]) -> OSError:
     """The error for a file that is not there, or that cannot be reached: the library's own says why."""
     try:
-        cached_file(source, name, subfolder=arguments.get("subfolder") or "", **_hub_arguments(arguments))
+        cached_file(source, name, subfolder=arguments.get("subfolder") or "", **hub_arguments(arguments))
     except OSError as error:
         return error
     return OSError(f"{source} does not appear to have a file named {name}.")

@@ -23,13 +23,14 @@ from diffusers.utils import BaseOutput
 from diffusers.utils.torch_utils import randn_tensor
 
 from .calibration import calibrate_layout
+from .file_checks import check_source, only_safetensors
 from .gaussians import NUM_GAUSSIAN_PARAMS
 from .guidance import GuidedPredictor, mask_of
 from .hub import HubDownloadMixin
 from .image_processing_gpstoken import GPSTokenImageProcessor
 from .layout import GaussianLayout
 from .layout_bank import GaussianLayoutBank
-from .loading import CheckedPipelineMixin, check_source, only_safetensors
+from .loading import CheckedPipelineMixin
 from .modeling_gpstoken import GPSTokenModel
 from .partition import partition_images
 from .transformer_sit import SiTTransformer1DModel, latents_to_tokens, timestep_to_time

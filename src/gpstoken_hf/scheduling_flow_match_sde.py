@@ -27,7 +27,8 @@ from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from diffusers.utils import BaseOutput
 from diffusers.utils.torch_utils import randn_tensor
 
-from .loading import MAX_TRAIN_TIMESTEPS, CheckedConfigMixin, check_number, check_source, refusing
+from .file_checks import MAX_TRAIN_TIMESTEPS, check_number, check_source, refusing
+from .loading import CheckedConfigMixin
 
 DIFFUSION_FORMS = ("sbdm", "constant", "sigma", "linear", "decreasing", "increasing-decreasing")
 LAST_STEPS = ("mean", "tweedie", "euler", None)

@@ -27,8 +27,9 @@ from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.models.modeling_utils import ModelMixin
 from torch import nn
 
+from .file_checks import check_number, check_statistics, only_safetensors
 from .gaussians import NUM_GAUSSIAN_PARAMS, gaussians_to_logits, join_tokens, logits_to_gaussians, split_tokens
-from .loading import StrictDiffusersMixin, check_number, check_statistics, only_safetensors
+from .loading import StrictDiffusersMixin
 
 # SiT-S makes layouts, SiT-XL textures (paper App. B). Parameters for 128 tokens of 21 channels, 1000 classes.
 SIT_PRESETS: dict[str, dict[str, int]] = {
