@@ -97,7 +97,7 @@ LIMITS: dict[str, tuple[float, float]] = {
     "sigma_scale": (1e-6, 1000.0),
 }
 # What transformers passes to a constructor but does not save.
-INIT_ARGUMENTS = {"attn_implementation", "experts_implementation", "_commit_hash"}
+INIT_ARGUMENTS = {"attn_implementation", "experts_implementation"}
 MAX_DECODER_LEVELS, MAX_CHANNEL_MULTIPLIER, MAX_LABELS = 12, 2**10, 2**20
 
 

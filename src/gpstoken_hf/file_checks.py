@@ -124,8 +124,9 @@ def transformers_fields(config_class: type[PreTrainedConfig]) -> set[str]:
     """The fields that a saved config of this class may have: its own, and those of transformers."""
     declared = {field.name for field in fields(config_class)}
     settable = {name for name, value in vars(PreTrainedConfig).items() if isinstance(value, property) and value.fset}
-    # What is private does not come from files: it would choose the code that runs.
-    return {name for name in declared | settable if not name.startswith("_")} | UNDECLARED_FIELDS | {"model_type"}
+    # What is private does not come from files: it would choose the code that runs. transformers adds the commit.
+    public = {name for name in declared | settable if not name.startswith("_")}
+    return public | UNDECLARED_FIELDS | {"model_type", "_commit_hash"}
 
 
 @contextmanager
@@ -134,7 +135,7 @@ def refusing(what: str | os.PathLike[str]) -> Iterator[None]:
     try:
         yield
     except (AttributeError, IndexError, KeyError, OverflowError, RecursionError, TypeError, ValueError) as error:
-        raise ValueError(f"{what} must hold legal values, got: {error}") from error
+        raise ValueError(f"{what} must hold legal values, got: {str(error)[:1000]}") from error
 
 
 def check_number(name: str, value: Any, low: float, high: float) -> None:

@@ -75,7 +75,7 @@ def check_loading_info(class_name: str, source: Any, info: Mapping[str, Any]) ->
         if keys:
             shown = sorted(keys)
             more = f", and {len(shown) - 5} more" if len(shown) > 5 else ""
-            problems.append(f"{len(shown)} {kind} ({', '.join(shown[:5])}{more})")
+            problems.append(f"{len(shown)} {kind} ({', '.join(name[:200] for name in shown[:5])}{more})")
     if problems:
         raise ValueError(f"expected exactly the weights of {class_name} in {source}, got: {'; '.join(problems)}")
 
