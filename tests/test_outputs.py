@@ -175,6 +175,19 @@ def test_atomic_file(tmp_path):
     assert target.read_text() == "second"
 
 
+def test_a_file_that_a_user_names_is_not_replaced(tmp_path):
+    (tmp_path / "thesis.txt").write_text("years of it")
+    with (
+        pytest.raises(ProgramError, match=r"thesis\.txt must not exist yet"),
+        atomic_file(tmp_path / "thesis.txt", overwrite=False),
+    ):
+        pass
+    with atomic_file(tmp_path / "new.txt", overwrite=False) as staging:
+        staging.write_text("new")
+    assert (tmp_path / "thesis.txt").read_text() == "years of it"
+    assert names_below(tmp_path) == ["new.txt", "thesis.txt"]
+
+
 def test_the_umask_is_left_alone(tmp_path):
     before = os.umask(0o027)
     try:
@@ -267,6 +280,13 @@ def test_what_was_added_to_ones_own_folder_is_kept(tmp_path, extra):
     assert names_below(tmp_path) == before
 
 
+def test_empty_folders_of_ones_own_are_replaced(tmp_path):
+    for number in range(2):
+        with atomic_directory(tmp_path / "out", overwrite=True, program="mine") as staging:
+            (staging / "logs" / str(number)).mkdir(parents=True)
+    assert names_below(tmp_path) == ["out", f"out/{MARKER}", "out/logs", "out/logs/1"]
+
+
 def test_what_is_added_while_the_new_folder_is_made_is_kept(tmp_path):
     make(tmp_path / "out", "result")
     with (
@@ -348,6 +368,14 @@ def test_a_folder_that_grows(tmp_path):
     with own_directory(path, "mine") as folder:
         folder.remove()
     assert not path.exists()
+
+
+def test_a_folder_that_another_program_has_left_empty_may_be_taken(tmp_path):
+    marker = {"program": "other", "format": 1, "files": ["work"]}
+    (tmp_path / MARKER).write_text(json.dumps(marker))
+    with own_directory(tmp_path, "mine") as folder:
+        folder.expect(["result"])
+        assert folder.files == {"result"}
 
 
 def test_a_new_folder_goes_when_nothing_was_written(tmp_path):

@@ -117,7 +117,7 @@ def _name_hash(name: str) -> str:
 
 @dataclass(frozen=True)
 class Marker:
-    """Who has written a folder, and which of its files, as relative paths with `/`."""
+    """Who has written a folder, and which of its files, as relative paths with `/`. Empty folders end in `/`."""
 
     program: str
     files: frozenset[str]
@@ -210,10 +210,10 @@ def atomic_directory(
         with _disk_errors(path):
             content.mkdir()
             yield content
-            files = frozenset(entry for entry in _entries(content) if not entry.endswith("/"))
-            for name in files:
-                _make_readable(content / name)
-            _write_marker(content, Marker(program, files), staging / "new")
+            entries = frozenset(_entries(content))
+            for entry in entries:
+                _make_readable(content / entry)
+            _write_marker(content, Marker(program, entries), staging / "new")
         _move_into_place(content, path, staging, overwrite, program)
 
 
@@ -238,13 +238,21 @@ def _move_into_place(content: Path, path: Path, staging: Path, overwrite: bool, 
 
 
 @contextmanager
-def atomic_file(path: str | os.PathLike[str]) -> Iterator[Path]:
+def atomic_file(path: str | os.PathLike[str], overwrite: bool = True) -> Iterator[Path]:
     """A temporary path, of the same name, that takes the place of `path` only when the block ends without an error.
 
+    Args:
+        path (`str` or `os.PathLike`): Where the file appears. Its parents are created.
+        overwrite (`bool`, *optional*, defaults to `True`):
+            Replace a file. Pass `False` for a file that the user names: nothing says who has written the one there.
+
     Raises:
-        ProgramError: If another run is writing `path`; if the disk is full or read-only.
+        ProgramError: If `path` exists and must not be replaced; if another run is writing it; if the disk is full or
+            read-only.
     """
     path = Path(path)
+    if not overwrite and os.path.lexists(path):
+        raise ProgramError(f"the output {path} must not exist yet, got a file or folder")
     with _staging(path) as staging:
         content = staging / "new" / path.name
         with _disk_errors(path):
@@ -255,7 +263,7 @@ def atomic_file(path: str | os.PathLike[str]) -> Iterator[Path]:
 
 def _make_readable(file: Path) -> None:
     """Give a file the usual permissions. Some savers write files that only their owner may read."""
-    if not file.is_symlink():
+    if file.is_file() and not file.is_symlink():
         mask = os.umask(0)
         os.umask(mask)
         file.chmod(0o666 & ~mask)
@@ -279,7 +287,7 @@ class OwnDirectory:
     def files(self) -> frozenset[str]:
         """The files that the program has written or is going to write, as relative paths with `/`."""
         marker = read_marker(self.path)
-        return frozenset() if marker is None else marker.files
+        return marker.files if marker is not None and marker.program == self._program else frozenset()
 
     def expect(self, files: Iterable[str]) -> None:
         """Add to the list of files that the program writes. To be called before they are written."""
@@ -321,8 +329,9 @@ def own_directory(path: str | os.PathLike[str], program: str) -> Iterator[OwnDir
     if path.exists() and not path.is_dir():
         raise ProgramError(f"the output {path} must be a folder, got a file")
     marker = read_marker(path)
-    foreign = _first_foreign(path, program) if path.exists() else None
-    if foreign is not None and (marker is None or marker.program != program):
+    is_marked = marker is not None and marker.program == program
+    foreign = _first_foreign(path, program) if path.exists() and not is_marked else None
+    if foreign is not None:
         raise ProgramError(
             f"the output {path} must be new, empty or written by {program}, got a folder that holds {foreign}"
         )
@@ -367,7 +376,7 @@ def _delete_listed(folder: Path, files: Iterable[str]) -> None:
     """Delete files by name, then the folders that this leaves empty, and staging that killed runs have left."""
     listed = frozenset(files)
     for entry in list(_entries(folder)):  # what is there, so that no name can lead out of the folder
-        if entry in listed:
+        if entry in listed and not entry.endswith("/"):
             (folder / entry).unlink()
     places = []
     for parent, folders, _ in os.walk(folder):
