@@ -151,7 +151,7 @@ def _write_marker(folder: Path, marker: Marker, staging: Path) -> None:
 
 def _entries(folder: Path) -> Iterator[str]:
     """Every file, symbolic link and empty folder below `folder`, but neither its marker nor left-over staging."""
-    for parent, folders, files in os.walk(folder, onerror=_raise):
+    for parent, folders, files in os.walk(folder, onerror=_raise_unless_gone):
         place = Path(parent)
         links = [name for name in folders if (place / name).is_symlink()]
         folders[:] = [name for name in folders if name not in links and not _is_staging(place / name)]
@@ -163,8 +163,9 @@ def _entries(folder: Path) -> Iterator[str]:
                 yield relative
 
 
-def _raise(error: OSError) -> None:
-    raise error
+def _raise_unless_gone(error: OSError) -> None:
+    if not isinstance(error, FileNotFoundError):  # another run may remove a folder
+        raise error
 
 
 def _first_foreign(folder: Path, program: str) -> str | None:
