@@ -298,6 +298,8 @@ def test_fields_of_the_libraries_are_known(copied):
         id2label={"0": "zero"},
         output_hidden_states=True,
         name_or_path="somebody/something",
+        use_cache=True,  # written by the Trainer of transformers
+        tie_word_embeddings=False,
     )
     assert GPSTokenModel.from_pretrained(folder).config.output_hidden_states
     assert GPSTokenConfig(num_labels=3, attn_implementation="eager").num_labels == 3

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
-from transformers import PreTrainedConfig
+from transformers import GenerationConfig, PreTrainedConfig
 from transformers.utils import cached_file
 
 # A thousand class names take 40 KB in a `model_index.json`, the index of a thousand layers 2 MB.
@@ -124,9 +124,11 @@ def transformers_fields(config_class: type[PreTrainedConfig]) -> set[str]:
     """The fields that a saved config of this class may have: its own, and those of transformers."""
     declared = {field.name for field in fields(config_class)}
     settable = {name for name, value in vars(PreTrainedConfig).items() if isinstance(value, property) and value.fset}
+    # Settings of text generation, which transformers takes out of every config; its Trainer writes `use_cache`.
+    generation = set(GenerationConfig().to_dict())
     # What is private does not come from files: it would choose the code that runs. transformers adds the commit.
-    public = {name for name in declared | settable if not name.startswith("_")}
-    return public | UNDECLARED_FIELDS | {"model_type", "_commit_hash"}
+    public = {name for name in declared | settable | generation if not name.startswith("_")}
+    return public | UNDECLARED_FIELDS | {"model_type", "tie_word_embeddings", "_commit_hash"}
 
 
 @contextmanager
