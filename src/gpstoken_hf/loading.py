@@ -120,7 +120,7 @@ class CheckedPipelineMixin(CheckedConfigMixin):
             ValueError: if it is malformed or has unknown fields, or if a component is not `[module, class]`.
         """
         config = super().check_config_file(path)
-        if config.get("_class_name") is None:
+        if not config.get("_class_name"):
             raise ValueError(f"{path} must name the class of the pipeline as _class_name, got none")
         for name in cls._component_types():
             value = config.get(name, [None, None])
@@ -156,7 +156,7 @@ class CheckedPipelineMixin(CheckedConfigMixin):
     def _component_types(cls) -> dict[str, Any]:
         """Component -> the class that it must be of."""
         hints = get_type_hints(cls)
-        return {name: hints[name] for name in cls._get_signature_keys(cls)[0]}  # type: ignore[attr-defined]
+        return {name: hints.get(name, object) for name in cls._get_signature_keys(cls)[0]}  # type: ignore[attr-defined]
 
 
 def _check_saved_component(index: Path, name: str, expected: Any, module: str, class_name: str) -> None:
@@ -252,34 +252,39 @@ class StrictLoadingMixin:
             model = cls._build(source, config_file, args, kwargs)
         expected = model.state_dict()
 
+        files = cls._find_weights(source, kwargs)
         # transformers prefers a distributed checkpoint, whose files hold parts of tensors, to any other.
         distributed = sorted(Path(source).glob(DISTRIBUTED_FILES)) if os.path.isdir(source) else []
-        files = dict.fromkeys(distributed) if distributed else cls._find_weights(source, kwargs)
+        if not files and not distributed:
+            error = _missing(source, _with_variant(min(cls._weight_files, key=len), kwargs.get("variant")), kwargs)
+            raise OSError(f"{error} Weights are loaded from safetensors files only, never from pickles (.bin).")
         found: dict[str, tuple[str, tuple[int, ...]]] = {}
         for path, names in files.items():
             header = read_header(path)
             if names is not None and set(header) != names:
-                wrong = sorted(set(header) ^ names)
-                raise ValueError(f"{path} must hold the tensors that the index names, got a difference in {wrong[:5]}")
+                wrong = shown(sorted(set(header) ^ names))
+                raise ValueError(f"{path} must hold the tensors that the index names, got a difference in {wrong}")
             found.update(header)
+        for path in distributed:
+            read_header(path)
         is_quantized = getattr(model.config, "quantization_config", None) is not None
-        if not (is_lenient or is_quantized or distributed or kwargs.get("key_mapping")):
+        if files and not (is_lenient or is_quantized or kwargs.get("key_mapping")):
             check_loading_info(cls.__name__, source, _difference(cls, source, found, expected))
         num_parameters = sum(tensor.numel() for tensor in expected.values())
-        num_bytes = sum(path.stat().st_size for path in files)
+        num_bytes = sum(path.stat().st_size for path in [*files, *distributed])
         if num_parameters > MAX_PARAMETERS_PER_BYTE * num_bytes + (MAX_FRESH_PARAMETERS if is_lenient else 0):
             raise ValueError(
                 f"{config_file or source} must describe the model of its weights, "
                 f"got one of {num_parameters} parameters for files of {num_bytes} bytes"
             )
-        commit = extract_commit_hash(str(next(iter(files))), None)
-        if commit is None or os.path.exists(source):
+        commit = None if os.path.exists(source) else extract_commit_hash(str(next(iter(files))), None)
+        if commit is None:
             return {}
         return {"revision": commit, "local_files_only": True, "force_download": False}
 
     @classmethod
     def _find_weights(cls, source: Any, kwargs: Mapping[str, Any]) -> dict[Path, set[str] | None]:
-        """The files of a checkpoint, each with the tensors that an index says it holds."""
+        """The files of a checkpoint, each with the tensors that an index says it holds; none if there are none."""
         if os.path.isfile(source):
             return {Path(source): None}
         for name in cls._weight_files:
@@ -295,8 +300,7 @@ class StrictLoadingMixin:
                     raise _missing(source, shard, kwargs)
                 files[shard_file] = names
             return files
-        error = _missing(source, _with_variant(min(cls._weight_files, key=len), kwargs.get("variant")), kwargs)
-        raise OSError(f"{error} Weights are loaded from safetensors files only, never from pickles (.bin).")
+        return {}
 
 
 class StrictTransformersMixin(StrictLoadingMixin):
