@@ -1,5 +1,5 @@
 # Copyright 2026 The gpstoken-hf authors. Licensed under the Apache License, Version 2.0.
-"""The shape of the project: public names, the arrows between modules, the file tree of the README, quiet imports."""
+"""The shape of the project: public names, the arrows between modules, the code map, quiet imports."""
 
 import ast
 import re
@@ -191,10 +191,9 @@ def test_no_code_stands_twice():
             assert first == place, f"seven equal lines at {first} and {place}"
 
 
-def test_readme_tree_is_true():
-    readme = (ROOT / "README.md").read_text()
-    tree = re.search(r"```text\n(.*?)```", readme, re.DOTALL)
-    assert tree, "the README shows the file tree in a ```text block"
+def test_code_map_is_true():
+    tree = re.search(r"```text\n(.*?)```", (ROOT / "docs" / "code_map.md").read_text(), re.DOTALL)
+    assert tree, "docs/code_map.md shows the file tree in a ```text block"
     folder, named = "", set()
     for line in tree[1].splitlines():
         entry = line.split()[0] if line.strip() else ""
@@ -203,11 +202,11 @@ def test_readme_tree_is_true():
         elif entry:
             named.add((folder if line.startswith(" ") else "") + entry)
     for name in named:
-        assert (ROOT / name).exists(), f"the README names {name}, which is not there"
+        assert (ROOT / name).exists(), f"the code map names {name}, which is not there"
     for folder in ("src/gpstoken_hf", "pipelines/shared", *PROGRAM_FOLDERS):
         for path in (ROOT / folder).glob("*.py"):
             if path.name != "__init__.py":
-                assert f"{folder}/{path.name}" in named, f"the README does not name {folder}/{path.name}"
+                assert f"{folder}/{path.name}" in named, f"the code map does not name {folder}/{path.name}"
 
 
 def test_import_is_quiet_and_offline():
