@@ -189,7 +189,7 @@ def reverse(arguments: argparse.Namespace) -> None:
     config = load_empty_gpstoken(Path(arguments.checkpoint)).config
     with open_checkpoint(Path(arguments.checkpoint) / WEIGHTS_NAME) as checkpoint:
         tensors, dropped = plan_reverse(rules_for(config), checkpoint)
-        with atomic_file(arguments.output) as staging:
+        with atomic_file(arguments.output, overwrite=False) as staging:
             save_tensors(staging, tensors)
     print(f"wrote {arguments.output}: {len(tensors)} tensors, without those that conversion drops:")
     for name in dropped:

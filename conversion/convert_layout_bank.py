@@ -71,7 +71,7 @@ def write_layouts(bank: GaussianLayoutBank, path: Path) -> None:
     content = {
         label: [layout.numpy() for layout in layouts] for label, layouts in bank.cpu().layouts_by_class().items()
     }
-    with atomic_file(path) as staging, open(staging, "wb") as file:
+    with atomic_file(path, overwrite=False) as staging, open(staging, "wb") as file:
         pickle.dump(content, file, protocol=4)
 
 

@@ -253,7 +253,7 @@ def reverse(arguments: argparse.Namespace) -> None:
     table = sit_rules(config["num_layers"], config["condition_channels"] is not None)
     with open_checkpoint(folder / WEIGHTS_NAME) as checkpoint:
         tensors, _ = plan_reverse(table, checkpoint, prefix)
-        with atomic_file(arguments.output) as staging:
+        with atomic_file(arguments.output, overwrite=False) as staging:
             save_tensors(staging, tensors)
     print(f"wrote {arguments.output}: {len(tensors)} tensors {prefix}*, without those that conversion drops:")
     for name in [f"{other}*" for other in PREFIXES.values() if other not in ("", prefix)] + list(TRAINING_STATE):

@@ -174,6 +174,13 @@ def test_reverse_gives_back_every_bit(converted, tmp_path, capsys):
     assert all(name in printed for name in DROPPED)
 
 
+def test_reverse_leaves_a_file_of_yours_alone(converted, tmp_path, capsys):
+    (tmp_path / "mine.safetensors").write_text("mine")
+    argv = ["--checkpoint", converted, "--output", tmp_path / "mine.safetensors", "--reverse"]
+    refusal(capsys, argv, "must not exist yet")
+    assert (tmp_path / "mine.safetensors").read_text() == "mine"
+
+
 def test_dropped_keys_are_named_and_may_be_absent(tmp_path, capsys, converted):
     tensors = {name: tensor for name, tensor in load_file(OFFICIAL).items() if name not in DROPPED}
     save_file(tensors, tmp_path / "lean.safetensors")

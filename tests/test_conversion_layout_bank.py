@@ -81,6 +81,10 @@ def test_converts_verifies_and_reverses(tmp_path, content, capsys):
             assert got.dtype == np.float32
             assert np.array_equal(got, expected[:, :5])
 
+    (tmp_path / "back.pickle").write_text("mine")
+    assert run(tmp_path / "bank", "--output", tmp_path / "back.pickle", "--reverse") == 2
+    assert (tmp_path / "back.pickle").read_text() == "mine"
+
 
 @pytest.mark.skipif(not SHARED_GOLDEN.is_dir(), reason="the larger golden set is not here")
 def test_golden_pickle(tmp_path):

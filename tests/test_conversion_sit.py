@@ -103,6 +103,11 @@ def test_reverse_gives_back_every_bit(converted, official, tmp_path):
     assert set(official) - set(back) == {"initted", "step"}
     for name, tensor in back.items():
         assert same_bits(tensor, official[name]), name
+    # A second time there is a file, and nothing says who has written it.
+    written = (tmp_path / "back.safetensors").read_bytes()
+    (tmp_path / "back.safetensors").write_bytes(written + b"mine")
+    assert run("--checkpoint", converted, "--output", tmp_path / "back.safetensors", "--reverse") == 2
+    assert (tmp_path / "back.safetensors").read_bytes() == written + b"mine"
 
 
 @pytest.fixture(scope="module")
