@@ -86,7 +86,7 @@ def partition_compiled(
     """
     grey = grey_images(images.cpu())
     # Pixels out of range would index beyond the histogram.
-    pixels = torch.where((grey - 0.5).abs() < 0.51, grey, 0.0).numpy()
+    pixels = grey.nan_to_num_(0.0).clamp_(-0.01, 1.01).numpy()
     weights = None if importance is None else importance.to("cpu", torch.float32).contiguous().numpy()
     no_weights = np.zeros((0, 0), dtype=np.float32)
     boxes = np.zeros((len(counts), max(counts, default=0), 4), dtype=np.int64)
