@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from gpstoken_hf.gaussians import NUM_GAUSSIAN_PARAMS, gaussians_to_logits
-from pipelines.shared.programs import ProgramError
+from pipelines.shared.programs import ProgramError, one_line
 
 STATISTICS = "statistics.json"
 
@@ -96,8 +96,16 @@ def read_statistics(tokens_dir: str) -> tuple[dict[str, Any], Path]:
 
 
 def load_token_dataset(directory: Path) -> Any:
-    """The rows of a token cache as NumPy arrays, memory-mapped."""
+    """The rows of a token cache as NumPy arrays, memory-mapped.
+
+    Raises:
+        ProgramError: If the shards cannot be read.
+    """
     import datasets
 
     files = sorted(map(str, (directory / "data").glob("train-*.parquet")))
-    return datasets.load_dataset("parquet", data_files=files, split="train").with_format("numpy")
+    try:
+        return datasets.load_dataset("parquet", data_files=files, split="train").with_format("numpy")
+    except Exception as error:  # datasets has many exception types for bad input
+        cause = one_line(error.__cause__ or error)
+        raise ProgramError(f"cannot read the token cache {directory}: {cause}") from error
