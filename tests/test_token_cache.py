@@ -10,7 +10,7 @@ from pipelines.shared.programs import ProgramError
 from training.token_cache import load_token_dataset
 
 
-@pytest.fixture()
+@pytest.fixture
 def cache(tmp_path):
     (tmp_path / "data").mkdir()
     for shard in range(2):
