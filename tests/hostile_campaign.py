@@ -913,7 +913,7 @@ def names_case(campaign: Campaign, number: int, folder: Path) -> tuple[str, str 
     ended = start("pipelines.reconstruct", [*arguments, "--output", os.fsencode(output)], folder).wait(SECONDS)
     if problem := ended.problem((0,)):
         return title, problem
-    results = [path.read_text() for path in output.rglob("scores.json")]
+    results = [path.read_text() for path in output.rglob("scores.json") if path.is_file()]
     if len(results) != len(group) or len(set(results)) != len(group):
         return title, f"{len(group)} inputs, {len(results)} results, {len(set(results))} different"
     before = tree(output)
