@@ -28,6 +28,7 @@ import json
 import math
 import os
 import sys
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -44,7 +45,7 @@ from gpstoken_hf.metrics import SSIM_WINDOW, psnr, ssim
 from gpstoken_hf.modeling_gpstoken import GPSTokenModel
 from gpstoken_hf.visualization import contact_sheet, draw_boxes, draw_error_map, draw_gaussians, panel, tensor_to_pil
 from pipelines.shared.checkpoints import DEFAULT_MODEL, load_tokenizer, weights_fingerprint
-from pipelines.shared.outputs import OutputError, atomic_directory, atomic_file, claim_file, plan_names
+from pipelines.shared.outputs import BusyError, OutputError, atomic_directory, atomic_file, claim_file, plan_names
 from pipelines.shared.photographs import (
     Photograph,
     file_digest,
@@ -75,6 +76,7 @@ SAMPLES = ("astronaut", "chelsea", "coffee", "rocket")
 TOKENS_FILE, SCORES_FILE, OVERVIEW_FILE = "tokens.safetensors", "scores.json", "overview.png"
 DRAWN_SIDE = 512  # small images are drawn enlarged, to about this many pixels
 MAX_PANELS_IN_OVERVIEW = 16
+WAIT_SECONDS = 0.5
 SSIM_BAND_ROWS = 128
 
 
@@ -133,16 +135,31 @@ def _run_batch(
     items: Sequence[Any], unit: str, labels: Sequence[str], work: Callable[[Any], Any]
 ) -> tuple[list[tuple[Any, Any]], list[str]]:
     """Work on every item, also after failures. Returns finished items with their results, and labels of failures."""
-    done, failures = [], []
-    for item, label in zip(progress(items, unit), labels):
+    results: dict[int, Any] = {}
+    failures: list[str] = []
+    busy: list[int] = []
+
+    def attempt(index: int, waits: bool) -> bool:
         try:
-            done.append((item, work(item)))
+            results[index] = work(items[index])
         except OutputError:  # the disk is full or read-only, so every other item would fail too
             raise
         except FILE_ERRORS as error:
-            failures.append(label)
-            tqdm.write(f"error: {label}: {one_line(error)}", file=sys.stderr)
-    return done, failures
+            if waits and isinstance(error, BusyError):
+                return False
+            failures.append(labels[index])
+            tqdm.write(f"error: {labels[index]}: {one_line(error)}", file=sys.stderr)
+        return True
+
+    for index in progress(range(len(items)), unit):
+        if not attempt(index, waits=len(items) > 1):
+            busy.append(index)
+    # Another run has been writing these. Once it is done, there is nothing left to do, or else the work falls to us.
+    for index in busy:
+        tqdm.write(f"{labels[index]}: waiting for the run that is writing it", file=sys.stderr)
+        while not attempt(index, waits=True):
+            time.sleep(WAIT_SECONDS)
+    return [(items[index], results[index]) for index in sorted(results)], failures
 
 
 def _report(failures: Sequence[str], count: int, what: str) -> int:

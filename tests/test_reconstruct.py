@@ -1,6 +1,7 @@
 # Copyright 2026 The gpstoken-hf authors. Licensed under the Apache License, Version 2.0.
 """pipelines/reconstruct.py as people run it, with a tiny model of random weights."""
 
+import contextlib
 import io
 import json
 import os
@@ -9,6 +10,7 @@ import resource
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -365,6 +367,25 @@ def test_two_runs_at_once(run, tmp_path, capsys):
     assert not list((tmp_path / "out").glob(".*"))
     shutil.rmtree(tmp_path / "out/photo")
     assert run("photo.png", "--tokens", 8) == 0
+
+
+def test_a_batch_waits_for_the_run_that_writes_one_of_its_images(run, tmp_path, capsys, monkeypatch):
+    """Two runs of the same command share the work, and both succeed."""
+    (tmp_path / "d").mkdir()
+    for number in range(2):
+        photograph(number).save(tmp_path / f"d/{number}.png")
+    other = outputs.atomic_directory(tmp_path / "out/0", program="pipelines.reconstruct")
+    other.__enter__()
+
+    def other_run_is_killed(seconds):
+        assert (tmp_path / "out/1").is_dir()  # the rest of the batch was not held up
+        with contextlib.suppress(RuntimeError):
+            other.__exit__(RuntimeError, RuntimeError(), None)
+
+    monkeypatch.setattr(time, "sleep", other_run_is_killed)
+    assert run("d", "--tokens", 8) == 0
+    assert "0.png: waiting for the run that is writing it" in capsys.readouterr().err
+    assert results(tmp_path / "out") == {"0", "1"}
 
 
 def test_a_full_disk_is_one_line_and_ends_the_batch(model_folder, tmp_path):

@@ -51,6 +51,10 @@ class OutputError(ProgramError):
     """The output cannot be written: the disk is full or read-only. No other file of a batch would fare better."""
 
 
+class BusyError(ProgramError):
+    """Another run is writing the output at this moment."""
+
+
 # ---------------------------------------------------------------------------------------------------- planning names
 
 
@@ -202,7 +206,7 @@ def atomic_directory(
 
     Raises:
         ProgramError: If `path` exists and is not an empty folder, unless it may be replaced; if another run is
-            writing it; if the disk is full or read-only.
+            writing it (`BusyError`); if the disk is full or read-only (`OutputError`).
     """
     path = Path(os.path.realpath(path))
     with _staging(path) as staging:
@@ -430,7 +434,8 @@ def _take(folder: Path, target: Path, shown: Path) -> IO[bytes]:
             is_new = not lock.read(1)
             locked = _try_lock(lock)
             if locked is False or (locked is None and not is_new):
-                raise ProgramError(f"{shown} is being written by another run (if by none, remove {folder})")
+                kind = BusyError if locked is False else ProgramError
+                raise kind(f"{shown} is being written by another run (if by none, remove {folder})")
             if not _is_at(lock, folder / MARKER):  # removed, and perhaps made anew, before the lock was ours
                 lock.close()
                 continue
