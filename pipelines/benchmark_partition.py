@@ -39,9 +39,10 @@ import gpstoken_hf
 from gpstoken_hf.image_processing_gpstoken import open_image
 from gpstoken_hf.partition import partition_images
 from gpstoken_hf.triton_support import is_available
-from pipelines.shared.outputs import atomic_directory
-from pipelines.shared.photographs import sample_photograph
-from pipelines.shared.programs import ProgramError, make_parser, positive_int, printable, run_program
+
+from .shared.outputs import atomic_directory
+from .shared.photographs import sample_photograph
+from .shared.programs import ProgramError, make_parser, positive_int, printable, run_program
 
 PROGRAM = "pipelines.benchmark_partition"
 REFERENCE = Path(__file__).resolve().parent.parent / "tests" / "partition_reference.py"

@@ -29,8 +29,9 @@ from gpstoken_hf.modeling_gpstoken import GPSTokenModel
 from gpstoken_hf.pipeline_gpstoken import GPSTokenPipeline
 from gpstoken_hf.scheduling_flow_match_sde import FlowMatchSDEScheduler
 from gpstoken_hf.transformer_sit import SiTTransformer1DModel
-from pipelines.shared.outputs import atomic_directory
-from pipelines.shared.programs import ProgramError, make_parser, positive_float, positive_int, run_program
+
+from .shared.outputs import atomic_directory
+from .shared.programs import ProgramError, make_parser, positive_float, positive_int, run_program
 
 PROGRAM = "pipelines.benchmark_sampling"
 SCHEDULERS = {

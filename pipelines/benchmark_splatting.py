@@ -32,8 +32,9 @@ from tqdm.auto import tqdm
 
 from gpstoken_hf import splatting_triton, triton_support
 from gpstoken_hf.splatting import splat_gaussians, splat_reference
-from pipelines.shared.outputs import atomic_directory
-from pipelines.shared.programs import ProgramError, make_parser, positive_int, printable, run_program
+
+from .shared.outputs import atomic_directory
+from .shared.programs import ProgramError, make_parser, positive_int, printable, run_program
 
 PROGRAM = "pipelines.benchmark_splatting"
 

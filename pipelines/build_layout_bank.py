@@ -30,9 +30,12 @@ from gpstoken_hf.configuration_gpstoken import GPSTokenConfig
 from gpstoken_hf.layout_bank import GaussianLayoutBank
 from gpstoken_hf.partition import partition_images
 from gpstoken_hf.visualization import contact_sheet, draw_gaussians
-from pipelines.shared.checkpoints import find_checkpoint
-from pipelines.shared.outputs import OwnDirectory, atomic_directory, atomic_file, own_directory
-from pipelines.shared.programs import (
+from training.data import center_crop, decode_image, image_to_array, load_image_dataset
+from training.options import add_dataset_options, describe_options, parse_options
+
+from .shared.checkpoints import find_checkpoint
+from .shared.outputs import OwnDirectory, atomic_directory, atomic_file, own_directory
+from .shared.programs import (
     ProgramError,
     make_parser,
     non_negative_float,
@@ -42,9 +45,7 @@ from pipelines.shared.programs import (
     printable,
     run_program,
 )
-from pipelines.shared.publishing import push_folder
-from training.data import center_crop, decode_image, image_to_array, load_image_dataset
-from training.options import add_dataset_options, describe_options, parse_options
+from .shared.publishing import push_folder
 
 PROGRAM = "pipelines.build_layout_bank"
 SETTINGS = ("resolution", "num_tokens", "complexity_exponent", "min_region_size", "sigma_scale")

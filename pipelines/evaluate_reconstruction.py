@@ -41,10 +41,11 @@ from gpstoken_hf.image_processing_gpstoken import GPSTokenImageProcessor, open_i
 from gpstoken_hf.metrics import psnr, ssim
 from gpstoken_hf.modeling_gpstoken import GPSTokenModel
 from gpstoken_hf.visualization import contact_sheet, tensor_to_pil
-from pipelines.shared.checkpoints import DEFAULT_MODEL, load_tokenizer, weights_fingerprint
-from pipelines.shared.outputs import OwnDirectory, atomic_file, own_directory
-from pipelines.shared.photographs import find_photographs
-from pipelines.shared.programs import (
+
+from .shared.checkpoints import DEFAULT_MODEL, load_tokenizer, weights_fingerprint
+from .shared.outputs import OwnDirectory, atomic_file, own_directory
+from .shared.photographs import find_photographs
+from .shared.programs import (
     PixelBox,
     ProgramError,
     make_parser,

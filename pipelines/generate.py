@@ -48,10 +48,11 @@ from gpstoken_hf.layout import GaussianLayout
 from gpstoken_hf.pipeline_gpstoken import GPSTokenPipeline
 from gpstoken_hf.scheduling_flow_match_sde import FlowMatchSDEScheduler
 from gpstoken_hf.visualization import contact_sheet, draw_gaussians
-from pipelines.shared.checkpoints import DEFAULT_PIPELINE, load_pipeline, quiet_loading, weights_fingerprint
-from pipelines.shared.outputs import OwnDirectory, atomic_file, own_directory
-from pipelines.shared.photographs import file_digest
-from pipelines.shared.programs import (
+
+from .shared.checkpoints import DEFAULT_PIPELINE, load_pipeline, quiet_loading, weights_fingerprint
+from .shared.outputs import OwnDirectory, atomic_file, own_directory
+from .shared.photographs import file_digest
+from .shared.programs import (
     ProgramError,
     make_parser,
     non_negative_float,

@@ -44,16 +44,17 @@ from gpstoken_hf.image_processing_gpstoken import GPSTokenImageProcessor, open_i
 from gpstoken_hf.metrics import SSIM_WINDOW, psnr, ssim
 from gpstoken_hf.modeling_gpstoken import GPSTokenModel
 from gpstoken_hf.visualization import contact_sheet, draw_boxes, draw_error_map, draw_gaussians, panel, tensor_to_pil
-from pipelines.shared.checkpoints import DEFAULT_MODEL, load_tokenizer, weights_fingerprint
-from pipelines.shared.outputs import BusyError, OutputError, atomic_directory, atomic_file, claim_file, plan_names
-from pipelines.shared.photographs import (
+
+from .shared.checkpoints import DEFAULT_MODEL, load_tokenizer, weights_fingerprint
+from .shared.outputs import BusyError, OutputError, atomic_directory, atomic_file, claim_file, plan_names
+from .shared.photographs import (
     Photograph,
     file_digest,
     find_photographs,
     read_photograph,
     sample_photograph,
 )
-from pipelines.shared.programs import (
+from .shared.programs import (
     EXIT_BAD_INPUT,
     FILE_ERRORS,
     PixelBox,
@@ -68,8 +69,8 @@ from pipelines.shared.programs import (
     progress,
     run_program,
 )
-from pipelines.shared.tiles import choose_tile_size, decode_in_tiles, num_tiles, tile_bar
-from pipelines.shared.token_files import load_tokens, save_tokens
+from .shared.tiles import choose_tile_size, decode_in_tiles, num_tiles, tile_bar
+from .shared.token_files import load_tokens, save_tokens
 
 PROGRAM = "pipelines.reconstruct"
 SAMPLES = ("astronaut", "chelsea", "coffee", "rocket")

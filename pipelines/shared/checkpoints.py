@@ -16,7 +16,8 @@ import transformers
 import gpstoken_hf
 from gpstoken_hf.modeling_gpstoken import GPSTokenModel
 from gpstoken_hf.pipeline_gpstoken import GPSTokenPipeline
-from pipelines.shared.programs import ProgramError
+
+from .programs import ProgramError
 
 DEFAULT_MODEL = "gpstoken-nano"
 DEFAULT_PIPELINE = "gpstoken-digits"

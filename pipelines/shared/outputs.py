@@ -31,7 +31,7 @@ from typing import IO
 
 from safetensors import SafetensorError
 
-from pipelines.shared.programs import ProgramError
+from .programs import ProgramError
 
 try:
     import fcntl

@@ -15,8 +15,9 @@ import PIL.Image
 import torch
 
 from gpstoken_hf.image_processing_gpstoken import GPSTokenImageProcessor
-from pipelines.shared.outputs import is_staged, read_marker
-from pipelines.shared.programs import ProgramError
+
+from .outputs import is_staged, read_marker
+from .programs import ProgramError
 
 
 @dataclass

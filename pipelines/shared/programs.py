@@ -88,11 +88,21 @@ def progress(items: Sequence[Any], unit: str) -> Iterator[Any]:
 # ------------------------------------------------------------------------------------------------------- arguments
 
 
+# Program -> the command that starts it, where that is not `python -m program`.
+_spellings: dict[str, str] = {}
+
+
+def spell_as(program: str, command: str) -> None:
+    """Let the help of `program` show `command` in place of `python -m program`."""
+    _spellings[program] = command
+
+
 def make_parser(program: str, description: str) -> argparse.ArgumentParser:
     """A parser for `python -m program`: the description as it is written, and no abbreviated options."""
+    command = _spellings.get(program, f"python -m {program}")
     return argparse.ArgumentParser(
-        prog=f"python -m {program}",
-        description=description,
+        prog=command,
+        description=description.replace(f"python -m {program}", command),
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )

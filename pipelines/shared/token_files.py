@@ -14,8 +14,8 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from pipelines.shared.programs import FILE_ERRORS, ProgramError, one_line, printable
-from pipelines.shared.tiles import num_tiles
+from .programs import FILE_ERRORS, ProgramError, one_line, printable
+from .tiles import num_tiles
 
 # A larger image is refused before anything is allocated. Decoding one of this size takes about 4 GB.
 MAX_STORED_PIXELS = 8192 * 8192

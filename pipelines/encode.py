@@ -1,0 +1,201 @@
+# Copyright 2026 The gpstoken-hf authors. Licensed under the Apache License, Version 2.0.
+"""Encode photographs as files of tokens.
+
+    python -m pipelines.encode photo.jpg more.png folder/ --tokens 256 --output tokens/
+    python -m pipelines.encode photo.jpg --focus 120,40,260,200 --output tokens/
+
+For `photo.jpg` the output folder gets
+
+    photo.safetensors     tokens, initial Gaussians and regions; `decode` turns them into a picture
+    photo.png             the refined Gaussians over the photograph, one sigma
+    photo.json            size, number of tokens and floats, settings
+
+The same command resumes an interrupted run: finished photographs are skipped. Results of other settings are an error
+unless --overwrite replaces them, and only files that this program has listed in `.gpstoken.json` are ever replaced.
+Large photographs are encoded in tiles. The exit code is 0 if every photograph was encoded and 2 if any was not.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+import gpstoken_hf
+from gpstoken_hf.modeling_gpstoken import GPSTokenModel
+from gpstoken_hf.visualization import draw_gaussians, tensor_to_pil
+
+from .reconstruct import DRAWN_SIDE, Source, collect_sources, default_num_tokens, importance_map, read_mask
+from .shared.checkpoints import DEFAULT_MODEL, load_tokenizer, weights_fingerprint
+from .shared.outputs import OutputError, OwnDirectory, atomic_file, own_directory
+from .shared.photographs import file_digest, read_photograph
+from .shared.programs import (
+    EXIT_BAD_INPUT,
+    FILE_ERRORS,
+    ProgramError,
+    make_parser,
+    non_negative_float,
+    non_negative_int,
+    one_line,
+    pixel_box,
+    positive_int,
+    printable,
+    progress,
+    run_program,
+)
+from .shared.tiles import choose_tile_size, num_tiles, tile_bar
+from .shared.token_files import save_tokens
+
+PROGRAM = "pipelines.encode"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = _parse(argv)
+    sources = collect_sources(args.images, args.output)
+    mask = None if args.importance is None else read_mask(args.importance)
+    model = load_tokenizer(args.model, args.device)
+    settings = {
+        "version": gpstoken_hf.__version__,
+        "model": args.model,
+        "weights": weights_fingerprint(model),
+        "tokens": args.tokens,
+        "focus": args.focus,
+        "focus_weight": args.focus_weight,
+        "importance": args.importance and file_digest(args.importance),
+        "tile_size": args.tile_size,
+        "max_side": args.max_side,
+    }
+    failures = []
+    with own_directory(args.output, PROGRAM) as folder:
+        for source in progress(sources, "images"):
+            try:
+                _encode_source(model, source, mask, settings, folder, args)
+            except OutputError:  # the disk is full or read-only, so every other photograph would fail too
+                raise
+            except FILE_ERRORS as error:
+                failures.append(source.label)
+                tqdm.write(f"error: {source.label}: {one_line(error)}", file=sys.stderr)
+    if failures and len(sources) > 1:
+        print(f"{len(failures)} of {len(sources)} images not encoded: {', '.join(failures)}", file=sys.stderr)
+    return EXIT_BAD_INPUT if failures else 0
+
+
+def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = make_parser(PROGRAM, __doc__)
+    parser.add_argument("images", nargs="+", type=Path, help="image files, and folders that are searched recursively")
+    parser.add_argument(
+        "--tokens", type=positive_int, help="tokens per image; default: as many per pixel as in training"
+    )
+    parser.add_argument(
+        "--focus",
+        type=pixel_box,
+        action="append",
+        default=[],
+        metavar="x0,y0,x1,y1",
+        help="spend more tokens in this box of the original image, inclusive pixels; may be repeated",
+    )
+    parser.add_argument(
+        "--importance", metavar="MASK", help="image of the photograph's size; more tokens where it is white"
+    )
+    parser.add_argument(
+        "--focus_weight",
+        type=non_negative_float,
+        default=30.0,
+        help="importance per pixel of a focus box or a white mask",
+    )
+    parser.add_argument("--output", type=Path, default=Path("out/tokens"))
+    parser.add_argument(
+        "--model", default=DEFAULT_MODEL, help=f"folder or Hub repository; default: the bundled {DEFAULT_MODEL}"
+    )
+    parser.add_argument(
+        "--tile_size", type=positive_int, help="side of the tiles, in pixels; default: tiles for large images only"
+    )
+    parser.add_argument(
+        "--max_side", type=non_negative_int, default=640, help="reduce larger images to this side, in pixels; 0: never"
+    )
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--overwrite", action="store_true", help="replace results of this program")
+    return parser.parse_args(argv)
+
+
+def _encode_source(
+    model: GPSTokenModel,
+    source: Source,
+    mask: torch.Tensor | None,
+    settings: dict[str, Any],
+    folder: OwnDirectory,
+    args: argparse.Namespace,
+) -> None:
+    names = {kind: f"{source.folder}.{kind}" for kind in ("safetensors", "png", "json")}
+    settings = {**settings, "source": source.digest()}
+    if not args.overwrite and _is_done(folder.path, names, settings):
+        tqdm.write(f"{source.label}: done before, skipped (--overwrite replaces it)")
+        return
+    for name in names.values():
+        if name not in folder.files and os.path.lexists(folder.path / name):
+            raise ProgramError(f"the output {args.output / name} must not exist or be written by {PROGRAM}")
+
+    photograph = read_photograph(source.read(), args.max_side)
+    importance = importance_map(photograph, mask, args.focus, args.focus_weight)
+    count = args.tokens or default_num_tokens(model, photograph.size)
+    tile_size = args.tile_size or choose_tile_size(model, photograph.size, count)
+    num_parts = 1 if tile_size is None else num_tiles(photograph.size, tile_size)
+    with tile_bar(model.encoder, num_parts, f"encode {source.label}"), torch.inference_mode():
+        encoded = model.encode(
+            photograph.pixel_values.to(model.device),
+            num_tokens=count,
+            importance=None if importance is None else importance.to(model.device),
+            tile_size=tile_size,
+        )
+    height, width = photograph.size
+    num_tokens = int(encoded.attention_mask.sum())
+    facts = {"width": width, "height": height, "tokens": num_tokens, "floats": num_tokens * encoded.tokens.shape[-1]}
+    picture = draw_gaussians(
+        tensor_to_pil(photograph.pixel_values[0]),
+        encoded.tokens[0, :, :5].cpu(),
+        encoded.attention_mask[0].cpu(),
+        zoom=max(1, round(DRAWN_SIDE / max(photograph.size))),
+        align_corners=model.config.align_corners,
+    )
+    folder.expect(names.values())
+    with atomic_file(folder.path / names["safetensors"]) as staging:
+        save_tokens(staging, encoded, photograph.size, tile_size, args.model)
+    with atomic_file(folder.path / names["png"]) as staging:
+        picture.save(staging)
+    # The last file: where it is, the others are.
+    with atomic_file(folder.path / names["json"]) as staging:
+        staging.write_text(json.dumps({**facts, "settings": settings}, indent=2) + "\n", encoding="utf-8")
+    stored = (folder.path / names["safetensors"]).stat().st_size
+    tqdm.write(
+        f"{source.label}: {width} x {height}, {num_tokens} tokens, {facts['floats']} floats, {stored} bytes -> "
+        f"{printable(args.output / names['safetensors'])}"
+    )
+
+
+def _is_done(folder: Path, names: dict[str, str], settings: dict[str, Any]) -> bool:
+    """Whether an earlier run has written the results of these settings.
+
+    Raises:
+        ProgramError: If it has written results of other settings.
+    """
+    path = folder / names["json"]
+    if not path.is_file() or not (folder / names["safetensors"]).is_file():
+        return False
+    try:
+        same = json.loads(path.read_text(encoding="utf-8"))["settings"] == json.loads(json.dumps(settings))
+    except (ValueError, LookupError, TypeError, RecursionError):
+        same = False
+    if not same:
+        raise ProgramError(f"{path} is of other settings; choose another --output, or --overwrite")
+    return True
+
+
+if __name__ == "__main__":
+    sys.exit(run_program(main))
