@@ -57,6 +57,7 @@ ARROWS = {
     "image_processing_gpstoken": {"file_checks"},
     "decoder_gpstoken": {"tiling"},
     "encoder_gpstoken": {"configuration_gpstoken", "decoder_gpstoken", "gaussians"},
+    "quality": {"layout", "metrics", "regions"},
     "modeling_gpstoken": {
         "configuration_gpstoken",
         "decoder_gpstoken",
@@ -65,6 +66,8 @@ ARROWS = {
         "layout",
         "loading",
         "partition",
+        "quality",
+        "regions",
         "splatting",
         "tiling",
     },
