@@ -71,6 +71,10 @@ ARROWS = {
         "splatting",
         "tiling",
     },
+    "entropy_coding": set(),
+    "region_forest": {"gaussians", "layout", "regions", "tiling"},
+    "token_values": {"entropy_coding", "gaussians"},
+    "token_file": {"entropy_coding", "gaussians", "layout", "region_forest", "token_values"},
     "autoencoder_gpstoken": {
         "configuration_gpstoken",
         "file_checks",
