@@ -57,6 +57,7 @@ ARROWS = {
     "image_processing_gpstoken": {"file_checks"},
     "decoder_gpstoken": {"tiling"},
     "encoder_gpstoken": {"configuration_gpstoken", "decoder_gpstoken", "gaussians"},
+    "quality": {"layout", "metrics", "regions"},
     "modeling_gpstoken": {
         "configuration_gpstoken",
         "decoder_gpstoken",
@@ -65,9 +66,15 @@ ARROWS = {
         "layout",
         "loading",
         "partition",
+        "quality",
+        "regions",
         "splatting",
         "tiling",
     },
+    "entropy_coding": set(),
+    "region_forest": {"gaussians", "layout", "regions", "tiling"},
+    "token_values": {"entropy_coding", "gaussians"},
+    "token_file": {"entropy_coding", "gaussians", "layout", "region_forest", "token_values"},
     "autoencoder_gpstoken": {
         "configuration_gpstoken",
         "file_checks",

@@ -81,8 +81,8 @@ def partition_compiled(
             complexity.
 
     Returns:
-        `torch.Tensor` of shape `(B, max(counts), 4)`: int64 boxes on the CPU, unsorted; rows beyond the count of an
-        image are 0.
+        `torch.Tensor` of shape `(B, max(counts), 4)`: int64 boxes on the CPU in the order of the splits (see
+        `regions.choose_regions`); rows beyond the count of an image are 0.
     """
     grey = grey_images(images.cpu())
     # Pixels out of range would index beyond the histogram.

@@ -98,6 +98,8 @@ LIMITS: dict[str, tuple[float, float]] = {
 }
 # What transformers passes to a constructor but does not save.
 INIT_ARGUMENTS = {"attn_implementation", "experts_implementation"}
+# Weights of the predictor of PSNR: one for each feature of a partition (quality.py).
+NUM_QUALITY_FEATURES = 6
 MAX_DECODER_LEVELS, MAX_CHANNEL_MULTIPLIER, MAX_LABELS = 12, 2**10, 2**20
 
 
@@ -164,6 +166,8 @@ class GPSTokenConfig(PreTrainedConfig):
             tile).
         latents_mean, latents_std (`list[float]`, *optional*): statistics of the channels of `[g - g_init, texture]`,
             5 + C numbers each, by which a texture generator standardises tokens. Give both or neither.
+        quality_predictor (`list[float]`, *optional*): 6 weights that predict the PSNR of an image from its partition,
+            for `encode(..., target_psnr=..., fast=True)`; `python -m pipelines.fit_quality` measures them.
 
     Raises:
         huggingface_hub.errors.StrictDataclassError: if a field has another type, is out of its range, or does not fit
@@ -204,6 +208,7 @@ class GPSTokenConfig(PreTrainedConfig):
     tile_decode: str = "merged"
     latents_mean: list[float] | tuple[float, ...] | None = None
     latents_std: list[float] | tuple[float, ...] | None = None
+    quality_predictor: list[float] | tuple[float, ...] | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
         unknown = sorted(set(kwargs) - transformers_fields(type(self)) - INIT_ARGUMENTS)
@@ -256,6 +261,16 @@ class GPSTokenConfig(PreTrainedConfig):
     def validate_latent_statistics(self) -> None:
         """Both statistics or neither, 5 + C numbers each."""
         check_statistics(("latents_mean", "latents_std"), self.latents_mean, self.latents_std, self.token_channels)
+
+    def validate_quality_predictor(self) -> None:
+        """One finite weight for each feature of `quality.NestedPartition.features`."""
+        weights = self.quality_predictor
+        if weights is None:
+            return
+        if len(weights) != NUM_QUALITY_FEATURES:
+            raise ValueError(f"quality_predictor must hold {NUM_QUALITY_FEATURES} numbers, got {len(weights)}")
+        for value in weights:
+            check_number("every entry of quality_predictor", value, -1e6, 1e6)
 
     @property
     def map_scale(self) -> int:

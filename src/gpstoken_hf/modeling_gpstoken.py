@@ -32,8 +32,11 @@ from .partition import (
     check_importance,
     check_range,
     partition_images,
+    split_sequence,
     token_counts,
 )
+from .quality import Metric, NestedPartition, QualityTarget, encode_to_target, predicted_counts, quality_target
+from .regions import max_regions
 from .splatting import splat_gaussians
 from .tiling import (
     decode_in_windows,
@@ -54,11 +57,14 @@ class GPSTokenEncoderOutput(ModelOutput):
         tokens (`torch.FloatTensor` of shape `(B, L, 5 + C)`): refined Gaussians and texture, float32.
         layout ([`GaussianLayout`]): the Gaussians and regions before refinement.
         attention_mask (`torch.LongTensor` of shape `(B, L)`): 1 for a token, 0 for padding.
+        reached (`torch.BoolTensor` of shape `(B,)`, *optional*): which images reach the target that `encode` was
+            given, measured on their decoded tokens. `None` without a target, and with `fast=True`.
     """
 
     tokens: torch.FloatTensor | None = None
     layout: GaussianLayout | None = None
     attention_mask: torch.LongTensor | None = None
+    reached: torch.BoolTensor | None = None
 
 
 @dataclass
@@ -209,9 +215,19 @@ class GPSTokenModel(GPSTokenPreTrainedModel):
         importance: torch.Tensor | None = None,
         layout: GaussianLayout | None = None,
         tile_size: int | None = None,
+        target_psnr: float | None = None,
+        target_ssim: float | None = None,
+        metric: Metric | None = None,
+        target: float | None = None,
+        max_tokens: int | None = None,
+        fast: bool = False,
         **kwargs: Unpack[TransformersKwargs],
     ) -> GPSTokenEncoderOutput:
         r"""Image -> tokens.
+
+        With a target each image gets the fewest tokens that reach it (docs/quality.md). Give one of `target_psnr`,
+        `target_ssim`, and `metric` with `target`. The search decodes, so it takes about `1.3 log2(max_tokens)`
+        reconstructions, and it keeps no gradients.
 
         Args:
             pixel_values (`torch.Tensor` of shape `(B, 3, H, W)`): RGB in [-1, 1], any H x W.
@@ -225,13 +241,26 @@ class GPSTokenModel(GPSTokenPreTrainedModel):
             tile_size (`int`, *optional*): encode near-equal tiles of at most this side on their own, and move their
                 tokens to the image's frame. `num_tokens` is shared out equally over the tiles, and tokens come tile by
                 tile.
+            target_psnr (`float`, *optional*): PSNR in dB that each decoded image must reach, unclamped, over a range
+                of 2.
+            target_ssim (`float`, *optional*): SSIM that each decoded image must reach, at most 1.
+            metric (`Callable`, *optional*): `metric(image, reconstruction)` of two `(1, 3, H, W)` tensors in float32,
+                which returns one number; higher is better.
+            target (`float`, *optional*): value of `metric` that each decoded image must reach.
+            max_tokens (`int`, *optional*): the most tokens that an image may get, cut to what its size allows. By
+                default four times as many per pixel as in training. An image that falls short gets the number of
+                tokens with the highest quality that was found.
+            fast (`bool`, *optional*, defaults to `False`): with `target_psnr`, predict the numbers of tokens from the
+                partition by `config.quality_predictor`, and encode once. Nothing is decoded, so `reached` is `None`.
 
         Returns:
-            [`GPSTokenEncoderOutput`]: `.tokens`, `.layout` and `.attention_mask`.
+            [`GPSTokenEncoderOutput`]: `.tokens`, `.layout`, `.attention_mask`, and with a target `.reached`.
 
         Raises:
             ValueError: if `pixel_values` has another shape or dtype or leaves [-1, 1]; if `num_tokens`, `importance`,
-                `layout` or `tile_size` does not fit the images; if `layout` is combined with one of the others.
+                `layout` or `tile_size` does not fit the images; if `layout` is combined with one of the others; if a
+                target is not a finite number, comes twice, or comes with `num_tokens` or `layout`; if `fast` lacks
+                its predictor.
             TypeError: if an argument has an unknown name.
         """
         _check_kwargs("encode", kwargs)
@@ -245,6 +274,14 @@ class GPSTokenModel(GPSTokenPreTrainedModel):
             raise ValueError(
                 "num_tokens, importance and tile_size must be None with a layout, which leaves nothing to partition"
             )
+        goal = quality_target(target_psnr, target_ssim, metric, target, max_tokens, fast)
+        if goal is not None and not (num_tokens is None and layout is None):
+            raise ValueError("num_tokens and layout must be None with a target, which chooses the number of tokens")
+        if fast and self.config.quality_predictor is None:
+            raise ValueError(
+                "fast must be False for a model without config.quality_predictor (python -m pipelines.fit_quality "
+                "measures one), got True"
+            )
         if tile_size is not None:
             self._check_tile_size(tile_size)
         if self._is_validating():
@@ -255,6 +292,8 @@ class GPSTokenModel(GPSTokenPreTrainedModel):
         if layout is not None:
             layout = self._complete_layout(layout, pixel_values)
             return self._encode_layout(pixel_values, layout, **kwargs)
+        if goal is not None:
+            return self._encode_to_target(pixel_values, importance, tile_size, goal, max_tokens, fast, **kwargs)
         if tile_size is None and self.use_tiling and max(height, width) > self.tiling_size:
             tile_size = self.tiling_size
         if tile_size is not None:
@@ -328,6 +367,53 @@ class GPSTokenModel(GPSTokenPreTrainedModel):
             layout=layout,
             attention_mask=layout.attention_mask,
         )
+
+    @torch.no_grad()
+    def _encode_to_target(
+        self,
+        pixel_values: torch.Tensor,
+        importance: torch.Tensor | None,
+        decode_tile_size: int | None,
+        goal: QualityTarget,
+        max_tokens: int | None,
+        fast: bool,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> GPSTokenEncoderOutput:
+        config, size = self.config, (pixel_values.shape[2], pixel_values.shape[3])
+        tile_size = decode_tile_size
+        if tile_size is None and self.use_tiling and max(size) > self.tiling_size:
+            tile_size = self.tiling_size
+        tiles = [(0, 0, *size)] if tile_size is None else tiles_of_image(size, tile_size, config.map_scale)[1]
+        # Tokens of the training at this size.
+        usual = max(1, round(config.num_tokens * math.prod(size) / config.image_size**2))
+        low, high = len(tiles), 4 * usual if max_tokens is None else max_tokens
+        high = min(max(low, high), low * min(max_regions(h, w, config.min_region_size) for _, _, h, w in tiles))
+        if max_tokens is not None and max_tokens < low:
+            raise ValueError(f"max_tokens must be at least 1 for each of the {low} tiles, got {max_tokens}")
+        partition = None
+        if tile_size is None:
+            pixels = pixel_values.float()
+            splits = split_sequence(pixels, high, config.complexity_exponent, config.min_region_size, importance)
+            partition = NestedPartition(splits, size)
+
+        def encode(rows: list[int], counts: list[int]) -> GPSTokenEncoderOutput:
+            if partition is None:
+                weights = None if importance is None else importance[rows]
+                return self._encode_tiles(pixel_values[rows], counts, weights, tile_size, **kwargs)
+            layout = partition.layout(rows, counts, config.sigma_scale, config.align_corners)
+            return self._encode_layout(pixel_values[rows], layout.to(pixel_values.device), **kwargs)
+
+        def decode(encoded: GPSTokenEncoderOutput) -> torch.Tensor:
+            mask = encoded.attention_mask if encoded.layout.is_padded else None
+            return self.decode(encoded.tokens, size, mask, decode_tile_size).sample
+
+        if fast:
+            if partition is None:
+                raise ValueError("fast must be False for an image that is encoded in tiles, got True")
+            weights = config.quality_predictor
+            counts = predicted_counts(partition, pixel_values, config.image_size**2, weights, goal.value)
+            return encode(list(range(len(counts))), counts)
+        return encode_to_target(pixel_values, goal, (low, min(usual, high), high), encode, decode)
 
     def _complete_layout(self, layout: GaussianLayout, pixel_values: torch.Tensor) -> GaussianLayout:
         """A given layout, checked, with boxes, on the device and for the batch size of `pixel_values`."""

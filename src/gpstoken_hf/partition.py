@@ -119,6 +119,32 @@ def partition_images(
     return GaussianLayout(gaussians, boxes, attention_mask)
 
 
+@torch.compiler.disable
+def split_sequence(
+    images: torch.Tensor,
+    num_tokens: int,
+    complexity_exponent: float = 2.5,
+    min_region_size: int = 8,
+    importance: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """The regions of `partition_images`, in the order of the splits, from which every smaller partition follows.
+
+    The first half of a region takes over its row, and the second half gets the next free row. So row k holds a region
+    whose top-left corner is that of the second half of split k (see `quality.NestedPartition`).
+
+    Args:
+        images, complexity_exponent, min_region_size, importance: as for `partition_images`, already validated.
+        num_tokens (`int`): L, no more than the image size allows.
+
+    Returns:
+        `torch.Tensor` of shape `(B, L, 4)`: int64 inclusive pixels `[x0, y0, x1, y1]`, on the CPU.
+    """
+    importance = None if importance is None else importance.detach().to(torch.float32)
+    arguments = (images.detach(), [num_tokens] * len(images), complexity_exponent, min_region_size, importance)
+    path = _resolve_backend("auto", images.device)
+    return partition_compiled(*arguments) if path == "numba" else _choose_on_host(*arguments, path)
+
+
 def _choose_on_device(
     images: torch.Tensor,
     counts: list[int],

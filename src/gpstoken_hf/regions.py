@@ -191,21 +191,23 @@ def choose_regions(entropies, weights, boxes, halves, counts, complexity_exponen
         boxes, halves: `(N, 4)` int64, those of the `RegionTree`.
         counts: `(B,)` int64, the number of regions wanted of each image.
         complexity_exponent: lambda.
-        chosen_boxes: `(B, max(counts), 4)` int64, filled with the regions of each image, unsorted.
+        chosen_boxes: `(B, max(counts), 4)` int64, filled with the regions of each image in the order of the splits:
+            the first half takes over the row of the region that was split, the second half gets the next free row.
     """
     num_regions, num_splittable = boxes.shape[0], entropies.shape[1]
     score = np.empty(num_splittable, dtype=np.float64)
     age = np.empty(num_regions, dtype=np.int64)
     heap = np.empty(num_regions, dtype=np.int64)
-    leaves = np.empty(num_regions, dtype=np.int64)
+    place = np.empty(num_regions, dtype=np.int64)  # the row of `chosen_boxes` that holds a region
     for image in range(entropies.shape[0]):
         for i in range(num_splittable):
             w, h = boxes[i, 2] - boxes[i, 0] + 1, boxes[i, 3] - boxes[i, 1] + 1
             score[i] = entropies[image, i] ** complexity_exponent * h * w + weights[image, i]
-        heap[0], leaves[0], age[0] = 0, 0, 0
-        heap_size, next_age = min(num_splittable, 1), 1
-        num_leaves = 1 - heap_size
-        while num_leaves + heap_size < counts[image]:
+        heap[0], place[0], age[0] = 0, 0, 0
+        heap_size, next_age, found = min(num_splittable, 1), 1, 1
+        for k in range(4):
+            chosen_boxes[image, 0, k] = boxes[0, k]
+        while found < counts[image]:
             row = heap_pop(heap, heap_size, score, age)
             heap_size -= 1
             first = 0 if halves[row, 0] >= 0 else 2
@@ -216,18 +218,15 @@ def choose_regions(entropies, weights, boxes, halves, counts, complexity_exponen
                 first = 0 if along_x < along_y else 2
             for i in range(first, first + 2):
                 half = halves[row, i]
+                place[half] = place[row] if i == first else found
+                for k in range(4):
+                    chosen_boxes[image, place[half], k] = boxes[half, k]
                 age[half] = next_age
                 next_age += 1
                 if half < num_splittable:
                     heap_push(half, heap, heap_size, score, age)
                     heap_size += 1
-                else:
-                    leaves[num_leaves] = half
-                    num_leaves += 1
-        for i in range(num_leaves + heap_size):
-            region = leaves[i] if i < num_leaves else heap[i - num_leaves]
-            for k in range(4):
-                chosen_boxes[image, i, k] = boxes[region, k]
+            found += 1
 
 
 # ---- The order of regions -------------------------------------------------------------------------------------------
