@@ -1,6 +1,7 @@
 # Copyright 2026 The gpstoken-hf authors. Licensed under the Apache License, Version 2.0.
 """The features of FID and sFID, LPIPS against its package, and networks that stand in by name."""
 
+import itertools
 import urllib.error
 
 import numpy as np
@@ -219,7 +220,7 @@ def test_a_network_that_stands_in_for_lpips(photographs):
     error = torch.randn(images.shape, generator=generator)
     values = [lpips((images + size * error).clamp(-1, 1), images, network) for size in (0.0, 0.05, 0.2, 0.8)]
     assert values[0].tolist() == [0, 0, 0]
-    for smaller, larger in zip(values, values[1:]):
+    for smaller, larger in itertools.pairwise(values):
         assert (smaller < larger).all()
     alone = lpips((images + 0.2 * error).clamp(-1, 1)[1:2], images[1:2], network)
     assert torch.allclose(alone, values[2][1:2], rtol=1e-4)

@@ -1,5 +1,5 @@
 # Copyright 2026 The gpstoken-hf authors. Licensed under the Apache License, Version 2.0.
-"""Fréchet distance, Inception Score, precision and recall against closed forms, SciPy, torch-fidelity and torchmetrics."""
+"""Fréchet distance, Inception Score, precision and recall against closed forms and other implementations."""
 
 import io
 import math

@@ -13,7 +13,7 @@ import pickle
 import warnings
 from io import BytesIO
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -48,7 +48,7 @@ class FeatureNetwork(torch.nn.Module):
         return super().train(False)
 
     def forward(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Features of images `(B, 3, H, W)` uint8, by kind: "pool" `(B, D)`, "logits" `(B, K)`, "spatial" `(B, 2023)`."""
+        """Features of images `(B, 3, H, W)` uint8: "pool" `(B, D)`, "logits" `(B, K)`, "spatial" `(B, 2023)`."""
         raise NotImplementedError
 
 
@@ -65,11 +65,10 @@ class InceptionNetwork(FeatureNetwork):
         ValueError: if torch-fidelity is not installed, or the weights are missing or are another network's.
     """
 
-    layers: ClassVar[dict[str, str]] = {"pool": "pool_3", "spatial": SPATIAL_LAYER, "logits": "logits without bias"}
-
     def __init__(self, extractor: Any = None, weights_file: str | os.PathLike[str] | None = None) -> None:
         super().__init__()
         self.name = INCEPTION
+        self.layers = {"pool": "pool_3", "spatial": SPATIAL_LAYER, "logits": "logits without bias"}
         self.extractor = _load_inception(weights_file) if extractor is None else extractor
         self.freeze()
 
@@ -241,7 +240,7 @@ class PerceptualNetwork(ClassifierNetwork):
         return [value / (value.norm(dim=1, keepdim=True) + 1e-10) for value in maps.values()]
 
     @torch.inference_mode()
-    def forward(self, images: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+    def forward(self, images: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
         """Distances `(B,)` of two batches `(B, 3, H, W)` in [-1, 1]."""
         pairs = zip(self._maps(images), self._maps(reference))
         return sum((first - second).square().sum(dim=1).mean(dim=(1, 2)) for first, second in pairs)
@@ -295,7 +294,8 @@ def load_classifier(
     Raises:
         ValueError: if the network is unknown, or its package or weights are missing.
     """
-    mean, std = IMAGENET_MEAN, IMAGENET_STD
+    mean: tuple[float, ...] = IMAGENET_MEAN
+    std: tuple[float, ...] = IMAGENET_STD
     if name == LITE:
         network, side, mean, std = _lite_network(weights_file)
     elif name.startswith(TIMM_PREFIX):

@@ -22,6 +22,8 @@ ADM_NAMES = {"pool": ("mu", "sigma"), "spatial": ("mu_s", "sigma_s")}
 MAX_FEATURES = 2**13
 # Rows of a block of distances: 1000 x 50,000 float64 are 400 MB.
 DISTANCE_ROWS = 1000
+# What a damaged or hostile archive makes its readers raise.
+DAMAGED = (zipfile.BadZipFile, zlib.error, KeyError, EOFError, ValueError, OverflowError, NotImplementedError)
 
 
 class FeatureStatistics:
@@ -138,7 +140,7 @@ class FeatureStatistics:
 
     @property
     def is_rank_deficient(self) -> bool:
-        """Whether there are too few images for a covariance of full rank; a Fréchet distance is then biased upwards."""
+        """Whether the images are too few for a covariance of full rank. Fréchet distances are then too large."""
         return self.count is not None and self.count <= self.num_features
 
     def state_dict(self) -> dict[str, torch.Tensor]:
@@ -234,7 +236,7 @@ def inception_score(logits: torch.Tensor, num_splits: int = 10, seed: int = 2020
         raise ValueError(f"logits must be finite and of shape (N, K), got {tuple(logits.shape)}")
     if not 1 <= num_splits <= len(logits):
         raise ValueError(f"num_splits must be between 1 and the number of images, {len(logits)}, got {num_splits}")
-    order = np.random.RandomState(seed).permutation(len(logits))  # noqa: NPY002 - the order of torch-fidelity
+    order = np.random.RandomState(seed).permutation(len(logits))  # the order of torch-fidelity
     logs = to_float64(logits.detach())[torch.from_numpy(order)].log_softmax(dim=1)
     scores = []
     for i in range(num_splits):
@@ -349,15 +351,7 @@ def read_statistics(path: str | os.PathLike[str]) -> dict[str, FeatureStatistics
                 count_name = f"num_images_{kind}"
                 count = int(_read_array(archive, count_name, 0)) if f"{count_name}.npy" in names else None
                 found[kind] = FeatureStatistics.from_moments(mean, covariance, count)
-    except (
-        zipfile.BadZipFile,
-        zlib.error,
-        KeyError,
-        EOFError,
-        ValueError,
-        OverflowError,
-        NotImplementedError,
-    ) as error:
+    except DAMAGED as error:
         message = " ".join(str(error).split())
         raise ValueError(f"{path} must be an .npz file of statistics, got: {message}") from error
     if "pool" not in found:
