@@ -32,12 +32,6 @@ import numpy as np
 import PIL.Image
 import torch
 from accelerate import PartialState
-from diffusers import (
-    DPMSolverMultistepScheduler,
-    FlowMatchEulerDiscreteScheduler,
-    FlowMatchHeunDiscreteScheduler,
-    UniPCMultistepScheduler,
-)
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
@@ -46,10 +40,9 @@ import gpstoken_hf
 from gpstoken_hf.image_processing_gpstoken import open_image
 from gpstoken_hf.layout import GaussianLayout
 from gpstoken_hf.pipeline_gpstoken import GPSTokenPipeline
-from gpstoken_hf.scheduling_flow_match_sde import FlowMatchSDEScheduler
 from gpstoken_hf.visualization import contact_sheet, draw_gaussians
 
-from .shared.checkpoints import DEFAULT_PIPELINE, load_pipeline, quiet_loading, weights_fingerprint
+from .shared.checkpoints import DEFAULT_PIPELINE, load_pipeline, weights_fingerprint
 from .shared.outputs import OwnDirectory, atomic_file, own_directory
 from .shared.photographs import file_digest
 from .shared.programs import (
@@ -61,16 +54,9 @@ from .shared.programs import (
     printable,
     run_program,
 )
+from .shared.sampling import DTYPES, SCHEDULERS, class_ids, swap_scheduler
 
 PROGRAM = "pipelines.generate"
-SCHEDULERS = {
-    "sde": FlowMatchSDEScheduler,
-    "euler": FlowMatchEulerDiscreteScheduler,
-    "heun": FlowMatchHeunDiscreteScheduler,
-    "dpmsolver++": DPMSolverMultistepScheduler,
-    "unipc": UniPCMultistepScheduler,
-}
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 SETTINGS_FILE = "settings.json"
 SHEET_COLUMNS, SHEET_ROWS = 10, 12
 DRAWN_SIDE = 128  # small images are drawn enlarged, to at least this many pixels
@@ -184,35 +170,6 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 # ---------------------------------------------------------------------------------------------------------- inputs
-
-
-def swap_scheduler(pipeline: GPSTokenPipeline, name: str | None) -> None:
-    """Replace the scheduler of the texture stage by the one of that name."""
-    if name is None or type(pipeline.scheduler) is SCHEDULERS[name]:
-        return
-    # Diffusers' multistep solvers take many kinds of models; these settings select flow models.
-    flow = {"prediction_type": "flow_prediction", "use_flow_sigmas": True}
-    is_multistep = name in ("dpmsolver++", "unipc")
-    with quiet_loading():
-        pipeline.scheduler = SCHEDULERS[name].from_config(pipeline.scheduler.config, **(flow if is_multistep else {}))
-
-
-def class_ids(pipeline: GPSTokenPipeline, classes: Sequence[str] | None) -> list[int]:
-    """Turn ids and names, as typed, into ids without duplicates; all classes by default.
-
-    Raises:
-        ValueError: an unknown id or name.
-    """
-    num_classes = pipeline.transformer.config.num_classes
-    if classes is None:
-        return list(range(num_classes))
-    ids = []
-    for text in classes:
-        label = int(text) if text.removeprefix("-").isdigit() else pipeline.get_label_ids(text)[0]
-        if not 0 <= label < num_classes:
-            raise ProgramError(f"class ids must be between 0 and {num_classes - 1}, got {label}")
-        ids.append(label)
-    return list(dict.fromkeys(ids))
 
 
 def read_layout(source: str) -> str | GaussianLayout | PIL.Image.Image:

@@ -1,5 +1,5 @@
 # Copyright 2026 The gpstoken-hf authors. Licensed under the Apache License, Version 2.0.
-"""PSNR and SSIM between images and their reconstructions, per image.
+"""Metrics of images: PSNR, SSIM and LPIPS per image; Fréchet distance and others of sets, from feature_statistics.
 
 Shapes: B images, C channels, H x W pixels of an image.
 """
@@ -9,7 +9,29 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
+from .feature_networks import LPIPSNetwork, PerceptualNetwork, load_perceptual_network
+from .feature_statistics import (
+    FeatureStatistics,
+    frechet_distance,
+    inception_score,
+    precision_recall,
+    read_statistics,
+    write_statistics,
+)
 from .gaussians import to_float64
+
+__all__ = [
+    "FeatureStatistics",
+    "frechet_distance",
+    "inception_score",
+    "lpips",
+    "precision_recall",
+    "psnr",
+    "read_statistics",
+    "ssim",
+    "to_uint8",
+    "write_statistics",
+]
 
 # As defined by Wang et al. 2004: an 11 x 11 Gaussian window of sigma 1.5 pixels.
 SSIM_WINDOW = 11
@@ -96,6 +118,66 @@ def ssim(images: torch.Tensor, reference: torch.Tensor, data_range: float = 2.0)
         (mean_x**2 + mean_y**2 + c1) * (var_x + var_y + c2)
     )
     return similarity.reshape(B, -1).mean(dim=1).cpu()
+
+
+def lpips(
+    images: torch.Tensor, reference: torch.Tensor, network: str | LPIPSNetwork | PerceptualNetwork = "alex"
+) -> torch.Tensor:
+    """LPIPS of every image (Zhang et al. 2018): 0 for equal images, larger for images that look different.
+
+    Args:
+        images, reference (`torch.Tensor` of shape `(B, 3, H, W)`): the images to compare, in [-1, 1].
+        network (`str` or `torch.nn.Module`, *optional*, defaults to `"alex"`): "alex", "vgg" or "squeeze", or any
+            classifier by name, which gives another distance than LPIPS; or what
+            [`~gpstoken_hf.feature_networks.load_perceptual_network`] returns, to load it once for many calls.
+
+    Returns:
+        `torch.Tensor` of shape `(B,)`: float64 on the CPU.
+
+    Raises:
+        ValueError: if the shapes differ or are not `(B, 3, H, W)`, or the network cannot be loaded.
+
+    Examples:
+        ```python
+        >>> import torch
+        >>> from gpstoken_hf.metrics import lpips
+
+        >>> images = torch.rand(2, 3, 64, 64) * 2 - 1
+        >>> lpips(images, images, network="efficientnet_lite0")  # weights come with a package
+        tensor([0., 0.], dtype=torch.float64)
+
+        ```
+    """
+    if images.shape != reference.shape or images.ndim != 4 or images.shape[1] != 3 or images.numel() == 0:
+        raise ValueError(
+            "images and reference must have one shape (B, 3, H, W), "
+            f"got {tuple(images.shape)} and {tuple(reference.shape)}"
+        )
+    module = load_perceptual_network(network).to(images.device) if isinstance(network, str) else network
+    with torch.no_grad():
+        return module(images.detach().float(), reference.detach().float()).double().cpu()
+
+
+def to_uint8(images: torch.Tensor) -> torch.Tensor:
+    """Images in [-1, 1] -> uint8, clamped and rounded to nearest, as image files hold them.
+
+    Args:
+        images (`torch.Tensor`): floating point of any shape.
+
+    Returns:
+        `torch.Tensor`: uint8 of the same shape, on the same device.
+
+    Examples:
+        ```python
+        >>> import torch
+        >>> from gpstoken_hf.metrics import to_uint8
+
+        >>> to_uint8(torch.tensor([-1.5, -1.0, 0.01, 1.0]))
+        tensor([  0,   0, 129, 255], dtype=torch.uint8)
+
+        ```
+    """
+    return ((images.detach().float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
 
 
 def _as_pair(images: torch.Tensor, reference: torch.Tensor, data_range: float) -> tuple[torch.Tensor, torch.Tensor]:
