@@ -6,6 +6,7 @@ Shapes: B batch, L tokens, C channels of a token.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -14,10 +15,26 @@ import torch
 from .layout import GaussianLayout
 from .transformer_sit import SiTTransformer1DModel
 
+# A step at the end of the guidance interval must count as inside, though its timestep was rounded to float32.
+TIME_TOLERANCE = 1e-6
+
 
 def guide(output_null: torch.Tensor, output_class: torch.Tensor, w: float) -> torch.Tensor:
     """Classifier-free guidance, `v_null + w (v_class - v_null)`. The sign of v does not matter."""
     return output_null + w * (output_class - output_null)
+
+
+def check_guidance(scale: float, interval: Sequence[float]) -> None:
+    """Raise a ValueError unless the scale is at least 0 and the interval lies in [0, 1]."""
+    if not scale >= 0:
+        raise ValueError(f"guidance_scale must be at least 0, got {scale}")
+    if len(interval) != 2 or not 0 <= interval[0] <= interval[1] <= 1:
+        raise ValueError(f"guidance_interval must be (low, high) with 0 <= low <= high <= 1, got {tuple(interval)}")
+
+
+def guidance_at(t: float, scale: float, interval: Sequence[float]) -> float:
+    """w at the paper's time t: `scale` inside the interval, ends included, and 1 outside."""
+    return scale if interval[0] - TIME_TOLERANCE <= t <= interval[1] + TIME_TOLERANCE else 1.0
 
 
 def mask_of(layout: GaussianLayout | None) -> torch.Tensor | None:

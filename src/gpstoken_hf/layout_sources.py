@@ -37,11 +37,12 @@ def choose_source(components: Any, source: str | None) -> str:
         ValueError: if a component that the source needs is missing.
     """
     if source is None:
-        if components.layout_transformer is None and components.layout_bank is None:
+        generator = getattr(components, "layout_transformer", None)
+        if generator is None and getattr(components, "layout_bank", None) is None:
             raise ValueError("layout must be given to a pipeline without layout_transformer and layout_bank, got None")
-        source = "bank" if components.layout_transformer is None else "generated"
+        source = "bank" if generator is None else "generated"
     for name in LAYOUT_SOURCES[source]:
-        if getattr(components, name) is None:
+        if getattr(components, name, None) is None:
             raise ValueError(f"{name} must be a component of the pipeline for layout={source!r}, got None")
     return source
 

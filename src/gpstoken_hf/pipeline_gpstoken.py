@@ -22,7 +22,7 @@ from diffusers.utils import BaseOutput
 from .class_labels import Labels, ids_by_name, ids_of_names, label_ids
 from .file_checks import check_source, only_safetensors
 from .gaussians import NUM_GAUSSIAN_PARAMS
-from .guidance import GuidedPredictor, mask_of
+from .guidance import GuidedPredictor, check_guidance, guidance_at, mask_of
 from .hub import HubDownloadMixin
 from .image_processing_gpstoken import GPSTokenImageProcessor
 from .layout import GaussianLayout
@@ -54,8 +54,6 @@ from .sampling import (
 from .transformer_sit import SiTTransformer1DModel, timestep_to_time
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent", "layout")
-# A step at the end of the guidance interval must count as inside, though its timestep was rounded to float32.
-TIME_TOLERANCE = 1e-6
 
 StepCallback: TypeAlias = Callable[[Any, int, torch.Tensor, dict[str, Any]], dict[str, Any] | None]
 
@@ -313,7 +311,9 @@ class GPSTokenPipeline(CheckedPipelineMixin, HubDownloadMixin, GPSTokenLoraMixin
         labels = label_ids(
             class_labels, self.config.id2label, self.transformer.config.num_classes, num_images_per_label
         )
-        _check_sampling(num_inference_steps, num_layout_steps, guidance_scale, guidance_interval)
+        check_num_steps("num_inference_steps", num_inference_steps)
+        check_num_steps("num_layout_steps", num_layout_steps)
+        check_guidance(guidance_scale, guidance_interval)
         check_flow_scheduler("scheduler", self.scheduler)
         check_generators(generator, len(labels))
         if isinstance(callback_on_step_end, PipelineCallback | MultiPipelineCallbacks):
@@ -373,7 +373,6 @@ class GPSTokenPipeline(CheckedPipelineMixin, HubDownloadMixin, GPSTokenLoraMixin
         timesteps = set_timesteps(scheduler, num_steps, latents.device)
         inputs = model_timesteps(scheduler, timesteps)
         times = [timestep_to_time(timestep) for timestep in inputs.tolist()]  # copied to the host once
-        low, high = guidance_interval
         predict = GuidedPredictor(transformer, labels, layout, self.attention_kwargs)
         if stage == "texture":
             self._num_timesteps = len(timesteps)
@@ -384,7 +383,7 @@ class GPSTokenPipeline(CheckedPipelineMixin, HubDownloadMixin, GPSTokenLoraMixin
                 if self.interrupt:
                     break
                 self._current_timestep = timestep
-                w = self.guidance_scale if low - TIME_TOLERANCE <= times[i] <= high + TIME_TOLERANCE else 1.0
+                w = guidance_at(times[i], self.guidance_scale, guidance_interval)
                 output = predict(latents, inputs[i], w)
                 latents = take_step(scheduler, output, timestep, latents, generator)
                 if callback is not None:
@@ -452,17 +451,6 @@ class GPSTokenPipeline(CheckedPipelineMixin, HubDownloadMixin, GPSTokenLoraMixin
         if is_generated:
             check_flow_scheduler("layout_scheduler", self.layout_scheduler)
         return layout if isinstance(layout, str) and layout in LAYOUT_SOURCES else check_given(layout)
-
-
-def _check_sampling(
-    num_inference_steps: int, num_layout_steps: int, scale: float, interval: tuple[float, float]
-) -> None:
-    check_num_steps("num_inference_steps", num_inference_steps)
-    check_num_steps("num_layout_steps", num_layout_steps)
-    if not scale >= 0:
-        raise ValueError(f"guidance_scale must be at least 0, got {scale}")
-    if len(interval) != 2 or not 0 <= interval[0] <= interval[1] <= 1:
-        raise ValueError(f"guidance_interval must be (low, high) with 0 <= low <= high <= 1, got {tuple(interval)}")
 
 
 def _check_components(**components: Any) -> None:
