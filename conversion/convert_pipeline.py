@@ -32,6 +32,8 @@ from pipelines.shared.outputs import atomic_directory
 from pipelines.shared.programs import run_program
 from pipelines.shared.publishing import push_folder
 
+# A generator of so many classes is taken for one of ImageNet, unless names are given.
+IMAGENET_CLASSES = 1000
 COPIED = ("config.json", "*.safetensors", "*.safetensors.index.json")
 
 
@@ -54,6 +56,17 @@ def read_id2label(path: Path, num_classes: int) -> dict[str, str]:
         if not isinstance(name, str):
             raise ValueError(f"the name of class {label} in {path} must be a string, got {type(name).__name__}")
     return names
+
+
+def class_names(path: Path | None, num_classes: int) -> dict[str, str] | None:
+    """The names of a JSON file, else the names of ImageNet for 1000 classes, else none."""
+    if path is not None:
+        return read_id2label(path, num_classes)
+    if num_classes != IMAGENET_CLASSES:
+        return None
+    from torchvision.models import ResNet50_Weights  # takes seconds to import
+
+    return {str(label): name for label, name in enumerate(ResNet50_Weights.IMAGENET1K_V1.meta["categories"])}
 
 
 def build_pipeline(arguments: argparse.Namespace) -> tuple[GPSTokenPipeline, dict[str, Path]]:
@@ -96,7 +109,7 @@ def build_pipeline(arguments: argparse.Namespace) -> tuple[GPSTokenPipeline, dic
         layout_scheduler=None if layout_transformer is None else FlowMatchEulerDiscreteScheduler(),
         layout_bank=bank,
         image_processor=processor,
-        id2label=None if arguments.id2label is None else read_id2label(arguments.id2label, num_classes),
+        id2label=class_names(arguments.id2label, num_classes),
     )
     return pipeline, {name: folder for name, folder in folders.items() if folder is not None}
 
@@ -153,6 +166,8 @@ def convert(arguments: argparse.Namespace) -> None:
     absent = [name for name in ("layout_transformer", "layout_bank") if getattr(pipeline, name) is None]
     if not pipeline.is_one_stage and len(absent) == 2:
         print("without a layout bank or a layout transformer, every call of the pipeline needs the argument layout")
+    if arguments.id2label is None and pipeline.config["id2label"] is not None:
+        print("class names: those of ImageNet, for 1000 classes; give --id2label for others")
     print(f"wrote {arguments.output}: {', '.join(sorted(folders))}")
     if arguments.push_to_hub:
         print(f"pushed {arguments.output} to {push_folder(arguments.output, arguments.push_to_hub)}")
@@ -171,7 +186,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--layout_bank", type=Path, help="folder of the layouts (convert_layout_bank)")
     parser.add_argument("--layout_transformer", type=Path, help="folder of a layout generator (convert_sit)")
     parser.add_argument(
-        "--id2label", type=Path, metavar="JSON", help="JSON file of class names: an object of id -> name, or a list"
+        "--id2label",
+        type=Path,
+        metavar="JSON",
+        help="JSON file of class names: an object of id -> name, or a list (default: the names of ImageNet for 1000 "
+        "classes, else none)",
     )
     parser.add_argument("--output", type=Path, required=True, help="folder to write")
     parser.add_argument(

@@ -91,8 +91,18 @@ ARROWS = {
     "layout_bank": {"file_checks", "gaussians", "layout", "loading"},
     "hub": set(),
     "guidance": {"layout", "transformer_sit"},
-    "pipeline_gpstoken": {
+    "class_labels": set(),
+    "lora": {"file_checks"},
+    "layout_sources": {
         "calibration",
+        "configuration_gpstoken",
+        "image_processing_gpstoken",
+        "layout",
+        "partition",
+    },
+    "sampling": {"configuration_gpstoken", "layout", "transformer_sit"},
+    "pipeline_gpstoken": {
+        "class_labels",
         "file_checks",
         "gaussians",
         "guidance",
@@ -100,9 +110,11 @@ ARROWS = {
         "image_processing_gpstoken",
         "layout",
         "layout_bank",
+        "layout_sources",
         "loading",
+        "lora",
         "modeling_gpstoken",
-        "partition",
+        "sampling",
         "transformer_sit",
     },
 }

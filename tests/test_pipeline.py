@@ -26,6 +26,7 @@ from gpstoken_hf.calibration import calibrate_layout
 from gpstoken_hf.layout import GaussianLayout
 from gpstoken_hf.partition import partition_images
 from gpstoken_hf.pipeline_gpstoken import GPSTokenPipeline
+from gpstoken_hf.sampling import tokens_of
 from gpstoken_hf.scheduling_flow_match_sde import FlowMatchSDEScheduler
 
 MODES = ("generated", "bank", "one_stage")
@@ -295,7 +296,7 @@ def test_statistics_are_the_transformers_and_else_the_tokenizers():
     latents, layout = torch.randn(1, TOKENS, CHANNELS), tiny_pipeline.make_bank().gaussians_of(0)[None]
 
     def texture(pipeline):
-        return pipeline._to_tokens(pipeline.transformer, latents, GaussianLayout(layout))[..., 5:]
+        return tokens_of(latents, pipeline.transformer, pipeline.vae.config, GaussianLayout(layout))[..., 5:]
 
     def transformer(**statistics):
         return tiny_pipeline.make_transformer(CHANNELS, 5, seed=1, **statistics)
@@ -525,8 +526,9 @@ def test_one_dtype_whatever_the_file_has(saved, asked, tmp_path):
     loaded.set_progress_bar_config(disable=True)
     assert torch.isfinite(pixels(loaded([1], 2, generator=seeded(0), output_type="pt"))).all()
     if asked is None:
-        # Through the base class dtypes may be mixed; the pipeline casts between its components.
+        # Through the base class as well.
         mixed = DiffusionPipeline.from_pretrained(tmp_path)
+        assert {mixed.vae.dtype, mixed.layout_transformer.dtype, mixed.transformer.dtype} == {torch.float32}
         mixed.set_progress_bar_config(disable=True)
         assert torch.isfinite(pixels(mixed([1], 2, generator=seeded(0), output_type="pt"))).all()
 

@@ -6,7 +6,9 @@ calibration -> texture -> decode. Read the modules in this order, beside the pap
 """
 
 # ruff: noqa: I001 - the imports follow the data
+from importlib import import_module
 from importlib.resources import files
+from typing import Any
 
 from transformers import AutoConfig, AutoImageProcessor, AutoModel
 
@@ -48,6 +50,15 @@ AutoImageProcessor.register(
     GPSTokenConfig, image_processor_classes={"torchvision": GPSTokenImageProcessor}, exist_ok=True
 )
 register_with_diffusers()
+
+# Not imported above, as they need a diffusers with modular pipelines.
+MODULAR_NAMES = ("GPSTokenBlocks", "GPSTokenModularPipeline", "GPSTokenReconstructBlocks", "IntervalGuidance")
+
+
+def __getattr__(name: str) -> Any:
+    if name in MODULAR_NAMES:
+        return getattr(import_module(f"{__name__}.modular_gpstoken"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def bundled(name: str) -> str:

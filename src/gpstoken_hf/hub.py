@@ -33,6 +33,10 @@ DIFFUSERS_CLASSES = (
 )
 
 
+# The same for modular pipelines, where diffusers has them.
+MODULAR_CLASSES = ("GPSTokenModularPipeline", "GPSTokenBlocks", "GPSTokenReconstructBlocks")
+
+
 def register_with_diffusers() -> None:
     """Make diffusers find the classes of this package by their names in saved pipelines. May be called repeatedly."""
     for name in COMPONENT_MODULES:
@@ -40,6 +44,12 @@ def register_with_diffusers() -> None:
         setattr(diffusers.pipelines, module.__name__, module)
     for name, class_name in DIFFUSERS_CLASSES:
         setattr(diffusers, class_name, getattr(importlib.import_module(f".{name}", __package__), class_name))
+    try:
+        modular = importlib.import_module(".modular_gpstoken", __package__)
+    except ImportError:
+        return  # an older diffusers; `gpstoken_hf.GPSTokenModularPipeline` says so
+    for class_name in MODULAR_CLASSES:
+        setattr(diffusers, class_name, getattr(modular, class_name))
 
 
 class HubDownloadMixin:

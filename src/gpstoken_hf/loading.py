@@ -309,6 +309,15 @@ class StrictTransformersMixin(StrictLoadingMixin):
     _weight_files = ("model.safetensors", "model.safetensors.index.json")
 
     @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str | os.PathLike[str] | None, *args: Any, **kwargs: Any
+    ) -> Any:
+        """[`StrictLoadingMixin.from_pretrained`]; `dtype=None`, as diffusers passes it to components, is float32."""
+        if "dtype" in kwargs and kwargs["dtype"] is None:
+            kwargs["dtype"] = torch.float32
+        return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+
+    @classmethod
     def _build(cls, source: Any, config_file: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> nn.Module:
         config = kwargs.get("config")
         config_class = cls.config_class  # type: ignore[attr-defined]

@@ -6,44 +6,55 @@ Shapes: B batch, L tokens, C texture channels, H x W pixels of an image.
 
 from __future__ import annotations
 
-import difflib
-import inspect
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, TypeAlias
+from typing import Any, ClassVar, TypeAlias, get_args, get_type_hints
 
 import numpy as np
 import PIL.Image
 import torch
+from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
-from diffusers.schedulers import FlowMatchEulerDiscreteScheduler
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from diffusers.utils import BaseOutput
-from diffusers.utils.torch_utils import randn_tensor
 
-from .calibration import calibrate_layout
+from .class_labels import Labels, ids_by_name, ids_of_names, label_ids
 from .file_checks import check_source, only_safetensors
 from .gaussians import NUM_GAUSSIAN_PARAMS
-from .guidance import GuidedPredictor, mask_of
+from .guidance import GuidedPredictor, check_guidance, guidance_at, mask_of
 from .hub import HubDownloadMixin
 from .image_processing_gpstoken import GPSTokenImageProcessor
 from .layout import GaussianLayout
 from .layout_bank import GaussianLayoutBank
+from .layout_sources import (
+    LAYOUT_SOURCES,
+    Images,
+    borrow_layout,
+    calibrated,
+    check_given,
+    choose_source,
+    spread,
+)
 from .loading import CheckedPipelineMixin
+from .lora import GPSTokenLoraMixin
 from .modeling_gpstoken import GPSTokenModel
-from .partition import partition_images
-from .transformer_sit import SiTTransformer1DModel, latents_to_tokens, timestep_to_time
+from .sampling import (
+    Generators,
+    check_flow_scheduler,
+    check_generators,
+    check_num_steps,
+    counted_steps,
+    model_timesteps,
+    set_timesteps,
+    stage_noise,
+    take_step,
+    tokens_of,
+)
+from .transformer_sit import SiTTransformer1DModel, timestep_to_time
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent", "layout")
-# Names of sources of layouts, and the components that each needs.
-LAYOUT_SOURCES = {"generated": ("layout_transformer", "layout_scheduler"), "bank": ("layout_bank",)}
-# A step at the end of the guidance interval must count as inside, though its timestep was rounded to float32.
-TIME_TOLERANCE = 1e-6
 
-Labels: TypeAlias = int | str | Sequence[int | str] | torch.Tensor
-Images: TypeAlias = PIL.Image.Image | np.ndarray | torch.Tensor | Sequence[PIL.Image.Image | np.ndarray]
-Generators: TypeAlias = torch.Generator | list[torch.Generator] | None
 StepCallback: TypeAlias = Callable[[Any, int, torch.Tensor, dict[str, Any]], dict[str, Any] | None]
 
 
@@ -66,7 +77,7 @@ class GPSTokenPipelineOutput(BaseOutput):
     tokens: torch.Tensor | None = None
 
 
-class GPSTokenPipeline(CheckedPipelineMixin, HubDownloadMixin, DiffusionPipeline):
+class GPSTokenPipeline(CheckedPipelineMixin, HubDownloadMixin, GPSTokenLoraMixin, DiffusionPipeline):
     r"""Class-conditional image generation in two stages: a layout of Gaussians, then their texture.
 
     The layout comes from the layout transformer, whose output is calibrated (Alg. 2), from a bank of stored layouts,
@@ -137,22 +148,24 @@ class GPSTokenPipeline(CheckedPipelineMixin, HubDownloadMixin, DiffusionPipeline
         id2label: dict | None = None,
     ):
         super().__init__()
-        _check_components(vae, transformer, layout_transformer, layout_scheduler, layout_bank)
-        self.register_modules(
-            vae=vae,
-            transformer=transformer,
-            scheduler=scheduler,
-            layout_transformer=layout_transformer,
-            layout_scheduler=layout_scheduler,
-            layout_bank=layout_bank,
-            image_processor=image_processor,
-        )
+        components = {
+            "vae": vae,
+            "transformer": transformer,
+            "scheduler": scheduler,
+            "layout_transformer": layout_transformer,
+            "layout_scheduler": layout_scheduler,
+            "layout_bank": layout_bank,
+            "image_processor": image_processor,
+        }
+        _check_components(**components)
+        self.register_modules(**components)
         id2label = None if id2label is None else {str(key): str(value) for key, value in id2label.items()}
         self.register_to_config(id2label=id2label)
         self._guidance_scale = 1.0
         self._interrupt = False
         self._num_timesteps = 0
         self._current_timestep: torch.Tensor | None = None
+        self._attention_kwargs: dict[str, Any] | None = None
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any) -> GPSTokenPipeline:
@@ -165,9 +178,6 @@ class GPSTokenPipeline(CheckedPipelineMixin, HubDownloadMixin, DiffusionPipeline
         """
         check_source(pretrained_model_name_or_path)
         only_safetensors(kwargs)
-        # Without a dtype transformers takes the one that the config names and diffusers takes float32.
-        if kwargs.get("dtype") is None and kwargs.get("torch_dtype") is None:
-            kwargs["dtype"] = torch.float32
         return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
 
     # -- state of a running call, for callbacks
@@ -193,6 +203,11 @@ class GPSTokenPipeline(CheckedPipelineMixin, HubDownloadMixin, DiffusionPipeline
         return self._interrupt
 
     @property
+    def attention_kwargs(self) -> dict[str, Any] | None:
+        """`attention_kwargs` of the running call."""
+        return self._attention_kwargs
+
+    @property
     def is_one_stage(self) -> bool:
         """Whether `transformer` generates layout and texture at once."""
         return self.transformer.config.condition_channels is None
@@ -202,11 +217,7 @@ class GPSTokenPipeline(CheckedPipelineMixin, HubDownloadMixin, DiffusionPipeline
     @property
     def labels(self) -> dict[str, list[int]]:
         """Class name in lower case -> the ids that carry it. Names count as a whole and split at commas."""
-        names: dict[str, list[int]] = {}
-        for key, label in (self.config.id2label or {}).items():
-            for name in dict.fromkeys([label, *label.split(",")]):
-                names.setdefault(name.strip().casefold(), []).append(int(key))
-        return names
+        return ids_by_name(self.config.id2label)
 
     def get_label_ids(self, label: str | Sequence[str]) -> list[int]:
         """The ids of class names.
@@ -220,39 +231,7 @@ class GPSTokenPipeline(CheckedPipelineMixin, HubDownloadMixin, DiffusionPipeline
         Raises:
             ValueError: if a name is unknown or several classes share it.
         """
-        labels, ids = self.labels, []
-        for name in [label] if isinstance(label, str) else label:
-            found = labels.get(name.strip().casefold(), [])
-            if not labels:
-                raise ValueError(f"label must be a class id, as this pipeline has no id2label, got {name!r}")
-            if not found:
-                near = difflib.get_close_matches(name.casefold(), labels, n=3) or sorted(labels)[:3]
-                raise ValueError(f"label must be one of {len(labels)} class names, such as {near}, got {name!r}")
-            if len(found) > 1:
-                raise ValueError(f"label must name one class, got {name!r}, which the classes {found} share")
-            ids.append(found[0])
-        return ids
-
-    def _label_ids(self, class_labels: Labels) -> list[int]:
-        if isinstance(class_labels, torch.Tensor | np.ndarray):
-            class_labels = class_labels.reshape(-1).tolist()
-        elif isinstance(class_labels, int | np.integer | str):
-            class_labels = [class_labels]
-        ids = []
-        for label in class_labels:
-            if isinstance(label, str):
-                ids += self.get_label_ids(label)
-            elif isinstance(label, int | np.integer) and not isinstance(label, bool):
-                ids.append(int(label))
-            else:
-                raise ValueError(f"class_labels must be class names or ids, got {label!r}")
-        if not ids:
-            raise ValueError("class_labels must name at least one class, got none")
-        last = self.transformer.config.num_classes - 1
-        for label_id in ids:
-            if not 0 <= label_id <= last:
-                raise ValueError(f"class_labels must be between 0 and {last}, got {label_id}")
-        return ids
+        return ids_of_names(label, self.config.id2label)
 
     # -- the call
 
@@ -268,15 +247,17 @@ class GPSTokenPipeline(CheckedPipelineMixin, HubDownloadMixin, DiffusionPipeline
         generator: Generators = None,
         latents: torch.Tensor | None = None,
         layout_latents: torch.Tensor | None = None,
+        num_images_per_label: int = 1,
         output_type: str = "pil",
         return_dict: bool = True,
+        attention_kwargs: dict[str, Any] | None = None,
         callback_on_step_end: StepCallback | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
     ) -> GPSTokenPipelineOutput | tuple:
-        r"""Generate one image for each class label.
+        r"""Generate `num_images_per_label` images for each class label, B in all.
 
         Args:
-            class_labels (`int`, `str`, a sequence of these, or `torch.Tensor`): B class ids or names of `id2label`.
+            class_labels (`int`, `str`, a sequence of these, or `torch.Tensor`): class ids or names of `id2label`.
             num_inference_steps (`int`, *optional*, defaults to 250): steps of the texture stage, at least 1.
             num_layout_steps (`int`, *optional*, defaults to 5): steps of the layout stage, at least 1.
             guidance_scale (`float`, *optional*, defaults to 1.5): w of `v_null + w (v_class - v_null)` in the texture
@@ -284,9 +265,9 @@ class GPSTokenPipeline(CheckedPipelineMixin, HubDownloadMixin, DiffusionPipeline
             guidance_interval (`tuple[float, float]`, *optional*, defaults to `(0.2, 1.0)`): `(low, high)` with
                 0 <= low <= high <= 1 in the paper's time (0 noise, 1 data). Steps outside are not guided, which halves
                 their cost.
-            layout ([`GaussianLayout`], images, or `str`, *optional*): where the tokens go. A layout of B images, or of
-                one for all, is used unchanged. Images, B or one for all (PIL, NumPy, or a `(B, 3, H, W)` tensor in
-                [0, 1]), lend the layout that the tokenizer chooses for them after a resize and centre crop.
+            layout ([`GaussianLayout`], images, or `str`, *optional*): where the tokens go. A layout of B images, one
+                per label or one for all is used unchanged. As many images (PIL, NumPy, or a `(B, 3, H, W)` tensor in
+                [0, 1]) lend the layout that the tokenizer chooses for them after a resize and centre crop.
                 `"generated"` and `"bank"` name a source. By default layouts are generated if the pipeline has a layout
                 transformer, and drawn from the bank if not.
             generator (`torch.Generator` or list of B of them, *optional*): source of all noise, for the batch or per
@@ -294,10 +275,13 @@ class GPSTokenPipeline(CheckedPipelineMixin, HubDownloadMixin, DiffusionPipeline
                 layouts have equally many tokens.
             latents (`torch.Tensor` of shape `(B, L, 5 + C)`, *optional*): initial noise of the texture stage.
             layout_latents (`torch.Tensor` of shape `(B, L, 5)`, *optional*): initial noise of the layout stage.
+            num_images_per_label (`int`, *optional*, defaults to 1): images of each label, one after another.
             output_type (`str`, *optional*, defaults to `"pil"`): `"pil"`, `"np"`, `"pt"`, `"latent"`, or `"layout"` to
                 stop after the first stage.
             return_dict (`bool`, *optional*, defaults to `True`): return a [`GPSTokenPipelineOutput`] instead of the
                 tuple `(images, layout, tokens)`.
+            attention_kwargs (`dict`, *optional*): passed to the attention of both transformers. `{"scale": s}` scales
+                their LoRAs.
             callback_on_step_end (`Callable`, *optional*): called as `f(pipeline, step, timestep, state)` after every
                 step of the texture stage. Entries of the dict that it returns replace those of the loop.
             callback_on_step_end_tensor_inputs (`Sequence[str]`, *optional*, defaults to `("latents",)`): entries of
@@ -324,21 +308,31 @@ class GPSTokenPipeline(CheckedPipelineMixin, HubDownloadMixin, DiffusionPipeline
 
             ```
         """
-        labels = self._label_ids(class_labels)
-        _check_sampling(num_inference_steps, num_layout_steps, guidance_scale, guidance_interval)
-        self._check_outputs(len(labels), generator, output_type, callback_on_step_end_tensor_inputs)
-        source = self._layout_source(layout, layout_latents, output_type, len(labels))
-        self._guidance_scale, self._interrupt = guidance_scale, False
-        label_ids = torch.tensor(labels, device=self._execution_device)
+        labels = label_ids(
+            class_labels, self.config.id2label, self.transformer.config.num_classes, num_images_per_label
+        )
+        check_num_steps("num_inference_steps", num_inference_steps)
+        check_num_steps("num_layout_steps", num_layout_steps)
+        check_guidance(guidance_scale, guidance_interval)
+        check_flow_scheduler("scheduler", self.scheduler)
+        check_generators(generator, len(labels))
+        if isinstance(callback_on_step_end, PipelineCallback | MultiPipelineCallbacks):
+            callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
+        self._check_outputs(output_type, callback_on_step_end_tensor_inputs, callback_on_step_end)
+        source = self._layout_source(layout, layout_latents, output_type)
+        if isinstance(source, GaussianLayout):
+            source = spread(source, len(labels), num_images_per_label)
+        self._guidance_scale, self._interrupt, self._attention_kwargs = guidance_scale, False, attention_kwargs
+        ids = torch.tensor(labels, device=self._execution_device)
 
         # 1. The layout.
-        made = self._make_layout(source, label_ids, num_layout_steps, layout_latents, generator)
+        made = self._make_layout(source, ids, num_layout_steps, layout_latents, generator, num_images_per_label)
         images, tokens = None, None
         if output_type != "layout":
             # 2. The texture, with the refinement of the layout.
             latents, made = self._sample(
                 "texture",
-                label_ids,
+                ids,
                 made,
                 latents,
                 num_inference_steps,
@@ -348,12 +342,13 @@ class GPSTokenPipeline(CheckedPipelineMixin, HubDownloadMixin, DiffusionPipeline
                 callback_on_step_end_tensor_inputs,
             )
             # 3. The image.
-            tokens = self._to_tokens(self.transformer, latents, made)
+            tokens = tokens_of(latents, self.transformer, self.vae.config, made)
             if output_type == "latent":
                 images = latents
             else:
                 sample = self.vae.decode(tokens, attention_mask=mask_of(made)).sample
-                images = self._processor().post_process(sample, output_type=output_type)
+                processor = self.image_processor or GPSTokenImageProcessor()
+                images = processor.post_process(sample, output_type=output_type)
         self.maybe_free_model_hooks()
         if not return_dict:
             return (images, made, tokens)
@@ -374,35 +369,30 @@ class GPSTokenPipeline(CheckedPipelineMixin, HubDownloadMixin, DiffusionPipeline
         """The loop of the "layout" or "texture" stage: noise -> latents `(B, L, C)` and the layout after callbacks."""
         name = "layout_" if stage == "layout" else ""
         transformer, scheduler = getattr(self, f"{name}transformer"), getattr(self, f"{name}scheduler")
-        num_tokens = transformer.config.sample_size if layout is None else layout.gaussians.shape[1]
-        shape = (len(labels), num_tokens, transformer.config.in_channels)
-        latents = _initial_noise(f"{name}latents", latents, shape, generator, labels.device)
-        timesteps = _set_timesteps(scheduler, num_steps, latents.device)
-        times = [timestep_to_time(timestep) for timestep in timesteps.tolist()]  # copied to the host once
-        step_kwargs = {"generator": generator} if "generator" in inspect.signature(scheduler.step).parameters else {}
-        low, high = guidance_interval
-        predict = GuidedPredictor(transformer, labels, layout)
+        latents = stage_noise(f"{name}latents", transformer, layout, latents, labels, generator)
+        timesteps = set_timesteps(scheduler, num_steps, latents.device)
+        inputs = model_timesteps(scheduler, timesteps)
+        times = [timestep_to_time(timestep) for timestep in inputs.tolist()]  # copied to the host once
+        predict = GuidedPredictor(transformer, labels, layout, self.attention_kwargs)
         if stage == "texture":
             self._num_timesteps = len(timesteps)
         with self.progress_bar(total=num_steps) as bar:
             if "desc" not in getattr(self, "_progress_bar_config", {}):
                 bar.set_description(stage, refresh=False)
-            for i, (timestep, t) in enumerate(zip(timesteps, times)):
+            for i, timestep in counted_steps(timesteps, scheduler.order, bar):
                 if self.interrupt:
-                    continue
+                    break
                 self._current_timestep = timestep
-                w = self.guidance_scale if low - TIME_TOLERANCE <= t <= high + TIME_TOLERANCE else 1.0
-                output = predict(latents, timestep, w)
-                latents = scheduler.step(output, timestep, latents, **step_kwargs, return_dict=False)[0]
+                w = guidance_at(times[i], self.guidance_scale, guidance_interval)
+                output = predict(latents, inputs[i], w)
+                latents = take_step(scheduler, output, timestep, latents, generator)
                 if callback is not None:
                     state: dict[str, Any] = {"latents": latents, "layout": layout}
                     state |= callback(self, i, timestep, {name: state[name] for name in callback_inputs}) or {}
                     latents = state["latents"]
                     if state["layout"] is not layout:
                         layout = state["layout"]
-                        predict = GuidedPredictor(transformer, labels, layout)
-                if (i + 1) % scheduler.order == 0 or i + 1 == len(timesteps):
-                    bar.update()
+                        predict = GuidedPredictor(transformer, labels, layout, self.attention_kwargs)
         self._current_timestep = None
         return latents, layout
 
@@ -413,69 +403,37 @@ class GPSTokenPipeline(CheckedPipelineMixin, HubDownloadMixin, DiffusionPipeline
         num_steps: int,
         layout_latents: torch.Tensor | None,
         generator: Generators,
+        num_images_per_label: int,
     ) -> GaussianLayout | None:
         """The layout of B images from the source that `_layout_source` returned, on the device of `labels`."""
         if source is None:
             return None
         if isinstance(source, GaussianLayout):
-            return source.expand(len(labels)).to(labels.device, torch.float32)
+            return source.to(labels.device, torch.float32)
         if isinstance(source, str) and source == "bank":
-            assert self.layout_bank is not None  # checked by _layout_source
+            assert self.layout_bank is not None  # checked by choose_source
             return self.layout_bank.sample(labels, generator=generator).to(labels.device)
-        config = self.vae.config
-        side = config.image_size
-        geometry = {name: getattr(config, name) for name in ("min_region_size", "sigma_scale", "align_corners")}
         if isinstance(source, str):
             latents, _ = self._sample("layout", labels, None, layout_latents, num_steps, generator)
-            assert self.layout_transformer is not None  # checked by _layout_source
-            gaussians = self._to_tokens(self.layout_transformer, latents, None)
-            return calibrate_layout(gaussians, (side, side), **geometry)
-        pixel_values = self._processor()(
-            source,
-            do_resize=True,
-            size={"shortest_edge": side},
-            do_center_crop=True,
-            crop_size={"height": side, "width": side},
-            return_tensors="pt",
-        )["pixel_values"]
-        pixel_values = pixel_values.to(labels.device)
-        layout = partition_images(pixel_values, config.num_tokens, config.complexity_exponent, **geometry)
-        return layout.expand(len(labels))
-
-    def _processor(self) -> GPSTokenImageProcessor:
-        return GPSTokenImageProcessor() if self.image_processor is None else self.image_processor
-
-    def _to_tokens(
-        self, transformer: SiTTransformer1DModel, latents: torch.Tensor, layout: GaussianLayout | None
-    ) -> torch.Tensor:
-        """Latents of a stage -> tokens, by the statistics of its transformer or, if it has none, of the tokenizer."""
-        config = transformer.config
-        is_offset = config.gaussian_target == "offset"
-        owner = self.vae.config if config.latents_mean is None and is_offset else config
-        mean, std = torch.zeros(()), torch.ones(())
-        if owner.latents_mean is not None:
-            mean, std = torch.tensor(owner.latents_mean), torch.tensor(owner.latents_std)
-        gaussians = layout.gaussians if layout is not None and is_offset else None
-        latents = latents.float()
-        return latents_to_tokens(latents, mean.to(latents), std.to(latents), config.gaussian_target, gaussians)
+            assert self.layout_transformer is not None  # checked by choose_source
+            return calibrated(tokens_of(latents, self.layout_transformer, self.vae.config, None), self.vae.config)
+        layout = borrow_layout(source, self.vae.config, self.image_processor, labels.device)
+        return spread(layout, len(labels), num_images_per_label)
 
     # -- checks
 
-    def _check_outputs(
-        self, batch_size: int, generator: Generators, output_type: str, callback_inputs: Sequence[str]
-    ) -> None:
+    def _check_outputs(self, output_type: str, callback_inputs: Sequence[str], callback: StepCallback | None) -> None:
         if output_type not in OUTPUT_TYPES:
             raise ValueError(f"output_type must be one of {list(OUTPUT_TYPES)}, got {output_type!r}")
-        if isinstance(generator, list) and len(generator) != batch_size:
-            raise ValueError(f"generator must be one or a list of {batch_size}, one per label, got {len(generator)}")
         if not set(callback_inputs) <= set(self._callback_tensor_inputs):
+            of_class = f" of {type(callback).__name__}" if isinstance(callback, PipelineCallback) else ""
             raise ValueError(
                 f"callback_on_step_end_tensor_inputs must be among {self._callback_tensor_inputs}, "
-                f"got {list(callback_inputs)}"
+                f"got {list(callback_inputs)}{of_class} (to guide fewer steps, set guidance_interval)"
             )
 
     def _layout_source(
-        self, layout: Any, layout_latents: torch.Tensor | None, output_type: str, batch_size: int
+        self, layout: Any, layout_latents: torch.Tensor | None, output_type: str
     ) -> GaussianLayout | Images | str | None:
         """Check `layout` and return the source of layouts: a layout, images, a name, or `None` in one stage."""
         if self.is_one_stage:
@@ -485,90 +443,46 @@ class GPSTokenPipeline(CheckedPipelineMixin, HubDownloadMixin, DiffusionPipeline
                     "without condition, which makes layout and texture at once, got one of them"
                 )
             return None
-        if layout is None:
-            if self.layout_transformer is None and self.layout_bank is None:
-                raise ValueError(
-                    "layout must be given to a pipeline without layout_transformer and layout_bank, got None"
-                )
-            layout = "bank" if self.layout_transformer is None else "generated"
-        is_name = isinstance(layout, str)
-        if layout_latents is not None and not (is_name and layout == "generated"):
+        if layout is None or (isinstance(layout, str) and layout in LAYOUT_SOURCES):
+            layout = choose_source(self, layout)
+        is_generated = isinstance(layout, str) and layout == "generated"
+        if layout_latents is not None and not is_generated:
             raise ValueError("layout_latents must be None unless the layout is generated, got a tensor")
-        if is_name and layout in LAYOUT_SOURCES:
-            for name in LAYOUT_SOURCES[layout]:
-                if getattr(self, name) is None:
-                    raise ValueError(f"{name} must be a component of the pipeline for layout={layout!r}, got None")
-            return layout
-        if isinstance(layout, GaussianLayout):
-            layout.expand(batch_size).check()
-            return layout
-        # A tensor of Gaussians would pass for a grey image.
-        tensors = [one for one in layout if isinstance(one, torch.Tensor)] if isinstance(layout, list | tuple) else []
-        if is_name or tensors or (isinstance(layout, torch.Tensor) and layout.ndim != 4):
-            got = repr(layout) if is_name else "tensors that are not a (B, 3, H, W) batch"
-            raise ValueError(f"layout must be a GaussianLayout, images or one of {list(LAYOUT_SOURCES)}, got {got}")
-        return layout
+        if is_generated:
+            check_flow_scheduler("layout_scheduler", self.layout_scheduler)
+        return layout if isinstance(layout, str) and layout in LAYOUT_SOURCES else check_given(layout)
 
 
-def _initial_noise(
-    name: str, latents: torch.Tensor | None, shape: tuple[int, ...], generator: Generators, device: torch.device
-) -> torch.Tensor:
-    """Given or drawn noise of a stage, float32 for any dtype of the model, as steps are summed in it."""
-    if latents is None:
-        return randn_tensor(shape, generator=generator, device=device, dtype=torch.float32)
-    if tuple(latents.shape) != shape:
-        raise ValueError(f"{name} must be {shape}, got {tuple(latents.shape)}")
-    return latents.to(device=device, dtype=torch.float32)
+def _check_components(**components: Any) -> None:
+    """Raise a ValueError unless the components are of their classes and fit together."""
+    hints = get_type_hints(GPSTokenPipeline)
+    for name, component in components.items():
+        # A compiled model keeps the original in `_orig_mod`.
+        if not isinstance(getattr(component, "_orig_mod", component), hints[name]):
+            expected = " or ".join(cls.__name__ for cls in get_args(hints[name]) or (hints[name],))
+            raise ValueError(f"{name} must be a {expected}, got {type(component).__name__}")
+        if isinstance(component, SchedulerMixin):
+            check_flow_scheduler(name, component)
+    layout_transformer, transformer = components["layout_transformer"], components["transformer"]
 
-
-def _set_timesteps(scheduler: SchedulerMixin, num_steps: int, device: torch.device) -> torch.Tensor:
-    """Set the steps of any flow scheduler and return its timesteps."""
-    if isinstance(scheduler, FlowMatchEulerDiscreteScheduler):
-        # Its default steps end at sigma 0.001, as in training. These are uniform and end one step before the data.
-        scheduler.set_timesteps(sigmas=np.linspace(1, 1 / num_steps, num_steps).tolist(), device=device)
-    else:
-        scheduler.set_timesteps(num_steps, device=device)
-    if hasattr(scheduler, "set_begin_index"):
-        scheduler.set_begin_index(0)
-    return scheduler.timesteps
-
-
-def _check_sampling(
-    num_inference_steps: int, num_layout_steps: int, scale: float, interval: tuple[float, float]
-) -> None:
-    for name, value in (("num_inference_steps", num_inference_steps), ("num_layout_steps", num_layout_steps)):
-        if not isinstance(value, int | np.integer) or value < 1:
-            raise ValueError(f"{name} must be an integer of at least 1, got {value}")
-    if not scale >= 0:
-        raise ValueError(f"guidance_scale must be at least 0, got {scale}")
-    if len(interval) != 2 or not 0 <= interval[0] <= interval[1] <= 1:
-        raise ValueError(f"guidance_interval must be (low, high) with 0 <= low <= high <= 1, got {tuple(interval)}")
-
-
-def _check_components(
-    vae: GPSTokenModel,
-    transformer: SiTTransformer1DModel,
-    layout_transformer: SiTTransformer1DModel | None,
-    layout_scheduler: SchedulerMixin | None,
-    layout_bank: GaussianLayoutBank | None,
-) -> None:
-    def check_config(name: str, model: SiTTransformer1DModel, **expected: int | None) -> None:
+    def check_config(name: str, **expected: int | None) -> None:
+        config = components[name].config
         for key, value in expected.items():
-            if model.config[key] != value:
-                raise ValueError(f"{name} must have {key}={value}, got {model.config[key]}")
+            if config[key] != value:
+                raise ValueError(f"{name} must have {key}={value}, got {config[key]}")
 
-    check_config("transformer", transformer, in_channels=vae.config.token_channels)
+    check_config("transformer", in_channels=components["vae"].config.token_channels)
     if transformer.config.condition_channels is None:
-        if layout_transformer is not None or layout_bank is not None:
+        if layout_transformer is not None or components["layout_bank"] is not None:
             raise ValueError(
                 "layout_transformer and layout_bank must be None for a transformer without condition, "
                 "which makes layouts itself, got one of them"
             )
         return
-    check_config("transformer", transformer, condition_channels=NUM_GAUSSIAN_PARAMS)
+    check_config("transformer", condition_channels=NUM_GAUSSIAN_PARAMS)
     if layout_transformer is not None:
-        if layout_scheduler is None:
+        if components["layout_scheduler"] is None:
             raise ValueError("layout_scheduler must be given with layout_transformer, got None")
         classes = transformer.config.num_classes
-        expected = {"in_channels": NUM_GAUSSIAN_PARAMS, "condition_channels": None, "num_classes": classes}
-        check_config("layout_transformer", layout_transformer, **expected)
+        channels = NUM_GAUSSIAN_PARAMS
+        check_config("layout_transformer", in_channels=channels, condition_channels=None, num_classes=classes)

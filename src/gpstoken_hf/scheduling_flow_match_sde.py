@@ -122,7 +122,15 @@ class FlowMatchSDEScheduler(CheckedConfigMixin, SchedulerMixin, ConfigMixin):
         ```
     """
 
-    _compatibles: list[str] = []  # noqa: RUF012 - diffusers reads a list
+    # Flow models are sampled by these, made by `from_config` of this scheduler's config.
+    _compatibles = [  # noqa: RUF012 - diffusers reads a list
+        "FlowMatchEulerDiscreteScheduler",
+        "FlowMatchHeunDiscreteScheduler",
+        "DPMSolverMultistepScheduler",
+        "UniPCMultistepScheduler",
+        "DEISMultistepScheduler",
+        "SASolverScheduler",
+    ]
     order = 1
     init_noise_sigma = 1.0
 
@@ -155,11 +163,9 @@ class FlowMatchSDEScheduler(CheckedConfigMixin, SchedulerMixin, ConfigMixin):
                 "prediction_type and use_flow_sigmas must be 'flow_prediction' and True, "
                 f"got {prediction_type!r} and {use_flow_sigmas}"
             )
-        # `from_config` of another class drops values that are marked as defaults. Multistep solvers need these two.
-        defaults = self.config.get("_use_default_values", [])
-        self.register_to_config(
-            _use_default_values=[key for key in defaults if key not in ("prediction_type", "use_flow_sigmas")]
-        )
+        # `from_config` of another class drops values that are marked as defaults. Multistep solvers need two of them,
+        # and a config that is saved and loaded has no such marks.
+        self.register_to_config(_use_default_values=[])
         self.num_inference_steps: int | None = None
         self._step_index: int | None = None
         self._begin_index: int | None = None

@@ -13,18 +13,22 @@ diffusers; `timestep_to_time` and one change of sign convert to the paper. See d
 
 from __future__ import annotations
 
+import inspect
+from dataclasses import replace
 from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.loaders import PeftAdapterMixin
+from diffusers.models._modeling_parallel import ContextParallelInput, ContextParallelOutput
 from diffusers.models.attention import AttentionMixin, AttentionModuleMixin, FeedForward
-from diffusers.models.attention_dispatch import dispatch_attention_fn
+from diffusers.models.attention_dispatch import _AttentionBackendRegistry, dispatch_attention_fn
 from diffusers.models.cache_utils import CacheMixin
 from diffusers.models.embeddings import TimestepEmbedding, Timesteps
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.models.modeling_utils import ModelMixin
+from diffusers.utils import USE_PEFT_BACKEND, scale_lora_layers, unscale_lora_layers
 from torch import nn
 
 from .file_checks import check_number, check_statistics, only_safetensors
@@ -54,6 +58,8 @@ LIMITS: dict[str, tuple[float, float]] = {
 GAUSSIAN_TARGETS = ("offset", "absolute", "logit")
 CONDITION_INJECTIONS = ("input", "every_block")
 TIMESTEP_SCALE = 1000.0
+# The attention backends of diffusers that take a mask, beside those for sequences of varying length ("varlen").
+MASKED_BACKENDS = ("native", "_native_cudnn", "_native_efficient", "_native_math", "_native_npu", "flex")
 
 TimeT = TypeVar("TimeT", torch.Tensor, float)
 
@@ -142,7 +148,27 @@ class SiTAttnProcessor:
         else:
             query, key, value = attn.to_q(hidden_states), attn.to_k(hidden_states), attn.to_v(hidden_states)
         query, key, value = (x.unflatten(-1, (-1, attn.head_dim)) for x in (query, key, value))  # (B, L, H, D / H)
-        hidden_states = dispatch_attention_fn(
+        if attention_mask is None or self._takes_mask():
+            hidden_states = self._attend(query, key, value, attention_mask)
+        else:
+            # One image after another, without its padding: every backend can do that.
+            hidden_states = torch.zeros_like(query)
+            for i, is_token in enumerate(attention_mask.flatten(1)):
+                rows = is_token.nonzero().squeeze(1)
+                hidden_states[i, rows] = self._attend(
+                    query[i : i + 1, rows], key[i : i + 1, rows], value[i : i + 1, rows]
+                )[0]
+        return attn.to_out[0](hidden_states.flatten(2, 3).to(query.dtype))
+
+    def _takes_mask(self) -> bool:
+        backend = self._attention_backend or _AttentionBackendRegistry.get_active_backend()[0]
+        name = getattr(backend, "value", backend)
+        return name in MASKED_BACKENDS or "varlen" in name
+
+    def _attend(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attention_mask: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        return dispatch_attention_fn(
             query,
             key,
             value,
@@ -150,7 +176,6 @@ class SiTAttnProcessor:
             backend=self._attention_backend,
             parallel_config=self._parallel_config,
         )
-        return attn.to_out[0](hidden_states.flatten(2, 3).to(query.dtype))
 
 
 class SiTAttention(nn.Module, AttentionModuleMixin):
@@ -164,14 +189,24 @@ class SiTAttention(nn.Module, AttentionModuleMixin):
         self.heads = heads
         self.head_dim = head_dim
         self.use_bias = True  # read by fuse_projections
+        self.is_cross_attention = False  # read by hooks that skip layers
         self.to_q = nn.Linear(dim, heads * head_dim)
         self.to_k = nn.Linear(dim, heads * head_dim)
         self.to_v = nn.Linear(dim, heads * head_dim)
         self.to_out = nn.ModuleList([nn.Linear(heads * head_dim, dim)])
         self.set_processor(SiTAttnProcessor())
 
-    def forward(self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None = None) -> torch.Tensor:
-        return self.processor(self, hidden_states, attention_mask)
+    def forward(
+        self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None = None, **kwargs: Any
+    ) -> torch.Tensor:
+        """`hidden_states` `(B, L, D)` -> `(B, L, D)`; `kwargs` go to the processor."""
+        unknown = kwargs.keys() - inspect.signature(self.processor.__call__).parameters.keys() if kwargs else ()
+        if unknown:
+            raise ValueError(
+                f"attention_kwargs must hold 'scale' and arguments of {type(self.processor).__name__}, "
+                f"got {sorted(unknown)}"
+            )
+        return self.processor(self, hidden_states, attention_mask, **kwargs)
 
 
 class SiTConditionEmbedding(nn.Module):
@@ -198,15 +233,41 @@ class SiTTransformerBlock(nn.Module):
         self.ff = FeedForward(dim, inner_dim=int(dim * mlp_ratio), activation_fn="gelu-approximate")
 
     def forward(
-        self, hidden_states: torch.Tensor, temb: torch.Tensor, attention_mask: torch.Tensor | None = None
+        self,
+        hidden_states: torch.Tensor,
+        temb: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        condition: torch.Tensor | None = None,
+        attention_kwargs: dict[str, Any] | None = None,
     ) -> torch.Tensor:
-        """`hidden_states` `(B, L, D)` and `temb` `(B, D)` -> `(B, L, D)`."""
+        """`hidden_states` `(B, L, D)`, `temb` `(B, D)` and an embedded `condition` `(B, L, D)` -> `(B, L, D)`."""
+        if condition is not None:
+            hidden_states = hidden_states + condition
         modulation = self.modulation(F.silu(temb)).unsqueeze(1)  # (B, 1, 6 D)
         shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = modulation.chunk(6, dim=-1)
         normed = self.norm1(hidden_states) * (1 + scale_msa) + shift_msa
-        hidden_states = hidden_states + gate_msa * self.attn(normed, attention_mask)
+        hidden_states = hidden_states + gate_msa * self.attn(normed, attention_mask, **(attention_kwargs or {}))
         normed = self.norm2(hidden_states) * (1 + scale_mlp) + shift_mlp
         return hidden_states + gate_mlp * self.ff(normed)
+
+
+def register_blocks() -> None:
+    """Tell diffusers' hooks (caches, guiders that skip layers) what our blocks return."""
+    from diffusers.hooks._helpers import (
+        AttentionProcessorMetadata,
+        AttentionProcessorRegistry,
+        TransformerBlockMetadata,
+        TransformerBlockRegistry,
+    )
+
+    TransformerBlockRegistry.register(
+        SiTTransformerBlock,
+        TransformerBlockMetadata(return_hidden_states_index=0, return_encoder_hidden_states_index=None),
+    )
+    AttentionProcessorRegistry.register(
+        SiTAttnProcessor,
+        AttentionProcessorMetadata(lambda _attention, hidden_states, *_args, **_kwargs: hidden_states),
+    )
 
 
 class SiTTransformer1DModel(
@@ -264,6 +325,14 @@ class SiTTransformer1DModel(
     _no_split_modules = ["SiTTransformerBlock"]  # noqa: RUF012 - diffusers reads lists
     _repeated_blocks = ["SiTTransformerBlock"]  # noqa: RUF012
     _skip_layerwise_casting_patterns = ["pos_embed", "time_embedder", "norm"]  # noqa: RUF012
+    # bfloat16 rounds the embedding of the time to steps of 1/128.
+    _keep_in_fp32_modules = ["time_embedder"]  # noqa: RUF012
+    # Tokens are split over devices between the embeddings and the output.
+    _cp_plan = {  # noqa: RUF012
+        "transformer_blocks.0": {"hidden_states": ContextParallelInput(split_dim=1, expected_dims=3)},
+        "transformer_blocks.*": {"condition": ContextParallelInput(split_dim=1, expected_dims=3)},
+        "proj_out": ContextParallelOutput(gather_dim=1, expected_dims=3),
+    }
 
     @register_to_config
     def __init__(
@@ -347,6 +416,15 @@ class SiTTransformer1DModel(
             raise ValueError(f"name must be one of the presets {list(SIT_PRESETS)}, got {name!r}")
         return cls(**{**SIT_PRESETS[name], **config})
 
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
+        """Load from a folder or the Hub, strictly and never from a pickle; see [`~loading.StrictLoadingMixin`]."""
+        # diffusers refuses `low_cpu_mem_usage=False` for a model with modules that stay in float32. With and without
+        # it the loaded model is the same.
+        if kwargs.get("low_cpu_mem_usage") is False:
+            del kwargs["low_cpu_mem_usage"]
+        return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+
     def load_lora_adapter(self, pretrained_model_name_or_path_or_dict: Any, *args: Any, **kwargs: Any) -> Any:
         """Load a LoRA as diffusers does, but never from a pickle."""
         only_safetensors(kwargs)
@@ -378,6 +456,7 @@ class SiTTransformer1DModel(
         class_labels: torch.Tensor,
         encoder_condition: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
+        attention_kwargs: dict[str, Any] | None = None,
         return_dict: bool = True,
     ) -> Transformer2DModelOutput | tuple[torch.Tensor]:
         """Predict `noise - data` for noised tokens.
@@ -392,6 +471,8 @@ class SiTTransformer1DModel(
                 for a condition also runs without one, but has never learned its position embedding.
             attention_mask (`torch.Tensor` of shape `(B, L)`, *optional*): 1 (or True) for tokens, 0 for padding.
                 Padding does not change the output at tokens. The output at padding has no meaning.
+            attention_kwargs (`dict`, *optional*): keyword arguments of the attention processors; `{"scale": s}` scales
+                the LoRAs of the model.
             return_dict (`bool`, *optional*, defaults to `True`): return an output object instead of a tuple.
 
         Returns:
@@ -399,8 +480,31 @@ class SiTTransformer1DModel(
             the velocity of the paper.
 
         Raises:
-            ValueError: if a shape does not fit the config or another shape; if a model without condition is given one.
+            ValueError: if a shape does not fit the config or another shape; if a model without condition is given one;
+                if the attention processor does not take one of `attention_kwargs`.
         """
+        attention_kwargs = dict(attention_kwargs or {})
+        scale = attention_kwargs.pop("scale", 1.0)
+        inputs = (hidden_states, timestep, class_labels, encoder_condition, attention_mask, attention_kwargs)
+        if scale == 1.0 or not USE_PEFT_BACKEND:
+            sample = self._predict(*inputs)
+        else:
+            scale_lora_layers(self, scale)
+            try:
+                sample = self._predict(*inputs)
+            finally:
+                unscale_lora_layers(self, scale)
+        return Transformer2DModelOutput(sample=sample) if return_dict else (sample,)
+
+    def _predict(
+        self,
+        hidden_states: torch.Tensor,
+        timestep: torch.Tensor | float,
+        class_labels: torch.Tensor,
+        encoder_condition: torch.Tensor | None,
+        attention_mask: torch.Tensor | None,
+        attention_kwargs: dict[str, Any],
+    ) -> torch.Tensor:
         self._check_inputs(hidden_states, class_labels, encoder_condition, attention_mask)
         batch, dtype = hidden_states.shape[0], hidden_states.dtype
         timestep = torch.as_tensor(timestep, dtype=torch.float32, device=hidden_states.device).expand(batch)
@@ -408,8 +512,8 @@ class SiTTransformer1DModel(
             dropped = torch.rand(batch, device=class_labels.device) < self.config.class_dropout_prob
             class_labels = torch.where(dropped, self.null_class, class_labels)
 
-        time = self.time_embedder(self.time_proj(timestep_to_time(timestep)).to(dtype))
-        temb = time + self.class_embedder(class_labels).to(dtype)  # (B, D)
+        time = self.time_proj(timestep_to_time(timestep)).to(self.time_embedder.linear_1.weight.dtype)
+        temb = self.time_embedder(time).to(dtype) + self.class_embedder(class_labels).to(dtype)  # (B, D)
         hidden_states = self.proj_in(hidden_states)  # (B, L, D)
         if encoder_condition is None:
             condition = self.pos_embed.to(dtype)
@@ -422,35 +526,39 @@ class SiTTransformer1DModel(
         if attention_mask is not None:
             attention_mask = attention_mask.bool()[:, None, None, :]  # (B, heads, queries, keys)
 
+        shared = (temb, attention_mask, condition if every_block else None, attention_kwargs)
         for block in self.transformer_blocks:
-            if every_block:
-                hidden_states = hidden_states + condition
             if torch.is_grad_enabled() and self.gradient_checkpointing:
-                hidden_states = self._gradient_checkpointing_func(block, hidden_states, temb, attention_mask)
+                hidden_states = self._gradient_checkpointing_func(block, hidden_states, *shared)
             else:
-                hidden_states = block(hidden_states, temb, attention_mask)
+                hidden_states = block(hidden_states, *shared)
 
         shift, scale = self.modulation_out(F.silu(temb)).unsqueeze(1).chunk(2, dim=-1)
         output = self.proj_out(self.norm_out(hidden_states) * (1 + scale) + shift)
-        sample = -output[..., : self.config.in_channels]
-        if not return_dict:
-            return (sample,)
-        return Transformer2DModelOutput(sample=sample)
+        return -output[..., : self.config.in_channels]
 
     def enable_cache(self, config: Any) -> None:
         """Turn on one of diffusers' caches (first block, pyramid attention broadcast, ...).
 
         Args:
-            config: the config of the cache, see [`~diffusers.CacheMixin.enable_cache`].
-        """
-        # Diffusers looks blocks up by class, so ours must be registered. Importing its registry imports all of its
-        # models; do that only when a cache is wanted.
-        from diffusers.hooks._helpers import TransformerBlockMetadata, TransformerBlockRegistry
+            config: the config of the cache, see [`~diffusers.CacheMixin.enable_cache`]. FasterCache caches attention
+                only, with `is_guidance_distilled=True`.
 
-        TransformerBlockRegistry.register(
-            SiTTransformerBlock,
-            TransformerBlockMetadata(return_hidden_states_index=0, return_encoder_hidden_states_index=None),
-        )
+        Raises:
+            ValueError: if FasterCache should also replace the calls without a class.
+        """
+        # Importing this registers our blocks, and imports all models of diffusers: only when a cache is wanted.
+        from diffusers.hooks import FasterCacheConfig
+
+        if isinstance(config, FasterCacheConfig):
+            if not config.is_guidance_distilled:
+                raise ValueError(
+                    "is_guidance_distilled must be True for FasterCache on tokens, which then caches attention (the "
+                    "call without a class is predicted from frequencies of a pixel grid, and tokens have none), "
+                    "got False"
+                )
+            config = replace(config, spatial_attention_block_identifiers=("transformer_blocks.*attn",))
+        register_blocks()
         super().enable_cache(config)
 
     def _check_inputs(

@@ -1,0 +1,146 @@
+# Copyright 2026 The gpstoken-hf authors. Licensed under the Apache License, Version 2.0.
+"""LoRAs of the two generators, loaded and saved by the pipeline as by other pipelines of diffusers."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY, LORA_WEIGHT_NAME_SAFE, LoraBaseMixin
+from diffusers.utils import USE_PEFT_BACKEND
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+from .file_checks import check_source, find_file, only_safetensors, read_header, shown
+
+COMPONENTS = ("transformer", "layout_transformer")
+
+
+class GPSTokenLoraMixin(LoraBaseMixin):
+    """`load_lora_weights` and `save_lora_weights` of a pipeline. Weights are named after their component."""
+
+    _lora_loadable_modules = list(COMPONENTS)  # noqa: RUF012 - diffusers reads a list
+
+    def load_lora_weights(
+        self,
+        pretrained_model_name_or_path_or_dict: str | os.PathLike[str] | Mapping[str, torch.Tensor],
+        adapter_name: str | None = None,
+        hotswap: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        """Load a LoRA of the texture generator, of the layout generator, or of both.
+
+        Args:
+            pretrained_model_name_or_path_or_dict (`str`, `os.PathLike` or `Mapping`): a folder, a repository on the
+                Hub, a safetensors file, or the weights. Their names begin with `transformer.` or
+                `layout_transformer.`.
+            adapter_name (`str`, *optional*): its name in `set_adapters`. Defaults to `default_0`, `default_1`, ...
+            hotswap (`bool`, *optional*, defaults to `False`): replace the weights of the adapter of this name.
+            kwargs: `weight_name` (defaults to `"pytorch_lora_weights.safetensors"`), `subfolder`, and the arguments
+                of the Hub: `revision`, `token`, `cache_dir`, `force_download`, `local_files_only`.
+
+        Raises:
+            ValueError: if `peft` is not installed, the file is damaged or a pickle, or it holds weights of something
+                else.
+            OSError: if there is no such file.
+        """
+        if not USE_PEFT_BACKEND:
+            raise ValueError("load_lora_weights needs the package peft, got none installed")
+        source, metadata = pretrained_model_name_or_path_or_dict, None
+        only_safetensors(kwargs)
+        if isinstance(source, Mapping):
+            weights = dict(source)
+        else:
+            path = _lora_file(source, kwargs)
+            read_header(path)
+            weights = load_file(path)
+            with safe_open(path, framework="pt") as file:
+                metadata = json.loads((file.metadata() or {}).get(LORA_ADAPTER_METADATA_KEY, "null"))
+        where = "the state dict" if isinstance(source, Mapping) else source
+        foreign = [key for key in weights if key.split(".")[0] not in COMPONENTS or "lora" not in key]
+        if foreign or not weights:
+            raise ValueError(
+                f"{where} must hold LoRA weights named {' or '.join(f'{name}.*' for name in COMPONENTS)}, "
+                f"got {shown(sorted(foreign))}"
+            )
+        for name in COMPONENTS:
+            if not any(key.startswith(f"{name}.") for key in weights):
+                continue
+            component = getattr(self, name)
+            if component is None:
+                raise ValueError(f"{name} must be a component of the pipeline for the LoRA in {where}, got None")
+            component.load_lora_adapter(
+                weights, prefix=name, adapter_name=adapter_name, hotswap=hotswap, metadata=metadata, _pipeline=self
+            )
+
+    @classmethod
+    def save_lora_weights(
+        cls,
+        save_directory: str | os.PathLike[str],
+        transformer_lora_layers: Mapping[str, torch.Tensor] | None = None,
+        layout_transformer_lora_layers: Mapping[str, torch.Tensor] | None = None,
+        is_main_process: bool = True,
+        weight_name: str = LORA_WEIGHT_NAME_SAFE,
+        transformer_lora_adapter_metadata: dict[str, Any] | None = None,
+        layout_transformer_lora_adapter_metadata: dict[str, Any] | None = None,
+    ) -> None:
+        """Write the LoRAs of one or both generators to one safetensors file.
+
+        Args:
+            save_directory (`str` or `os.PathLike`): the folder, made if need be.
+            transformer_lora_layers, layout_transformer_lora_layers (`Mapping[str, torch.Tensor]`, *optional*): what
+                `peft.get_peft_model_state_dict` returns for the generator; at least one of them.
+            is_main_process (`bool`, *optional*, defaults to `True`): whether this process writes.
+            weight_name (`str`, *optional*, defaults to `"pytorch_lora_weights.safetensors"`): name of the file.
+            transformer_lora_adapter_metadata, layout_transformer_lora_adapter_metadata (`dict`, *optional*): the
+                `LoraConfig.to_dict()` of each, for ranks and scales that the weights do not tell.
+
+        Raises:
+            ValueError: if neither generator has layers, or the name is not that of a safetensors file.
+        """
+        layers = dict(zip(COMPONENTS, (transformer_lora_layers, layout_transformer_lora_layers)))
+        metadata = (transformer_lora_adapter_metadata, layout_transformer_lora_adapter_metadata)
+        layers = {name: value for name, value in layers.items() if value}
+        if not layers:
+            raise ValueError(
+                f"at least one of {[f'{name}_lora_layers' for name in COMPONENTS]} must be given, got none"
+            )
+        if not weight_name.endswith(".safetensors"):
+            raise ValueError(f"weight_name must end in .safetensors (pickles are never written), got {weight_name!r}")
+        if is_main_process:
+            cls._save_lora_weights(save_directory, layers, dict(zip(COMPONENTS, metadata)), weight_name=weight_name)
+
+    def fuse_lora(self, components: list[str] | None = None, **kwargs: Any) -> None:
+        """Merge the active LoRAs into the weights. See [`~diffusers.loaders.lora_base.LoraBaseMixin.fuse_lora`].
+
+        Args:
+            components (`list[str]`, *optional*): the generators to fuse. Defaults to those that have a LoRA.
+        """
+        super().fuse_lora(components=components or self._with_lora(), **kwargs)
+
+    def unfuse_lora(self, components: list[str] | None = None, **kwargs: Any) -> None:
+        """Undo `fuse_lora`.
+
+        Args:
+            components (`list[str]`, *optional*): the generators to restore. Defaults to those that have a LoRA.
+        """
+        super().unfuse_lora(components=components or self._with_lora(), **kwargs)
+
+    def _with_lora(self) -> list[str]:
+        return [name for name in COMPONENTS if getattr(getattr(self, name), "peft_config", None)]
+
+
+def _lora_file(source: str | os.PathLike[str], arguments: Mapping[str, Any]) -> Path:
+    name = arguments.get("weight_name") or LORA_WEIGHT_NAME_SAFE
+    check_source(source)
+    path = Path(source) if os.path.isfile(source) else None
+    if not (path or Path(name)).name.endswith(".safetensors"):
+        raise ValueError(f"a LoRA must be a safetensors file (pickles are never loaded), got {path or name}")
+    path = path or find_file(source, name, arguments)
+    if path is None:
+        raise OSError(f"{source} does not appear to have a file named {name}; another is chosen by weight_name.")
+    return path
