@@ -110,7 +110,7 @@ def test_attention_stays_within_its_tile():
 def test_windows_cover_and_blend_to_one(size, overlap):
     # Nearest upsampling does not look beyond a pixel, so that windows change nothing but the rounding.
     maps = noise(2, 3, *size)
-    image = decode_in_windows(nn.Upsample(scale_factor=4.0), maps, window=8, overlap=overlap, scale=4)
+    image = decode_in_windows(nn.Upsample(scale_factor=4.0), maps, window=(8, 8), overlap=(overlap, overlap), scale=4)
     assert max_error(image, nn.Upsample(scale_factor=4.0)(maps)) < 1e-5
 
 
@@ -121,7 +121,7 @@ def test_windows_are_never_larger_than_asked():
         sizes.append(maps.shape[-2:])
         return maps[:, :3]
 
-    decode_in_windows(decoder, noise(1, 4, 30, 19), window=8, overlap=0.25, scale=1)
+    decode_in_windows(decoder, noise(1, 4, 30, 19), window=(8, 8), overlap=(0.25, 0.25), scale=1)
     assert {tuple(size) for size in sizes} == {(8, 8)}
 
 

@@ -26,10 +26,13 @@ COMPONENT_MODULES = (
     "layout_bank",
 )
 # diffusers looks these up by name in its own namespace: pipelines in `DiffusionPipeline.from_pretrained`, schedulers
-# in `from_config` of another scheduler.
+# in `from_config` of another scheduler, models in `AutoModel.from_pretrained`.
 DIFFUSERS_CLASSES = (
     ("pipeline_gpstoken", "GPSTokenPipeline"),
     ("scheduling_flow_match_sde", "FlowMatchSDEScheduler"),
+    ("autoencoder_gpstoken", "AutoencoderGPSToken"),
+    ("transformer_sit", "SiTTransformer1DModel"),
+    ("layout_bank", "GaussianLayoutBank"),
 )
 
 

@@ -513,7 +513,8 @@ class GPSTokenModel(GPSTokenPreTrainedModel):
         maps = self._splat(gaussians, texture, map_size_of(image_size, scale), attention_mask)
         window = self.tiling_size // scale
         if tiles is None and self.use_tiling and max(maps.shape[-2:]) > window:
-            image = decode_in_windows(self.decoder, maps, window, self.tiling_overlap, scale)
+            overlap = (self.tiling_overlap, self.tiling_overlap)
+            image = decode_in_windows(self.decoder, maps, (window, window), overlap, scale)
         else:
             image = self.decoder(maps, tiles)
         return image[:, :, :height, :width]

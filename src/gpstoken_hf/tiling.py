@@ -194,15 +194,19 @@ def gaussians_to_padded_frame(
 
 
 def decode_in_windows(
-    decoder: Callable[[torch.Tensor], torch.Tensor], maps: torch.Tensor, window: int, overlap: float, scale: int
+    decoder: Callable[[torch.Tensor], torch.Tensor],
+    maps: torch.Tensor,
+    window: tuple[int, int],
+    overlap: tuple[float, float],
+    scale: int,
 ) -> torch.Tensor:
     """Decode a large map in overlapping windows and blend them. Only one window and the image are in memory at once.
 
     Args:
         decoder (`Callable`): map `(B, C, h, w)` -> image `(B, 3, h scale, w scale)`.
         maps (`torch.Tensor` of shape `(B, C, h, w)`): the whole map.
-        window (`int`): side of a window in map pixels.
-        overlap (`float`): share of a window that the next one covers too, in [0, 1).
+        window (`tuple[int, int]`): `(h, w)` of a window in map pixels.
+        overlap (`tuple[float, float]`): share of a window that the next one covers too, along y and x, in [0, 1).
         scale (`int`): image pixels per map pixel.
 
     Returns:
@@ -210,8 +214,8 @@ def decode_in_windows(
     """
     height, width = maps.shape[-2:]
     image = weights = None
-    for y0, y1 in _windows(height, window, overlap):
-        for x0, x1 in _windows(width, window, overlap):
+    for y0, y1 in _windows(height, window[0], overlap[0]):
+        for x0, x1 in _windows(width, window[1], overlap[1]):
             part = decoder(maps[:, :, y0:y1, x0:x1])
             ramp = _ramp((y1 - y0) * scale, part)[:, None] * _ramp((x1 - x0) * scale, part)
             if image is None or weights is None:
