@@ -351,6 +351,30 @@ def test_one_file_in_a_folder_of_other_things(tmp_path):
 # ------------------------------------------------------------------------------------------------ folders that grow
 
 
+def test_a_full_disk_gives_back_what_a_growing_folder_was_to_replace(tmp_path):
+    path = tmp_path / "out"
+
+    def write(names, text):
+        with own_directory(path, "mine") as folder:
+            folder.clear()
+            folder.expect(names)
+            for name in names:
+                with atomic_file(path / name) as staging:
+                    staging.write_text(text)
+            if text == "full":
+                raise outputs.OutputError("cannot write: the disk is full")
+
+    write(["a/1", "b"], "first")
+    with pytest.raises(outputs.OutputError):
+        write(["b", "c/2"], "full")
+    assert names_below(path) == [MARKER, "a", "a/1", "b"]
+    assert {(path / name).read_text() for name in ("a/1", "b")} == {"first"}
+    assert outputs.read_marker(path).files == {"a/1", "b"}
+    write(["b", "c/2"], "second")
+    assert names_below(path) == [MARKER, "b", "c", "c/2"]
+    assert outputs.read_marker(path).files == {"b", "c/2"}
+
+
 def test_a_folder_that_grows(tmp_path):
     path = tmp_path / "out"
     with own_directory(path, "mine") as folder:

@@ -302,15 +302,34 @@ class OwnDirectory:
                 _write_marker(self.path, wanted, self._staging / "new")
 
     def clear(self) -> None:
-        """Delete every file that the program has written here.
+        """Put aside every file that the program has written here. They go when the run ends.
+
+        If the run ends because the disk is full, what it has written goes instead, and they come back.
 
         Raises:
-            ProgramError: If the folder holds anything else. Nothing is deleted then.
+            ProgramError: If the folder holds anything else. Nothing is moved then.
         """
         _check_replaceable(self.path, self._program, self.path)
-        _delete_listed(self.path, self.files)
         with _disk_errors(self.path):
-            _write_marker(self.path, Marker(self._program, frozenset()), self._staging / "new")
+            shutil.copyfile(self.path / MARKER, self._staging / "new" / MARKER)
+            self._put_aside.mkdir()
+            (self._staging / "new" / MARKER).replace(self._put_aside / MARKER)
+            _move_listed(self.path, self._put_aside, self.files)
+            _delete_listed(self.path, ())  # empty folders, and what killed runs have left
+            # A folder stays where a killed run still holds its lock: the process may not be quite gone.
+            _write_marker(self.path, Marker(self._program, frozenset(_entries(self.path))), self._staging / "new")
+
+    def _restore(self) -> None:
+        if not self._put_aside.exists():
+            return
+        written = self.files
+        (self._put_aside / MARKER).replace(self.path / MARKER)
+        _delete_listed(self.path, written)
+        _move_listed(self._put_aside, self.path, self.files)
+
+    @property
+    def _put_aside(self) -> Path:
+        return self._staging / "put_aside"
 
     def remove(self) -> None:
         """Delete every file that the program has written here, and at the end the folder if nothing else is in it."""
@@ -347,8 +366,13 @@ def own_directory(path: str | os.PathLike[str], program: str) -> Iterator[OwnDir
             folder = OwnDirectory(path, program, staging, is_temporary=is_new)
             folder.expect(())
             try:
-                yield folder
+                with _disk_errors(path):
+                    yield folder
+            except OutputError:
+                folder._restore()
+                raise
             finally:
+                shutil.rmtree(staging / "put_aside", ignore_errors=True)
                 if folder.is_temporary and next(_entries(path), None) is None:
                     (path / MARKER).unlink(missing_ok=True)
     finally:
@@ -375,6 +399,15 @@ def claim_file(path: Path, program: str) -> None:
     with _staging(path.parent / MARKER, shown=path) as staging, _disk_errors(path):
         known = frozenset() if marker is None else marker.files
         _write_marker(path.parent, Marker(program, known | {path.name}), staging / "new")
+
+
+def _move_listed(source: Path, target: Path, files: Iterable[str]) -> None:
+    """Move files by name to another folder of the same file system."""
+    listed = frozenset(files)
+    for entry in list(_entries(source)):
+        if entry in listed and not entry.endswith("/"):
+            (target / entry).parent.mkdir(parents=True, exist_ok=True)
+            (source / entry).replace(target / entry)
 
 
 def _delete_listed(folder: Path, files: Iterable[str]) -> None:
@@ -470,7 +503,7 @@ def _is_staging(folder: Path) -> bool:
         return True
     if names <= {MARKER}:  # a process can be killed before the marker is whole, but writes nothing else before
         return True
-    if MARKER not in names or not names <= {MARKER, "new", "old"}:
+    if MARKER not in names or not names <= {MARKER, "new", "old", "put_aside"}:
         return False
     try:
         return json.loads((folder / MARKER).read_bytes())["format"] == FORMAT
@@ -505,7 +538,7 @@ def _empty(folder: Path, target: Path | None) -> None:
     old = folder / "old"
     if target is not None and old.exists() and not os.path.lexists(target):
         old.rename(target)  # the run ended between the two moves that replace a folder
-    for place in (folder / "new", old):
+    for place in (folder / "new", folder / "put_aside", old):
         if place.exists():
             shutil.rmtree(place)
 
