@@ -27,7 +27,7 @@ from gpstoken_hf.image_processing_gpstoken import GPSTokenImageProcessor
 from gpstoken_hf.modeling_gpstoken import GPSTokenModel
 from pipelines.shared.outputs import atomic_directory, atomic_file
 from pipelines.shared.programs import positive_float, positive_int, run_program
-from pipelines.shared.publishing import push_folder
+from pipelines.shared.publishing import add_push_options, check_push_options, push_written
 
 RELEASED_PRESETS = ("s64", "m128", "l256")
 DEFAULT_NUM_ATTENTION_HEADS = 8
@@ -155,8 +155,7 @@ def convert(arguments: argparse.Namespace) -> None:
             if arguments.verify is not None:
                 verify(checkpoint, staging, config, arguments.verify)
     print(f"wrote {arguments.output}")
-    if arguments.push_to_hub:
-        print(f"pushed {arguments.output} to {push_folder(arguments.output, arguments.push_to_hub)}")
+    push_written(arguments.output, arguments)
 
 
 def verify(checkpoint: Checkpoint, folder: Path, config: GPSTokenConfig, arrays: Path) -> None:
@@ -231,8 +230,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         "arrays, if given (pixel_values, regions, init_gaussians, tokens, rendered, decoded, merged_*)",
     )
     parser.add_argument("--reverse", action="store_true", help="convert a folder back to the release's format")
-    parser.add_argument("--push_to_hub", metavar="REPO", help="upload the written folder to this model repository")
+    add_push_options(parser)
     arguments = parser.parse_args(argv)
+    check_push_options(parser, arguments)
     if arguments.reverse:
         if arguments.push_to_hub or arguments.verify is not None:
             parser.error("--push_to_hub and --verify must not be given with --reverse")

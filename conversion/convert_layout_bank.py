@@ -24,7 +24,7 @@ from gpstoken_hf.gaussians import NUM_GAUSSIAN_PARAMS
 from gpstoken_hf.layout_bank import GaussianLayoutBank
 from pipelines.shared.outputs import atomic_directory, atomic_file
 from pipelines.shared.programs import ProgramError, run_program
-from pipelines.shared.publishing import push_folder
+from pipelines.shared.publishing import add_push_options, check_push_options, push_written
 
 
 def read_layouts(path: Path) -> dict[int, list[torch.Tensor]]:
@@ -115,8 +115,7 @@ def convert(arguments: argparse.Namespace) -> None:
         f"({min(counts.values())} to {max(counts.values())} per class), "
         f"tokens per layout {sorted(bank.token_counts)}"
     )
-    if arguments.push_to_hub:
-        print(f"pushed {arguments.output} to {push_folder(arguments.output, arguments.push_to_hub)}")
+    push_written(arguments.output, arguments)
 
 
 def reverse(arguments: argparse.Namespace) -> None:
@@ -133,8 +132,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--output", type=Path, required=True, help="folder to write (with --reverse: pickle to write)")
     parser.add_argument("--reverse", action="store_true", help="convert a folder back to a pickle")
     parser.add_argument("--verify", action="store_true", help="read the output back and compare it with the input")
-    parser.add_argument("--push_to_hub", metavar="REPO", help="upload the written folder to this model repository")
+    add_push_options(parser)
     arguments = parser.parse_args(argv)
+    check_push_options(parser, arguments)
     if arguments.reverse:
         if arguments.push_to_hub:
             parser.error("--push_to_hub must not be given with --reverse")

@@ -30,7 +30,7 @@ from gpstoken_hf.pipeline_gpstoken import GPSTokenPipeline
 from gpstoken_hf.scheduling_flow_match_sde import FlowMatchSDEScheduler
 from pipelines.shared.outputs import atomic_directory
 from pipelines.shared.programs import run_program
-from pipelines.shared.publishing import push_folder
+from pipelines.shared.publishing import add_push_options, check_push_options, push_written
 
 # A generator of so many classes is taken for one of ImageNet, unless names are given.
 IMAGENET_CLASSES = 1000
@@ -169,8 +169,7 @@ def convert(arguments: argparse.Namespace) -> None:
     if arguments.id2label is None and pipeline.config["id2label"] is not None:
         print("class names: those of ImageNet, for 1000 classes; give --id2label for others")
     print(f"wrote {arguments.output}: {', '.join(sorted(folders))}")
-    if arguments.push_to_hub:
-        print(f"pushed {arguments.output} to {push_folder(arguments.output, arguments.push_to_hub)}")
+    push_written(arguments.output, arguments)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -196,8 +195,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--verify", action="store_true", help="load the written pipeline and generate an image in two steps"
     )
-    parser.add_argument("--push_to_hub", metavar="REPO", help="upload the written folder to this model repository")
-    convert(parser.parse_args(argv))
+    add_push_options(parser)
+    arguments = parser.parse_args(argv)
+    check_push_options(parser, arguments)
+    convert(arguments)
     return 0
 
 

@@ -26,7 +26,7 @@ from conversion.verification import check_errors, compare_tensors, load_arrays, 
 from gpstoken_hf.transformer_sit import SIT_PRESETS, SiTTransformer1DModel
 from pipelines.shared.outputs import atomic_directory, atomic_file
 from pipelines.shared.programs import positive_int, run_program
-from pipelines.shared.publishing import push_folder
+from pipelines.shared.publishing import add_push_options, check_push_options, push_written
 
 WHAT = "a SiT generator of patch size 1"
 WEIGHTS_NAME = "diffusion_pytorch_model.safetensors"
@@ -213,8 +213,7 @@ def convert(arguments: argparse.Namespace) -> None:
             if arguments.verify is not None:
                 verify(checkpoint, staging, table, prefix, arguments.verify)
     print(f"wrote {arguments.output}")
-    if arguments.push_to_hub:
-        print(f"pushed {arguments.output} to {push_folder(arguments.output, arguments.push_to_hub)}")
+    push_written(arguments.output, arguments)
 
 
 def write_time_convention(path: Path) -> None:
@@ -296,8 +295,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         "arrays, if given (x, t, y, cond, velocity, ...)",
     )
     parser.add_argument("--reverse", action="store_true", help="convert a folder back to the release's format")
-    parser.add_argument("--push_to_hub", metavar="REPO", help="upload the written folder to this model repository")
+    add_push_options(parser)
     arguments = parser.parse_args(argv)
+    check_push_options(parser, arguments)
     if (arguments.latents_mean is None) != (arguments.latents_std is None):
         parser.error("--latents_mean and --latents_std must be given together")
     if arguments.reverse:

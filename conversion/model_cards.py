@@ -5,24 +5,8 @@ from __future__ import annotations
 
 from gpstoken_hf.configuration_gpstoken import GPSTokenConfig
 from gpstoken_hf.layout_bank import GaussianLayoutBank
+from gpstoken_hf.model_cards import PAPER, PAPER_URL, Score, front_matter
 from gpstoken_hf.pipeline_gpstoken import GPSTokenPipeline
-
-PAPER = "[GPSToken: Gaussian Parameterized Spatially-adaptive Tokenization](https://arxiv.org/abs/2509.01109)"
-
-
-def front_matter(library: str, tags: list[str], pipeline_tag: str | None = None) -> str:
-    """Return the YAML front matter of a model card. It names no licence, since the checkpoint does not state one.
-
-    Args:
-        library (`str`): the Hub's `library_name`.
-        tags (`list[str]`): the tags.
-        pipeline_tag (`str`, *optional*): the task on the Hub.
-    """
-    lines = ["---", f"library_name: {library}"]
-    if pipeline_tag:
-        lines.append(f"pipeline_tag: {pipeline_tag}")
-    lines += ["tags:", *[f"- {tag}" for tag in tags], "---", ""]
-    return "\n".join(lines)
 
 
 def layout_bank_card(bank: GaussianLayoutBank, origin: str, source: str) -> str:
@@ -34,7 +18,7 @@ def layout_bank_card(bank: GaussianLayoutBank, origin: str, source: str) -> str:
         source (`str`): who can answer questions about data and licence.
     """
     counts = bank.class_counts
-    return f"""{front_matter("diffusers", ["gpstoken", "layout-bank"])}
+    return f"""{front_matter("diffusers", ["layout-bank"])}
 # Layout bank for GPSToken
 
 {len(bank)} layouts of {len(counts)} classes ({min(counts.values())} to {max(counts.values())} per class, layouts of \
@@ -55,7 +39,8 @@ For the training data and the licence of the layouts, ask {source}.
 """
 
 
-# Paper Table 1 (256 x 256 ImageNet validation): PSNR, SSIM, LPIPS, rFID, rsFID, then FID and sFID of generation.
+# Paper Table 1 (256 x 256 ImageNet validation); FID and sFID are those of generation.
+PAPER_METRIC_NAMES = ("PSNR", "SSIM", "LPIPS", "rFID", "rsFID", "FID", "sFID")
 PAPER_METRICS = {
     "s64": (22.18, 0.578, 0.111, 1.31, 5.42, 3.02, 4.85),
     "m128": (24.06, 0.657, 0.080, 0.65, 3.28, 2.18, 3.96),
@@ -72,8 +57,13 @@ def gpstoken_card(config: GPSTokenConfig, preset: str | None, source: str) -> st
         source (`str`): the name of the released file.
     """
     metrics = ""
+    scores: list[Score] = []
     if preset in PAPER_METRICS:
         psnr, ssim, lpips, rfid, rsfid, fid, sfid = PAPER_METRICS[preset]
+        scores = [
+            Score(name, value, "ImageNet validation", "256 x 256 pixels", "the GPSToken paper, Table 1", PAPER_URL)
+            for name, value in zip(PAPER_METRIC_NAMES, PAPER_METRICS[preset])
+        ]
         metrics = f"""
 ## Reported by the paper
 
@@ -84,7 +74,10 @@ not measured with this folder.** FID and sFID measure images generated with this
 |---|---|---|---|---|---|---|
 | {psnr:.2f} | {ssim:.3f} | {lpips:.3f} | {rfid:.2f} | {rsfid:.2f} | {fid:.2f} | {sfid:.2f} |
 """
-    return f"""{front_matter("transformers", ["gpstoken", "image-tokenizer", "arxiv:2509.01109"])}
+    matter = front_matter(
+        "transformers", ["image-tokenizer"], "image-to-image", model_name=preset or "gpstoken", scores=scores
+    )
+    return f"""{matter}
 # GPSToken tokenizer, {config.num_tokens} tokens of 5 + {config.texture_channels} numbers
 
 Converted from `{source}` with `gpstoken_hf`. The weights equal the checkpoint's bit for bit. GPSToken encodes an \
@@ -130,7 +123,7 @@ def sit_card(config: dict, source: str, weights: str) -> str:
         if config["latents_mean"] is not None
         else "not in the config; a pipeline takes those of its tokenizer"
     )
-    return f"""{front_matter("diffusers", ["gpstoken", "sit", "flow-matching", "arxiv:2509.01109"])}
+    return f"""{front_matter("diffusers", ["sit", "flow-matching"])}
 # SiT generator for GPSToken, {config["sample_size"]} tokens of {config["in_channels"]} channels
 
 Converted from `{source}` ({weights} weights) with `gpstoken_hf`. The weights equal the checkpoint's bit for bit. See \
@@ -165,7 +158,7 @@ def pipeline_card(pipeline: GPSTokenPipeline) -> str:
     layouts = " and ".join(sources) or (
         "generated with the texture" if pipeline.is_one_stage else "given by the caller"
     )
-    return f"""{front_matter("diffusers", ["gpstoken", "class-conditional", "arxiv:2509.01109"])}
+    return f"""{front_matter("diffusers", ["class-conditional"], "unconditional-image-generation")}
 # GPSToken pipeline
 
 Generates images from class labels: first a layout, then its texture. Assembled from converted components with \

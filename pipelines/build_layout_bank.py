@@ -45,7 +45,7 @@ from .shared.programs import (
     printable,
     run_program,
 )
-from .shared.publishing import push_folder
+from .shared.publishing import add_push_options, check_push_options, push_written
 
 PROGRAM = "pipelines.build_layout_bank"
 SETTINGS = ("resolution", "num_tokens", "complexity_exponent", "min_region_size", "sigma_scale")
@@ -77,7 +77,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--batch_size", type=positive_int, default=32)
     parser.add_argument("--part_size", type=positive_int, default=1024, help="images between two saved parts")
     parser.add_argument("--dry_run", action="store_true", help="print the resolved options and stop")
-    parser.add_argument("--push_to_hub", metavar="REPO", help="upload the written folder to this model repository")
+    add_push_options(parser)
     add_dataset_options(parser)
     return parser
 
@@ -193,7 +193,9 @@ def draw_layouts(bank: GaussianLayoutBank) -> PIL.Image.Image:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    options = parse_options(_parser(), argv)
+    parser = _parser()
+    options = parse_options(parser, argv)
+    check_push_options(parser, options)
     resolve_settings(options)
     if options.dry_run:
         print(describe_options(options), end="")
@@ -213,8 +215,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     with own_directory(parts, PROGRAM) as folder:
         make_bank(dataset, rows, options, folder)
         folder.remove()
-    if options.push_to_hub:
-        print(f"pushed {options.output_dir} to {push_folder(options.output_dir, options.push_to_hub)}")
+    push_written(options.output_dir, options)
     return 0
 
 

@@ -5,6 +5,7 @@ The Hub's client reads its address when it is imported, so each test runs a proc
 """
 
 import ast
+import importlib
 import os
 import pickle
 import subprocess
@@ -15,6 +16,8 @@ import numpy as np
 import pytest
 from conversion_helpers import GOLDEN
 from loopback_hub import LoopbackHub
+
+from pipelines.shared.outputs import MARKER
 
 TESTS = Path(__file__).parent
 
@@ -29,11 +32,15 @@ convert_gpstoken.main(
 options = ["--num_attention_heads", "4", "--push_to_hub", "tester/sit"]
 convert_sit.main(["--checkpoint", f"{golden}/sit_official.safetensors", "--output", f"{folder}/sit", *options])
 convert_layout_bank.main([f"{folder}/initg.pickle", "--output", f"{folder}/bank", "--push_to_hub", "tester/bank"])
+convert_layout_bank.main(
+    [f"{folder}/initg.pickle", "--output", f"{folder}/code", "--push_to_hub", "tester/code", "--remote_code"]
+)
 from gpstoken_hf import GaussianLayoutBank, GPSTokenImageProcessor, GPSTokenModel, SiTTransformer1DModel
 assert GPSTokenModel.from_pretrained("tester/tokenizer").config.num_tokens == 16
 assert GPSTokenImageProcessor.from_pretrained("tester/tokenizer").crop_size["height"] == 64
 assert SiTTransformer1DModel.from_pretrained("tester/sit").config["in_channels"] == 9
-assert len(GaussianLayoutBank.from_pretrained("tester/bank")) == 1
+for repo in ("tester/bank", "tester/code"):
+    assert len(GaussianLayoutBank.from_pretrained(repo)) == 1
 """
 
 
@@ -105,8 +112,32 @@ def test_programs_import_no_other_program():
 def test_push_and_load(hub, tmp_path):
     (tmp_path / "initg.pickle").write_bytes(pickle.dumps({3: [np.full((16, 21), 0.5, "f4")]}))
     output = run(PUSH, hub.env, tmp_path)
-    assert output.count("pushed ") == 3
+    assert output.count("pushed ") == 4
     for repo, folder in (("tester/tokenizer", "vae"), ("tester/sit", "sit"), ("tester/bank", "bank")):
         pushed = hub.files(repo)
         for file in (tmp_path / folder).iterdir():
-            assert pushed[file.name] == file.read_bytes(), file.name
+            if file.name != MARKER:
+                assert pushed[file.name] == file.read_bytes(), file.name
+        assert MARKER not in pushed
+    # The edition is made for the Hub: the folder of the program carries no code.
+    code = hub.files("tester/code")
+    assert {"layout_bank.py", "README.md", "config.json"} <= set(code)
+    assert code["README.md"].startswith((tmp_path / "code" / "README.md").read_bytes())
+    assert not list((tmp_path / "code").glob("*.py"))
+
+
+@pytest.mark.parametrize(
+    ("program", "arguments"),
+    [
+        ("conversion.convert_gpstoken", ["--checkpoint", "x.safetensors", "--output", "y"]),
+        ("conversion.convert_sit", ["--checkpoint", "x.safetensors", "--output", "y"]),
+        ("conversion.convert_layout_bank", ["x.pickle", "--output", "y"]),
+        ("conversion.convert_pipeline", ["--tokenizer", "x", "--transformer", "y", "--output", "z"]),
+        ("pipelines.build_layout_bank", ["--train_data_dir", "x", "--output_dir", "y"]),
+    ],
+)
+def test_remote_code_needs_a_repository(program, arguments, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        importlib.import_module(program).main([*arguments, "--remote_code"])
+    assert stopped.value.code == 2
+    assert "--remote_code must be given with --push_to_hub" in capsys.readouterr().err

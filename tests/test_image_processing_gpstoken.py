@@ -2,6 +2,9 @@
 """GPSTokenImageProcessor: every kind of picture in, [-1, 1] out, and back."""
 
 import base64
+import threading
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from io import BytesIO
 
 import numpy as np
 import PIL.Image
@@ -428,3 +431,52 @@ def test_pil_to_array_keeps_what_the_mode_holds():
     assert pil_to_array(PIL.Image.new("RGB", (3, 2))).shape == (2, 3, 3)
     assert pil_to_array(PIL.Image.new("LA", (3, 2))).shape == (2, 3, 4)
     assert pil_to_array(PIL.Image.new("I;16", (3, 2))).dtype == np.uint16
+
+
+# ------------------------------------------------------------------------------------------------------ the network
+
+
+@pytest.fixture
+def server(picture, monkeypatch):
+    """The address of a server with a picture, a way round to it, a text, and nothing else."""
+    data = BytesIO()
+    PIL.Image.fromarray(picture).save(data, "PNG")
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self):
+            body = {"/picture.png": data.getvalue(), "/text": b"no picture"}.get(self.path, b"")
+            if self.path == "/moved":
+                self.send_response(302)
+                self.send_header("Location", "/picture.png")
+            else:
+                self.send_response(200 if body else 404)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *arguments):
+            pass
+
+    for name in ("http_proxy", "HTTP_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    with HTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+
+
+def test_pictures_from_the_network(processor, picture, server):
+    """With the standard library alone."""
+    for name in ("picture.png", "moved"):
+        assert torch.equal(pixels_of(processor, f"{server}/{name}"), expected_pixels(picture))
+
+
+@pytest.mark.parametrize("name", ["nothing.png", "text"])
+def test_bad_addresses_name_themselves(processor, server, name):
+    with pytest.raises(ValueError, match=f"cannot read {server}/{name}"):
+        processor(f"{server}/{name}")
+
+
+def test_a_server_out_of_reach(processor):
+    with pytest.raises(ValueError, match=r"cannot read http://127\.0\.0\.1:1/a\.png"):
+        processor("http://127.0.0.1:1/a.png")

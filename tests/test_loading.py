@@ -733,6 +733,14 @@ def test_a_processor_loads_in_every_way(healthy):
     assert type(AutoImageProcessor.from_pretrained(folder)) is GPSTokenImageProcessor
 
 
+def test_a_missing_component_gets_a_hint(copied):
+    folder = copied("pipeline")
+    shutil.rmtree(folder / "transformer")
+    for cls, source in ((GPSTokenPipeline, folder), (SiTTransformer1DModel, folder), (GPSTokenModel, folder)):
+        with pytest.raises(OSError, match=r"got a pipeline\. .* or restore the folder of a component that is missing"):
+            cls.from_pretrained(source)
+
+
 # -- the Hub
 
 

@@ -25,7 +25,7 @@ def make_transformer(channels: int, condition_channels: int | None, seed: int, *
     torch.manual_seed(seed)
     config = {"num_classes": CLASSES, "num_layers": 2, "num_attention_heads": 2, "attention_head_dim": 16, **config}
     model = SiTTransformer1DModel(
-        sample_size=TOKENS, in_channels=channels, condition_channels=condition_channels, **config
+        **{"sample_size": TOKENS, **config}, in_channels=channels, condition_channels=condition_channels
     )
     # What begins as zero gets values, so that every input reaches the output.
     for parameter in model.parameters():

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import math
-import os
 import signal
 import sys
 import time
@@ -26,13 +25,14 @@ from accelerate.utils import DistributedType, ProjectConfiguration, broadcast, b
 from tqdm.auto import tqdm
 
 from pipelines.shared.programs import ProgramError
+from pipelines.shared.publishing import push_folder
 from training.checkpoints import RunState, choose_checkpoint, load_checkpoint, save_checkpoint
 from training.data import batches_of
 from training.ema import ExponentialMovingAverage
 from training.optimization import learning_rate_factor, make_optimizer, run_progress
 from training.options import save_options
 from training.records import MetricLog, plot_metrics, read_metrics, training_card
-from training.run_folder import MARKER, check_replaceable, claimed_folder, replaced_folder, writing
+from training.run_folder import check_replaceable, claimed_folder, replaced_folder, writing
 
 TORCH_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -418,19 +418,9 @@ class _Run:
             (staging / "README.md").write_text(card, encoding="utf-8")
         self.accelerator.print(f"saved {model}")
         if self.options.push_to_hub:
-            push_folder(model, self.options.hub_model_id or self.output_dir.name, private=self.options.hub_private)
-
-
-def push_folder(folder: Path, repo_id: str, private: bool = False) -> str:
-    """Upload a saved model; returns the id of the repository."""
-    from huggingface_hub import HfApi
-
-    api = HfApi()
-    repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-    api.upload_folder(
-        repo_id=repo_id,
-        folder_path=os.fspath(folder),
-        commit_message="Upload the trained model",
-        ignore_patterns=[MARKER],
-    )
-    return repo_id
+            push_folder(
+                model,
+                self.options.hub_model_id or self.output_dir.name,
+                private=self.options.hub_private,
+                remote_code=self.options.remote_code,
+            )

@@ -15,6 +15,7 @@ import yaml
 from pipelines.shared.outputs import atomic_file
 from pipelines.shared.programs import ProgramError, non_negative_float, non_negative_int, positive_float
 from pipelines.shared.programs import positive_int as positive
+from pipelines.shared.publishing import REMOTE_CODE_HELP
 
 LR_SCHEDULERS = ("constant", "constant_with_warmup", "cosine", "linear")
 DTYPES = ("fp32", "fp16", "bf16")
@@ -81,6 +82,7 @@ def add_run_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--push_to_hub", action="store_true", help="upload the final model")
     group.add_argument("--hub_model_id", help="repository of --push_to_hub; default: the name of --output_dir")
     group.add_argument("--hub_private", action="store_true", help="create that repository as a private one")
+    group.add_argument("--remote_code", action="store_true", help=REMOTE_CODE_HELP)
 
 
 def add_optimizer_options(

@@ -13,6 +13,7 @@ from typing import Protocol
 
 import torch
 
+from gpstoken_hf.model_cards import Score, front_matter
 from pipelines.shared.outputs import atomic_file
 
 
@@ -92,11 +93,17 @@ def training_card(program: str, name: str, extent: Extent, metrics: Path) -> str
         f"| {key.removeprefix('validation/')} | {value:.4g} |\n" for key, value in last.items() if key != "step"
     )
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU ({platform.machine()})"
-    return f"""---
-library_name: {"transformers" if program == "training.train_tokenizer" else "diffusers"}
-tags:
-- gpstoken
----
+    matter = front_matter(
+        "transformers" if program == "training.train_tokenizer" else "diffusers",
+        [],
+        model_name=name,
+        scores=[
+            Score(key.removeprefix("validation/"), value, "validation data of the run", f"step {last['step']}")
+            for key, value in last.items()
+            if key.startswith("validation/") and math.isfinite(value)
+        ],
+    )
+    return f"""{matter}
 # {name}
 
 Trained with `gpstoken-hf`, {extent.step} steps, {extent.num_images} images, {extent.elapsed_seconds / 60:.1f} minutes,
@@ -108,4 +115,8 @@ python -m {program} {shlex.join(sys.argv[1:])}
 
 | last validation, step {last.get("step", "-")} | |
 |---|---|
-{scores}"""
+{scores}
+## Licence and limits
+
+Whoever trained these weights decides on their licence. They have learned the data of the command above and no other.
+"""

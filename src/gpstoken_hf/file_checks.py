@@ -34,7 +34,7 @@ MAX_FRESH_PARAMETERS = 2**30
 
 FLOATING_DTYPES = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")
 HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "token")
-CONFIG_FILE, SCHEDULER_CONFIG = "config.json", "scheduler_config.json"
+CONFIG_FILE, SCHEDULER_CONFIG, PIPELINE_INDEX = "config.json", "scheduler_config.json", "model_index.json"
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 DISTRIBUTED_FILES = "shard-*.safetensors"
 # What both libraries write into configs without declaring it.

@@ -1,10 +1,10 @@
 # Copyright 2026 The gpstoken-hf authors. Licensed under the Apache License, Version 2.0.
-"""Loading pipelines of this package from the Hub.
+"""The Hub: loading pipelines of this package from it, and pushing to it.
 
 A saved pipeline records its components by module path, such as `gpstoken_hf.modeling_gpstoken`. For a repository on
 the Hub, diffusers takes such a path for a file of code inside the repository. `register_with_diffusers` registers the
 modules beside those of diffusers, so that any pipeline class finds them. `HubDownloadMixin` downloads the repository
-of a pipeline without looking for code in it.
+of a pipeline without looking for code in it. `export_remote_code` makes a repository that carries its code.
 """
 
 from __future__ import annotations
@@ -15,6 +15,11 @@ from typing import Any
 
 import diffusers
 from huggingface_hub import snapshot_download
+
+from .pushing import PushWithCardMixin, save_with_card
+from .remote_code import LIBRARY, export_remote_code
+
+__all__ = ["COMPONENT_MODULES", "HubDownloadMixin", "export_remote_code", "register_with_diffusers"]
 
 # Every saved pipeline records these paths. A module that moves must leave a module behind that imports its names.
 COMPONENT_MODULES = (
@@ -55,8 +60,21 @@ def register_with_diffusers() -> None:
         setattr(diffusers, class_name, getattr(modular, class_name))
 
 
-class HubDownloadMixin:
-    """A pipeline that downloads the weights and configs of a repository, and no code."""
+class HubDownloadMixin(PushWithCardMixin):
+    """A pipeline that downloads the weights and configs of a repository, and no code; and pushes with a card."""
+
+    save_pretrained = save_with_card(diffusers.DiffusionPipeline.save_pretrained)
+
+    def save_config(self, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> None:
+        """Write the `model_index.json`. It names this package, also where a copy from remote code saves it."""
+        prefix = f"{__package__}."
+        renamed = {
+            name: (f"{LIBRARY}.{value[0].removeprefix(prefix)}", value[1])
+            for name, value in self.config.items()  # type: ignore[attr-defined]
+            if isinstance(value, list | tuple) and str(value[0]).startswith(prefix)
+        }
+        self.register_to_config(**renamed)  # type: ignore[attr-defined]
+        super().save_config(save_directory, *args, **kwargs)  # type: ignore[misc]
 
     @classmethod
     def download(cls, pretrained_model_name: str, **kwargs: Any) -> str | os.PathLike[str]:

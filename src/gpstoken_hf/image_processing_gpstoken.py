@@ -9,7 +9,9 @@ from __future__ import annotations
 import base64
 import binascii
 import os
+import urllib.request
 from collections.abc import Sequence
+from http.client import HTTPException
 from io import BytesIO
 from typing import Any, ClassVar
 
@@ -20,12 +22,15 @@ import torch
 
 # diffusers looks in the module of a pipeline component for the base class that loads it: ImageProcessingMixin.
 from transformers.image_processing_backends import TorchvisionBackend
-from transformers.image_processing_base import BatchFeature, ImageProcessingMixin  # noqa: F401
+from transformers.image_processing_base import BatchFeature, ImageProcessingMixin
 from transformers.image_transforms import group_images_by_shape, reorder_images
 from transformers.image_utils import ChannelDimension, PILImageResampling, SizeDict
 
 from .file_checks import check_json_files, check_number, refusing
+from .pushing import PushWithCardMixin, save_with_card
 
+# How long a server may stay silent.
+DOWNLOAD_SECONDS = 30
 # All that Pillow raises for a file that it cannot read.
 _PILLOW_READ_ERRORS = (OSError, SyntaxError, ValueError, EOFError, PIL.Image.DecompressionBombError)
 
@@ -58,14 +63,13 @@ def open_image(source: str | os.PathLike) -> PIL.Image.Image:
 
 def _open_stream(name: str) -> str | BytesIO:
     if name.startswith(("http://", "https://")):
-        import httpx  # a dependency of huggingface_hub, needed here only
-
         try:
-            response = httpx.get(name, follow_redirects=True)
-            response.raise_for_status()
-        except httpx.HTTPError as error:
+            # Some servers refuse clients without a name.
+            request = urllib.request.Request(name, headers={"User-Agent": "gpstoken-hf"})
+            with urllib.request.urlopen(request, timeout=DOWNLOAD_SECONDS) as response:
+                return BytesIO(response.read())
+        except (OSError, HTTPException) as error:
             raise ValueError(str(error)) from error
-        return BytesIO(response.content)
     if name.startswith("data:image/"):
         try:
             return BytesIO(base64.b64decode(name.partition(",")[2], validate=True))
@@ -74,7 +78,7 @@ def _open_stream(name: str) -> str | BytesIO:
     return name
 
 
-class GPSTokenImageProcessor(TorchvisionBackend):
+class GPSTokenImageProcessor(PushWithCardMixin, TorchvisionBackend):
     """Turns images into inputs of a [`GPSTokenModel`], and its outputs into images.
 
     Takes a PIL image, a NumPy array, a torch tensor, a file name or address, or a (nested) list of these. An array or
@@ -146,6 +150,8 @@ class GPSTokenImageProcessor(TorchvisionBackend):
     do_normalize = True
     image_mean: ClassVar[list[float]] = [0.5, 0.5, 0.5]
     image_std: ClassVar[list[float]] = [0.5, 0.5, 0.5]
+
+    save_pretrained = save_with_card(ImageProcessingMixin.save_pretrained)
 
     # -------------------------------------------------------------------------------------------------- loading
 

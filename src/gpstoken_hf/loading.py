@@ -21,8 +21,9 @@ from typing import Any, ClassVar, get_type_hints
 
 import diffusers
 import torch
+from diffusers import ModelMixin
 from torch import nn
-from transformers import PreTrainedConfig
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import cached_file
 from transformers.utils.hub import extract_commit_hash
 
@@ -35,6 +36,7 @@ from .file_checks import (
     MAX_FRESH_PARAMETERS,
     MAX_PARAMETERS_PER_BYTE,
     MAX_TRAIN_TIMESTEPS,
+    PIPELINE_INDEX,
     SCHEDULER_CONFIG,
     UNDECLARED_FIELDS,
     check_fields,
@@ -49,6 +51,7 @@ from .file_checks import (
     refusing,
     shown,
 )
+from .pushing import PushWithCardMixin, save_with_card
 
 # -- checkpoints of models
 
@@ -101,12 +104,16 @@ class CheckedConfigMixin:
         """
         config = read_json(path)
         check_fields(path, config, cls.__name__, cls.known_fields(config))
+        # It names code of the repository, which belongs to the file and not to the object.
+        config.pop("auto_map", None)
         return config
 
     @classmethod
     def _dict_from_json_file(cls, json_file: str | os.PathLike[str], *args: Any, **kwargs: Any) -> dict[str, Any]:
         cls.check_config_file(json_file)
-        return super()._dict_from_json_file(json_file, *args, **kwargs)  # type: ignore[misc]
+        config = super()._dict_from_json_file(json_file, *args, **kwargs)  # type: ignore[misc]
+        config.pop("auto_map", None)
+        return config
 
 
 class CheckedPipelineMixin(CheckedConfigMixin):
@@ -145,6 +152,9 @@ class CheckedPipelineMixin(CheckedConfigMixin):
         if folder.is_dir():
             index = folder / cls.config_name  # type: ignore[attr-defined]
             config = cls.check_config_file(index)
+            if isinstance(config["_class_name"], list):
+                # The remote-code edition names a file and its class. This class needs no code of a repository.
+                (loaded[0] if isinstance(loaded, tuple) else loaded)["_class_name"] = config["_class_name"][-1]
             for name, expected in cls._component_types().items():
                 module, class_name = config.get(name, [None, None])
                 # diffusers asks for trust before it runs code of a repository.
@@ -173,7 +183,7 @@ def _check_saved_component(index: Path, name: str, expected: Any, module: str, c
             component.from_config(config)  # type: ignore[attr-defined]
 
 
-class StrictLoadingMixin:
+class StrictLoadingMixin(PushWithCardMixin):
     """A `from_pretrained` that checks a checkpoint before it takes memory for it, and loads all of it or nothing."""
 
     # Names of a checkpoint in one file and of the index of several, in the order in which the library looks for them.
@@ -307,6 +317,7 @@ class StrictTransformersMixin(StrictLoadingMixin):
     """[`StrictLoadingMixin`] for models of transformers."""
 
     _weight_files = ("model.safetensors", "model.safetensors.index.json")
+    save_pretrained = save_with_card(PreTrainedModel.save_pretrained)
 
     @classmethod
     def from_pretrained(
@@ -348,6 +359,7 @@ class StrictDiffusersMixin(CheckedConfigMixin, StrictLoadingMixin):
     """[`StrictLoadingMixin`] for models of diffusers."""
 
     _weight_files = ("diffusion_pytorch_model.safetensors.index.json", "diffusion_pytorch_model.safetensors")
+    save_pretrained = save_with_card(ModelMixin.save_pretrained)
 
     @classmethod
     def _build(cls, source: Any, config_file: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> nn.Module:
@@ -364,6 +376,12 @@ def _with_variant(name: str, variant: str | None) -> str:
 
 def _missing(source: Any, name: str, arguments: Mapping[str, Any]) -> OSError:
     """The error for a file that is not there, or that cannot be reached: the library's own says why."""
+    if name == CONFIG_FILE and find_file(source, PIPELINE_INDEX, arguments) is not None:
+        # diffusers looks here for the component of a folder that is missing.
+        return OSError(
+            f"{source} must hold a model with a {name}, got a pipeline. Load it with GPSTokenPipeline, name the "
+            "folder of a component as subfolder, or restore the folder of a component that is missing."
+        )
     try:
         cached_file(source, name, subfolder=arguments.get("subfolder") or "", **hub_arguments(arguments))
     except OSError as error:

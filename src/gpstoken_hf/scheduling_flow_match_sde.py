@@ -29,6 +29,7 @@ from diffusers.utils.torch_utils import randn_tensor
 
 from .file_checks import MAX_TRAIN_TIMESTEPS, check_number, check_source, refusing
 from .loading import CheckedConfigMixin
+from .pushing import PushWithCardMixin, save_with_card
 
 DIFFUSION_FORMS = ("sbdm", "constant", "sigma", "linear", "decreasing", "increasing-decreasing")
 LAST_STEPS = ("mean", "tweedie", "euler", None)
@@ -77,7 +78,7 @@ class FlowMatchSDESchedulerOutput(BaseOutput):
     prev_sample: torch.Tensor
 
 
-class FlowMatchSDEScheduler(CheckedConfigMixin, SchedulerMixin, ConfigMixin):
+class FlowMatchSDEScheduler(PushWithCardMixin, CheckedConfigMixin, SchedulerMixin, ConfigMixin):
     """SiT's stochastic sampler: Euler-Maruyama steps and a different last step (paper Sec. 3.3).
 
     `set_timesteps(N)` makes N steps, each with one call of the model. N - 1 Euler-Maruyama steps are uniform from
@@ -133,6 +134,7 @@ class FlowMatchSDEScheduler(CheckedConfigMixin, SchedulerMixin, ConfigMixin):
     ]
     order = 1
     init_noise_sigma = 1.0
+    save_pretrained = save_with_card(SchedulerMixin.save_pretrained)
 
     @register_to_config
     def __init__(
