@@ -87,14 +87,12 @@ class AutoencoderGPSToken(
             number is possible.
         block_out_channels, encoder_block_out_channels (`list[int]`, *optional*): as many entries as make
             `f = 2^(entries - 1)`, for pipelines, which compute f like this. Derived; no other value is possible.
+        spatial_compression_ratio (`int`, *optional*): f. Derived, too.
         scaling_factor (`float`, *optional*, defaults to 1.0): factor by which pipelines multiply latents; 1 because
             they are standardised.
         shift_factor (`float`, *optional*, defaults to 0.0): what pipelines subtract from latents before.
         force_upcast (`bool`, *optional*, defaults to `False`): whether pipelines run the autoencoder in float32 if its
             weights are in float16. Its norms and Gaussians are computed in float32 anyway.
-
-    Attributes:
-        spatial_compression_ratio (`int`): f.
 
     Raises:
         ValueError: if `num_tokens` tokens fit no grid of square cells; if a derived field has another value; if
@@ -153,6 +151,7 @@ class AutoencoderGPSToken(
         latent_channels: int | None = None,
         block_out_channels: Sequence[int] | None = None,
         encoder_block_out_channels: Sequence[int] | None = None,
+        spatial_compression_ratio: int | None = None,
         scaling_factor: float = 1.0,
         shift_factor: float = 0.0,
         force_upcast: bool = False,

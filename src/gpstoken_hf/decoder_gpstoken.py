@@ -10,9 +10,13 @@ A map of several tiles is decoded in one piece, but its norms and attention take
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
+from diffusers.models.attention import AttentionModuleMixin
+from diffusers.models.attention_dispatch import dispatch_attention_fn
+from diffusers.models.modeling_utils import get_parameter_dtype
 from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
@@ -88,8 +92,34 @@ class ResidualBlock(GradientCheckpointingLayer):
         return residual + hidden_states
 
 
-class MapAttention(nn.Module):
+class MapAttnProcessor:
+    """Attention over all positions of a map, `(B, C, H, W)` -> the same shape, on the backend that diffusers chose."""
+
+    _attention_backend = None
+    _parallel_config = None
+
+    def __call__(self, attn: MapAttention, hidden_states: torch.Tensor) -> torch.Tensor:
+        normed = attn.norm(hidden_states)
+        if attn.fused_projections:
+            projected = attn.to_qkv(normed).chunk(3, dim=1)
+        else:
+            projected = (attn.q_proj(normed), attn.k_proj(normed), attn.v_proj(normed))
+        # The fused kernels need contiguous input. The fallback stores all (H W)² weights, gigabytes for a large image.
+        query, key, value = (
+            part.flatten(2).transpose(1, 2).unsqueeze(2).contiguous()  # (B, H W, 1, C)
+            for part in projected
+        )
+        attended = dispatch_attention_fn(
+            query, key, value, backend=self._attention_backend, parallel_config=self._parallel_config
+        )
+        return attn.out_proj(attended.squeeze(2).transpose(1, 2).unflatten(2, hidden_states.shape[-2:]))
+
+
+class MapAttention(nn.Module, AttentionModuleMixin):
     """Single-head self-attention over the positions of a map, or over those of each tile."""
+
+    _default_processor_cls = MapAttnProcessor
+    _available_processors = [MapAttnProcessor]  # noqa: RUF012
 
     def __init__(self, channels: int, num_groups: int):
         super().__init__()
@@ -98,27 +128,34 @@ class MapAttention(nn.Module):
         self.k_proj = nn.Conv2d(channels, channels, 1)
         self.v_proj = nn.Conv2d(channels, channels, 1)
         self.out_proj = nn.Conv2d(channels, channels, 1)
+        self.set_processor(MapAttnProcessor())
+        self.register_state_dict_post_hook(_without_fused_weights)
 
     def forward(self, hidden_states: torch.Tensor, tiles: TileGrid | None = None) -> torch.Tensor:
         if tiles is None or tiles.shape == (1, 1):
-            return hidden_states + self.attend(hidden_states)
+            return hidden_states + self.processor(self, hidden_states)
         output = torch.empty_like(hidden_states)
         for y0, x0, h, w in tiles.boxes():
             window = (slice(None), slice(None), slice(y0, y0 + h), slice(x0, x0 + w))
-            output[window] = self.attend(hidden_states[window])
+            output[window] = self.processor(self, hidden_states[window])
         return hidden_states + output
 
-    def attend(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """Attention over all positions, `(B, C, H, W)` -> the same shape."""
-        size = hidden_states.shape[-2:]
-        normed = self.norm(hidden_states)
-        # The fused kernels need contiguous input. The fallback stores all (H W)² weights, gigabytes for a large image.
-        query, key, value = (
-            projection(normed).flatten(2).transpose(1, 2).unsqueeze(1).contiguous()  # (B, 1, H W, C)
-            for projection in (self.q_proj, self.k_proj, self.v_proj)
-        )
-        attended = F.scaled_dot_product_attention(query, key, value)
-        return self.out_proj(attended.squeeze(1).transpose(1, 2).unflatten(2, size))
+    @torch.no_grad()
+    def fuse_projections(self) -> None:
+        """Compute query, key and value with one convolution. Its weights are not saved."""
+        if self.fused_projections:
+            return
+        layers = (self.q_proj, self.k_proj, self.v_proj)
+        weight = torch.cat([layer.weight for layer in layers])
+        self.to_qkv = nn.Conv2d(weight.shape[1], weight.shape[0], 1, device=weight.device, dtype=weight.dtype)
+        self.to_qkv.weight.copy_(weight)
+        self.to_qkv.bias.copy_(torch.cat([layer.bias for layer in layers]))
+        self.fused_projections = True
+
+
+def _without_fused_weights(module: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:
+    for name in ("weight", "bias"):
+        state.pop(f"{prefix}to_qkv.{name}", None)
 
 
 class Upsample(nn.Module):
@@ -194,7 +231,8 @@ class GPSTokenDecoder(nn.Module):
         Returns:
             `torch.Tensor` of shape `(B, 3, h s, w s)`: about [-1, 1], not clamped.
         """
-        hidden_states = self.conv_in(maps.to(self.conv_in.weight.dtype))
+        # The dtype of the weights as they are computed with: layerwise casting stores them in another one.
+        hidden_states = self.conv_in(maps.to(get_parameter_dtype(self.conv_in)))
         hidden_states = self.mid_block1(hidden_states, tiles)
         hidden_states = self.mid_attention(hidden_states, tiles)
         hidden_states = self.mid_block2(hidden_states, tiles)

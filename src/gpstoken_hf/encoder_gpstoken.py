@@ -10,6 +10,9 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
+from diffusers.models.attention import AttentionModuleMixin
+from diffusers.models.attention_dispatch import dispatch_attention_fn
+from diffusers.models.modeling_utils import get_parameter_dtype
 from torch import nn
 from torchvision.ops import roi_align
 from transformers.masking_utils import create_bidirectional_mask
@@ -51,7 +54,7 @@ class GPSTokenConditioner(nn.Module):
         self.blocks = nn.ModuleList(ResidualBlock(channels, channels, config.norm_num_groups) for _ in range(2))
 
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        hidden_states = self.conv_in(pixel_values.to(self.conv_in.weight.dtype))
+        hidden_states = self.conv_in(pixel_values.to(get_parameter_dtype(self.conv_in)))
         for block in self.blocks:
             hidden_states = block(hidden_states)
         return hidden_states
@@ -84,7 +87,7 @@ class GPSTokenRegionFeatures(nn.Module):
             regions = roi_align(
                 features.float(), rois, self.roi_size, spatial_scale=1.0, sampling_ratio=-1, aligned=True
             )
-        projected = self.projection(regions.to(self.projection.weight.dtype))  # (B L, D, R, R)
+        projected = self.projection(regions.to(get_parameter_dtype(self.projection)))  # (B L, D, R, R)
         return projected.flatten(2).unflatten(0, (batch_size, num_tokens))
 
 
@@ -107,8 +110,46 @@ def eager_attention_forward(
     return torch.matmul(weights, value).transpose(1, 2).contiguous(), weights
 
 
-class GPSTokenAttention(nn.Module):
+class GPSTokenAttnProcessor:
+    """The attention that transformers was configured with, unless diffusers was told to use a backend of its own."""
+
+    _attention_backend = None
+    _parallel_config = None
+
+    def __call__(
+        self,
+        attn: GPSTokenAttention,
+        hidden_states: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        qkv = attn.qkv_proj(hidden_states).unflatten(-1, (3, attn.num_heads, attn.head_dim))
+        weights = None
+        if self._attention_backend is not None:
+            attended = dispatch_attention_fn(
+                *qkv.unbind(2),  # each (B, L, heads, d)
+                attn_mask=attention_mask,
+                scale=attn.scaling,
+                backend=self._attention_backend,
+                parallel_config=self._parallel_config,
+            )
+        else:
+            query, key, value = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # each (B, heads, L, d)
+            attend: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
+                attn.config._attn_implementation, eager_attention_forward
+            )
+            attended, weights = attend(
+                attn, query, key, value, attention_mask, scaling=attn.scaling, dropout=0.0, **kwargs
+            )
+        return attn.out_proj(attended.flatten(2)), weights
+
+
+class GPSTokenAttention(nn.Module, AttentionModuleMixin):
     """Multi-head self-attention with one projection, with bias, for query, key and value."""
+
+    _default_processor_cls = GPSTokenAttnProcessor
+    _available_processors = [GPSTokenAttnProcessor]  # noqa: RUF012
+    _supports_qkv_fusion = False  # it is one projection
 
     def __init__(self, config: GPSTokenConfig):
         super().__init__()
@@ -119,19 +160,12 @@ class GPSTokenAttention(nn.Module):
         self.is_causal = False
         self.qkv_proj = nn.Linear(config.hidden_size, 3 * config.hidden_size)
         self.out_proj = nn.Linear(config.hidden_size, config.hidden_size)
+        self.set_processor(GPSTokenAttnProcessor())
 
     def forward(
         self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None, **kwargs: Unpack[TransformersKwargs]
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        qkv = self.qkv_proj(hidden_states).unflatten(-1, (3, self.num_heads, self.head_dim))
-        query, key, value = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # each (B, heads, L, d)
-        attend: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
-            self.config._attn_implementation, eager_attention_forward
-        )
-        attended, weights = attend(
-            self, query, key, value, attention_mask, scaling=self.scaling, dropout=0.0, **kwargs
-        )
-        return self.out_proj(attended.flatten(2)), weights
+        return self.processor(self, hidden_states, attention_mask, **kwargs)
 
 
 class GPSTokenMLP(nn.Module):
@@ -207,8 +241,9 @@ class GPSTokenEncoder(nn.Module):
             `torch.Tensor` of shape `(B, L, 5 + C)`: tokens in float32.
         """
         region_features = self.region_features(self.conditioner(pixel_values), boxes)
-        embedded = F.gelu(self.gaussian_embedding1(init_gaussians)).to(self.query.dtype)
-        hidden_states = self.query + self.gaussian_embedding2(embedded)
+        embedded = F.gelu(self.gaussian_embedding1(init_gaussians)).to(get_parameter_dtype(self.gaussian_embedding2))
+        embedded = self.gaussian_embedding2(embedded)
+        hidden_states = self.query.to(embedded.dtype) + embedded
         mask = create_bidirectional_mask(self.config, inputs_embeds=hidden_states, attention_mask=attention_mask)
         for layer in self.layers:
             hidden_states = layer(hidden_states, region_features, mask, **kwargs)

@@ -174,6 +174,7 @@ def derived_fields(grid: LatentGrid, token_channels: int, block_channels: int) -
         "latent_channels": grid.depth * token_channels,
         "block_out_channels": blocks,
         "encoder_block_out_channels": blocks,
+        "spatial_compression_ratio": grid.scale,
     }
 
 

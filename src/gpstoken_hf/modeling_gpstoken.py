@@ -171,6 +171,10 @@ class GPSTokenModel(GPSTokenPreTrainedModel):
         self.tiling_overlap = 0.25
         self.post_init()
 
+    def get_input_embeddings(self) -> nn.Module:
+        """The layer that reads the pixels. transformers keeps it out of quantization, among others."""
+        return self.encoder.conditioner.conv_in
+
     # -- memory
 
     def enable_slicing(self) -> None:
@@ -533,14 +537,18 @@ class GPSTokenModel(GPSTokenPreTrainedModel):
                 f"tokens must hold as many rows for each of the {len(tile_boxes)} tiles, in the order of encode, "
                 f"got {tokens.shape[1]} rows"
             )
-        image = tokens.new_empty(tokens.shape[0], 3, *image_size, dtype=self.dtype)
+        image: torch.Tensor | None = None
         for index, tile in enumerate(tile_boxes):
             y0, x0, h, w = tile
             rows = slice(index * per_tile, (index + 1) * per_tile)
             gaussians, texture = split_tokens(tokens[:, rows])
             tile_tokens = join_tokens(gaussians_from_frame(gaussians, tile, image_size), texture)
             mask = None if attention_mask is None else attention_mask[:, rows]
-            image[:, :, y0 : y0 + h, x0 : x0 + w] = self._decode(tile_tokens, (h, w), mask, None)
+            decoded = self._decode(tile_tokens, (h, w), mask, None)
+            if image is None:
+                image = decoded.new_empty(decoded.shape[0], 3, *image_size)
+            image[:, :, y0 : y0 + h, x0 : x0 + w] = decoded
+        assert image is not None
         return image
 
     def _splat(

@@ -1,0 +1,18 @@
+# Copyright 2026 The gpstoken-hf authors. Licensed under the Apache License, Version 2.0.
+"""The table of docs/autoencoder.md is true: every family of pipelines of diffusers, unmodified, runs or refuses."""
+
+import pytest
+from foreign_pipelines import FAMILIES, measure, table_of_page
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+
+@pytest.mark.parametrize("row", FAMILIES, ids=lambda row: row.name)
+def test_the_table_says_what_is_measured(row):
+    line = measure(row)
+    assert line in table_of_page(), "run python tests/foreign_pipelines.py"
+
+
+def test_the_table_has_a_row_for_every_family():
+    names = [line.split("|")[1].strip() for line in table_of_page()]
+    assert names == [row.name for row in FAMILIES]
