@@ -12,6 +12,7 @@ import pytest
 import torch
 from conversion_helpers import GOLDEN
 from safetensors.torch import load_file, save_file
+from tiny_pipeline import CHANNELS, make_transformer, make_vae
 
 from conversion import convert_gpstoken, convert_layout_bank, convert_pipeline, convert_sit
 from gpstoken_hf.partition import partition_images
@@ -58,6 +59,22 @@ def components(tmp_path_factory):
     (folder / "initg.pickle").write_bytes(pickle.dumps(content))
     assert run(convert_layout_bank, folder / "initg.pickle", "--output", folder / "bank") == 0
     return folder
+
+
+def test_a_thousand_classes_get_the_names_of_imagenet(tmp_path, capsys):
+    make_vae().save_pretrained(tmp_path / "vae")
+    make_transformer(CHANNELS, 5, seed=0, num_classes=1000).save_pretrained(tmp_path / "sit")
+    argv = ["--tokenizer", tmp_path / "vae", "--transformer", tmp_path / "sit", "--output"]
+    assert run(convert_pipeline, *argv, tmp_path / "out") == 0
+    assert "class names: those of ImageNet" in capsys.readouterr().out
+    pipeline = GPSTokenPipeline.from_pretrained(tmp_path / "out")
+    assert pipeline.get_label_ids(["tench", "Golden Retriever", "toilet tissue"]) == [0, 207, 999]
+    assert len(pipeline.config.id2label) == 1000
+    # Given names win, and other numbers of classes get none.
+    (tmp_path / "names.json").write_text(json.dumps(["mine"]))
+    assert run(convert_pipeline, *argv, tmp_path / "named", "--id2label", tmp_path / "names.json") == 0
+    assert GPSTokenPipeline.load_config(tmp_path / "named")["id2label"] == {"0": "mine"}
+    assert convert_pipeline.class_names(None, 10) is None
 
 
 def arguments(components, *changes):

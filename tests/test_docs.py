@@ -164,7 +164,9 @@ def test_programs_know_the_options(page, program, arguments, monkeypatch, capsys
 
 @pytest.mark.parametrize("page", PAGES, ids=name_of)
 def test_options_are_snake_case(page):
-    assert not re.findall(r"--(?!no-)[a-z_]+-[a-z_-]+", page.read_text())
+    # The options of diffusers' own program are spelt as it spells them.
+    text = re.sub(r"^diffusers-cli (?:.*\\\n)*.*$", "", page.read_text(), flags=re.M)
+    assert not re.findall(r"--(?!no-)[a-z_]+-[a-z_-]+", text)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name_of)

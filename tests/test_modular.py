@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler, FlowMatchHeunDiscreteScheduler, ModularPipeline
+from diffusers import FlowMatchEulerDiscreteScheduler, FlowMatchHeunDiscreteScheduler, LayerSkipConfig, ModularPipeline
 from diffusers.guiders import (
     AdaptiveProjectedGuidance,
     ClassifierFreeGuidance,
@@ -220,10 +220,10 @@ def test_guiders_of_diffusers_take_the_place_of_ours(both):
     part = images_of(both, guidance_scale=3.0, guidance_interval=(0.3, 0.8))
     torch.testing.assert_close(run(ClassifierFreeGuidance(3.0, start=0.34, stop=0.84)), part, rtol=0, atol=1e-6)
     others = [
-        AdaptiveProjectedGuidance(guidance_scale=3.0),
+        AdaptiveProjectedGuidance(guidance_scale=3.0, eta=0.0),
         # These two change layers of the transformer for some of the passes, and put them back.
-        SkipLayerGuidance(guidance_scale=3.0, skip_layer_guidance_layers=[0], skip_layer_guidance_stop=1.0),
-        PerturbedAttentionGuidance(guidance_scale=3.0, perturbed_guidance_layers=[1]),
+        SkipLayerGuidance(3.0, skip_layer_config=LayerSkipConfig([0]), skip_layer_guidance_stop=1.0),
+        PerturbedAttentionGuidance(3.0, perturbed_guidance_config=LayerSkipConfig([1]), perturbed_guidance_stop=1.0),
     ]
     for guider in others:
         assert (run(guider) - whole).abs().max() > 1e-4, type(guider).__name__
@@ -235,7 +235,7 @@ def test_padding_does_not_reach_a_guider_that_looks_at_all_tokens():
     short = make_bank(lengths=(4, 4)).gaussians_of(0)[None]
     long = GaussianLayout(make_bank(lengths=(6, 6)).gaussians_of(1)[None])
     pipe = make_modular(make_pipeline("bank", scheduler=FlowMatchEulerDiscreteScheduler()))
-    pipe.update_components(guider=AdaptiveProjectedGuidance(guidance_scale=3.0))
+    pipe.update_components(guider=AdaptiveProjectedGuidance(guidance_scale=3.0, eta=0.0))
     noise = torch.randn(2, 6, CHANNELS, generator=torch.Generator().manual_seed(0))
     stacked = GaussianLayout.stack([GaussianLayout(short), long])
     together = images_of(pipe, (1, 2), layout=stacked, latents=noise)
@@ -270,7 +270,7 @@ def test_workflows_load_only_what_they_need(both, saved):
     pipe.load_components()
     assert not hasattr(pipe, "layout_transformer")
     pipe.set_progress_bar_config(disable=True)
-    assert torch.equal(images_of(pipe, layout_source=None), images_of(both, layout="bank"))
+    assert torch.equal(images_of(pipe), images_of(both, layout="bank"))
 
 
 def test_components_that_a_pipeline_lacks_and_other_dtypes(tmp_path):
@@ -333,6 +333,7 @@ def test_the_hub_and_the_command_line_of_diffusers(tmp_path):
             "tester/modular"
         )
         assert "gpstoken_blocks.py" in hub.files("tester/trusted")
+        (tmp_path / "out").mkdir()
         printed = run(COMMAND_LINE, tmp_path / "other", str(tmp_path / "out"), hub=hub)
     assert "class_labels" in printed
     assert "num_inference_steps" in printed

@@ -13,13 +13,18 @@ import tiny_pipeline
 import torch
 from accelerate import cpu_offload
 from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
     DiffusionPipeline,
     DPMSolverMultistepScheduler,
+    FasterCacheConfig,
     FirstBlockCacheConfig,
     FlowMatchEulerDiscreteScheduler,
     FlowMatchHeunDiscreteScheduler,
+    PyramidAttentionBroadcastConfig,
     UniPCMultistepScheduler,
 )
+from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback, SDCFGCutoffCallback
 from tiny_pipeline import CHANNELS, SIDE, TOKENS, make_components, make_pipeline, seeded
 
 from gpstoken_hf.calibration import calibrate_layout
@@ -480,6 +485,164 @@ def test_slicing_and_half_precision():
     assert torch.isfinite(pixels(generated)).all()
 
 
+def test_several_images_per_label():
+    pipeline = make_pipeline("both")
+    several = pipeline([1, "dog"], 4, num_images_per_label=2, generator=seeded(0, 1, 2, 3), output_type="pt")
+    repeated = pipeline([1, 1, 1, 1], 4, generator=seeded(0, 1, 2, 3), output_type="pt")
+    assert torch.equal(pixels(several), pixels(repeated))
+    # One layout per label, one for all, one per image.
+    bank = tiny_pipeline.make_bank()
+    two = GaussianLayout(torch.stack([bank.gaussians_of(i) for i in (0, 3)]))
+    made = pipeline([1, 2], num_images_per_label=2, layout=two, output_type="layout").layout
+    assert torch.equal(made.gaussians, two.gaussians.repeat_interleave(2, 0))
+    assert len(pipeline([1, 2], num_images_per_label=2, layout=two[0], output_type="layout").layout) == 4
+    assert torch.equal(
+        pipeline([1, 2], num_images_per_label=2, layout=made, output_type="layout").layout.gaussians, made.gaussians
+    )
+    images = [np.full((SIDE, SIDE, 3), value, np.uint8) for value in (0, 255)]
+    images[0][:8, :8] = 200
+    borrowed = pipeline([1, 2], num_images_per_label=3, layout=images, output_type="layout").layout
+    alone = pipeline([1, 2], layout=images, output_type="layout").layout
+    assert torch.equal(borrowed.gaussians, alone.gaussians.repeat_interleave(3, 0))
+    for number in (0, 1.5, True, "2"):
+        with pytest.raises(ValueError, match=f"num_images_per_label must be an integer of at least 1, got {number}"):
+            pipeline([1], num_images_per_label=number)
+
+
+@pytest.mark.parametrize(
+    "scheduler", [FlowMatchSDEScheduler, FlowMatchEulerDiscreteScheduler, DPMSolverMultistepScheduler]
+)
+def test_a_scheduler_that_counts_other_timesteps_gives_the_same_images(scheduler):
+    def run(num_train_timesteps):
+        kwargs = (
+            {}
+            if scheduler is not DPMSolverMultistepScheduler
+            else {"use_flow_sigmas": True, "prediction_type": "flow_prediction"}
+        )
+        chosen = scheduler(num_train_timesteps=num_train_timesteps, **kwargs)
+        pipeline = make_pipeline("both", scheduler=chosen)
+        pipeline.layout_scheduler = FlowMatchEulerDiscreteScheduler(num_train_timesteps=num_train_timesteps)
+        arguments = {"guidance_scale": 2.0, "guidance_interval": (0.3, 0.8), "layout": "generated"}
+        return pixels(pipeline([1], 6, generator=seeded(0), output_type="pt", **arguments))
+
+    # The multistep solver rounds its timesteps to integers, and begins at another sigma: worst seen 0.0015.
+    atol = 0.02 if scheduler is DPMSolverMultistepScheduler else 1e-4
+    torch.testing.assert_close(run(500), run(1000), rtol=0, atol=atol)
+
+
+class Halfway(PipelineCallback):
+    """Halves the latents once; a callback of diffusers says which tensors it wants."""
+
+    tensor_inputs = ("latents",)
+
+    def callback_fn(self, pipeline, step_index, timesteps, callback_kwargs):
+        if step_index == int(pipeline.num_timesteps * self.config.cutoff_step_ratio):
+            callback_kwargs["latents"] = callback_kwargs["latents"] / 2
+        return callback_kwargs
+
+
+def test_callbacks_of_diffusers():
+    pipeline = make_pipeline("bank")
+    plain = pixels(pipeline([1], 4, generator=seeded(0), output_type="pt"))
+    for callback in (Halfway(cutoff_step_ratio=0.5), MultiPipelineCallbacks([Halfway(cutoff_step_ratio=0.5)])):
+        images = pixels(pipeline([1], 4, generator=seeded(0), output_type="pt", callback_on_step_end=callback))
+        assert (images - plain).abs().max() > 1e-3
+    with pytest.raises(ValueError, match=r"\['prompt_embeds'\] of SDCFGCutoffCallback .* set guidance_interval"):
+        pipeline([1], 4, callback_on_step_end=SDCFGCutoffCallback(cutoff_step_ratio=0.5))
+
+
+def test_lora_weights_round_trip(tmp_path):
+    peft = pytest.importorskip("peft")
+
+    def run(pipeline, **kwargs):
+        return pixels(pipeline([1, 2], 3, generator=seeded(0, 1), output_type="pt", **kwargs))
+
+    trained, metadata = make_pipeline("both"), {}
+    plain = run(trained)
+    torch.manual_seed(0)
+    for name in ("transformer", "layout_transformer"):
+        config = peft.LoraConfig(r=2, lora_alpha=4, target_modules=["to_q", "to_v"], init_lora_weights=False)
+        getattr(trained, name).add_adapter(config)
+        metadata[f"{name}_lora_adapter_metadata"] = config.to_dict()
+    adapted = run(trained)
+    assert (adapted - plain).abs().max() > 1e-3
+    layers = {
+        f"{name}_lora_layers": peft.get_peft_model_state_dict(getattr(trained, name))
+        for name in ("transformer", "layout_transformer")
+    }
+    GPSTokenPipeline.save_lora_weights(tmp_path, **layers, **metadata)
+    path = tmp_path / "pytorch_lora_weights.safetensors"
+    for source in (tmp_path, path):
+        pipeline = make_pipeline("both")
+        pipeline.load_lora_weights(source, adapter_name="mine")
+        assert pipeline.get_active_adapters() == ["mine"]
+        assert torch.equal(run(pipeline), adapted)
+    half = run(pipeline, attention_kwargs={"scale": 0.5})
+    assert (half - plain).abs().max() > 1e-4
+    assert (half - adapted).abs().max() > 1e-4
+    assert torch.equal(run(pipeline, attention_kwargs={"scale": 0.0}), plain)
+    assert torch.equal(run(pipeline), adapted)  # the scale of one call does not stay
+    pipeline.set_adapters(["mine"], 0.5)
+    torch.testing.assert_close(run(pipeline), half, rtol=0, atol=1e-5)
+    pipeline.disable_lora()
+    assert torch.equal(run(pipeline), plain)
+    pipeline.enable_lora()
+    pipeline.set_adapters(["mine"], 1.0)
+    pipeline.fuse_lora()
+    torch.testing.assert_close(run(pipeline), adapted, rtol=0, atol=1e-4)
+    pipeline.unfuse_lora()
+    pipeline.unload_lora_weights()
+    torch.testing.assert_close(run(pipeline), plain, rtol=0, atol=1e-4)  # fusing has rounded
+
+    # One generator only, under another name; then what is refused.
+    only = {"layout_transformer_lora_layers": layers["layout_transformer_lora_layers"]}
+    GPSTokenPipeline.save_lora_weights(tmp_path, **only, weight_name="layout.safetensors")
+    with pytest.raises(ValueError, match="layout_transformer must be a component of the pipeline for the LoRA"):
+        make_pipeline("bank").load_lora_weights(tmp_path, weight_name="layout.safetensors")
+    with pytest.raises(ValueError, match="at least one of"):
+        GPSTokenPipeline.save_lora_weights(tmp_path)
+    with pytest.raises(ValueError, match=r"weight_name must end in \.safetensors"):
+        GPSTokenPipeline.save_lora_weights(tmp_path, **only, weight_name="lora.bin")
+    (tmp_path / "lora.bin").write_bytes(b"pickle")
+    for source, kwargs, message in (
+        (tmp_path, {"weight_name": "lora.bin"}, "pickles are never loaded"),
+        (tmp_path / "lora.bin", {}, "pickles are never loaded"),
+        (tmp_path, {"use_safetensors": False}, "pickles are never loaded"),
+        ({"unet.lora_A.weight": torch.zeros(1)}, {}, r"must hold LoRA weights named transformer\.\*"),
+        ({}, {}, r"must hold LoRA weights named transformer\.\*"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            pipeline.load_lora_weights(source, **kwargs)
+    with pytest.raises(OSError, match=r"pytorch_lora_weights\.safetensors"):
+        pipeline.load_lora_weights(tmp_path / "..")
+    path.write_bytes(path.read_bytes()[:-20])
+    with pytest.raises(ValueError, match=r"pytorch_lora_weights\.safetensors must be a whole safetensors file"):
+        pipeline.load_lora_weights(tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["faster", "pyramid"])
+def test_attention_caches_live_with_an_interval_of_guidance(kind):
+    """The batch is twice as large inside the interval: what is cached on one side must not be used on the other."""
+    pipeline, calls = make_pipeline("bank"), []
+    pipeline.transformer.transformer_blocks[0].attn.to_q.register_forward_hook(lambda *_: calls.append(1))
+    timestep = {"current_timestep_callback": lambda: int(pipeline.current_timestep)}
+    if kind == "faster":
+        config = FasterCacheConfig(
+            is_guidance_distilled=True, spatial_attention_timestep_skip_range=(-1, 1001), **timestep
+        )
+    else:
+        config = PyramidAttentionBroadcastConfig(
+            spatial_attention_block_skip_range=2, spatial_attention_timestep_skip_range=(-1, 1001), **timestep
+        )
+    pipeline.transformer.enable_cache(config)
+    arguments = {"guidance_scale": 2.0, "guidance_interval": (0.3, 0.7), "output_type": "pt"}
+    images = pixels(pipeline([1, 2], 10, generator=seeded(0, 1), **arguments))
+    assert torch.isfinite(images).all()
+    assert len(calls) < 10
+    again = pixels(pipeline([1, 2], 10, generator=seeded(0, 1), **arguments))
+    assert torch.equal(again, images)
+
+
 def test_caches_live_with_guidance():
     pipeline = make_pipeline("bank")
     expected = pixels(pipeline([1], 8, generator=seeded(0), output_type="pt"))
@@ -664,6 +827,45 @@ def test_errors_of_missing_components():
 def test_components_must_fit(mode, changes, message):
     with pytest.raises(ValueError, match=message):
         GPSTokenPipeline(**{**make_components(mode), **changes})
+
+
+def foreign_vae():
+    return AutoencoderKL(block_out_channels=(8,), norm_num_groups=2, layers_per_block=1)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"vae": foreign_vae()}, "vae must be a GPSTokenModel, got AutoencoderKL"),
+        ({"vae": None}, "vae must be a GPSTokenModel, got NoneType"),
+        ({"transformer": foreign_vae()}, "transformer must be a SiTTransformer1DModel, got AutoencoderKL"),
+        (
+            {"layout_transformer": foreign_vae()},
+            "layout_transformer must be a SiTTransformer1DModel or NoneType, got AutoencoderKL",
+        ),
+        ({"layout_bank": {}}, "layout_bank must be a GaussianLayoutBank or NoneType, got dict"),
+        ({"scheduler": foreign_vae()}, "scheduler must be a SchedulerMixin, got AutoencoderKL"),
+        ({"scheduler": DDIMScheduler()}, "scheduler must be a flow scheduler .* got DDIMScheduler with .*'epsilon'"),
+        ({"layout_scheduler": DDIMScheduler()}, "layout_scheduler must be a flow scheduler .* got DDIMScheduler"),
+        ({"image_processor": 3}, "image_processor must be a GPSTokenImageProcessor or NoneType, got int"),
+    ],
+)
+def test_a_foreign_component_is_named(changes, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        GPSTokenPipeline(**{**make_components("both"), **changes})
+
+
+def test_a_foreign_component_is_named_where_it_is_passed_or_set(tmp_path):
+    make_pipeline("bank").save_pretrained(tmp_path)
+    for cls in (GPSTokenPipeline, DiffusionPipeline):
+        with pytest.raises(ValueError, match="vae must be a GPSTokenModel, got AutoencoderKL"):
+            cls.from_pretrained(tmp_path, vae=foreign_vae())
+    pipeline = make_pipeline("bank")
+    pipeline.scheduler = DDIMScheduler()
+    with pytest.raises(ValueError, match="scheduler must be a flow scheduler"):
+        pipeline([1])
+    compiled = torch.compile(tiny_pipeline.make_texture_transformer(), backend="eager")
+    assert make_pipeline("bank", transformer=compiled).transformer is compiled
 
 
 def test_weights_that_live_off_the_device_between_calls():

@@ -268,8 +268,17 @@ def test_save_and_load(tmp_path):
     scheduler = FlowMatchSDEScheduler(diffusion_form="sigma", last_step=None, start_time=0.01)
     scheduler.save_pretrained(tmp_path)
     loaded = FlowMatchSDEScheduler.from_pretrained(tmp_path)
-    for key in ("diffusion_form", "last_step", "last_step_size", "start_time", "prediction_type"):
-        assert loaded.config[key] == scheduler.config[key]
+    assert loaded.config == scheduler.config
+    again = FlowMatchSDEScheduler.from_config(loaded.config)
+    assert again.config == scheduler.config
+
+
+def test_compatibles_are_schedulers_that_sample_flow_models():
+    scheduler = FlowMatchSDEScheduler()
+    names = {cls.__name__ for cls in scheduler.compatibles}
+    assert {"FlowMatchSDEScheduler", "FlowMatchEulerDiscreteScheduler", "UniPCMultistepScheduler"} <= names
+    for cls in scheduler.compatibles:
+        assert cls.from_config(scheduler.config).config.num_train_timesteps == 1000
 
 
 @pytest.mark.filterwarnings("ignore:__array:DeprecationWarning")  # diffusers with NumPy 2

@@ -2,17 +2,21 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import sit_golden
 import torch
-from diffusers import FirstBlockCacheConfig, PyramidAttentionBroadcastConfig
+from diffusers import FasterCacheConfig, FirstBlockCacheConfig, PyramidAttentionBroadcastConfig
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from gpstoken_hf.transformer_sit import (
     GAUSSIAN_TARGETS,
     SIT_PRESETS,
+    SiTAttnProcessor,
     SiTTransformer1DModel,
     latents_to_tokens,
     timestep_to_time,
@@ -245,6 +249,115 @@ def test_attention_backends_and_fused_projections_agree():
     torch.testing.assert_close(model(**inputs).sample, expected, rtol=0, atol=1e-6)
     model.unfuse_qkv_projections()
     torch.testing.assert_close(model(**inputs).sample, expected, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("backend", ["native", "_native_math", "_native_flash"])
+def test_a_mask_works_with_backends_that_take_none(backend):
+    model, inputs = make_model(), make_inputs()
+    mask = torch.tensor([[1] * 8, [1] * 5 + [0] * 3, [0, 1] * 4])
+    expected = model(**inputs, attention_mask=mask).sample
+    model.set_attention_backend(backend)
+    try:
+        sample = model(**inputs, attention_mask=mask).sample
+        torch.testing.assert_close(sample[mask == 1], expected[mask == 1], rtol=0, atol=1e-6)
+        sample[mask == 1].square().mean().backward()
+        assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
+    finally:
+        model.set_attention_backend("native")
+        model.reset_attention_backend()
+
+
+class ScaledProcessor(SiTAttnProcessor):
+    def __call__(self, attn, hidden_states, attention_mask=None, factor: float = 1.0):
+        return factor * super().__call__(attn, hidden_states, attention_mask)
+
+
+def test_attention_kwargs_reach_the_processors():
+    model, inputs = make_model(), make_inputs()
+    expected = model(**inputs).sample
+    assert torch.equal(model(**inputs, attention_kwargs={"scale": 0.5}).sample, expected)  # there is no LoRA
+    with pytest.raises(ValueError, match=r"arguments of SiTAttnProcessor, got \['factor'\]"):
+        model(**inputs, attention_kwargs={"factor": 0.0})
+    model.set_attn_processor(ScaledProcessor())
+    assert torch.equal(model(**inputs, attention_kwargs={"factor": 1.0}).sample, expected)
+    assert (model(**inputs, attention_kwargs={"factor": 0.0}).sample - expected).abs().max() > 1e-4
+
+
+def test_the_embedding_of_time_stays_in_float32(tmp_path):
+    make_model().save_pretrained(tmp_path)
+    loaded = SiTTransformer1DModel.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    assert loaded.dtype == torch.bfloat16
+    assert loaded.time_embedder.linear_1.weight.dtype == torch.float32
+    assert loaded.transformer_blocks[0].attn.to_q.weight.dtype == torch.bfloat16
+    sample = loaded(**make_inputs(dtype=torch.bfloat16)).sample
+    assert sample.dtype == torch.bfloat16
+    torch.testing.assert_close(sample.float(), make_model()(**make_inputs()).sample, rtol=0, atol=0.02)
+
+
+@pytest.mark.parametrize("config", [{}, {"condition_injection": "every_block"}, {"condition_channels": None}])
+def test_repeated_blocks_compile(config):
+    torch.compiler.reset()
+    model, inputs = make_model(**config), make_inputs()
+    if "condition_channels" in config:
+        inputs["encoder_condition"] = None
+    expected = model(**inputs).sample
+    model.compile_repeated_blocks(fullgraph=True, backend="eager")
+    torch.testing.assert_close(model(**inputs).sample, expected, rtol=0, atol=1e-6)
+    torch.compiler.reset()
+
+
+CONTEXT_PARALLEL = """
+import os, sys, torch, torch.distributed as dist
+torch.accelerator.device_count = lambda: 2  # two processes on one CPU
+from diffusers import ContextParallelConfig
+from test_transformer_sit import make_inputs, make_model
+dist.init_process_group("gloo", init_method=f"file://{sys.argv[1]}", rank=int(sys.argv[2]), world_size=2)
+os.environ.update(RANK=sys.argv[2], WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
+mask = torch.tensor([[1] * 8, [1] * 5 + [0] * 3, [1] * 8])
+for config in ({}, {"condition_injection": "every_block"}, {"condition_channels": None}):
+    model, inputs = make_model(**config), make_inputs()
+    if "condition_channels" in config:
+        inputs["encoder_condition"] = None
+    with torch.no_grad():
+        expected = [model(**inputs, attention_mask=m).sample for m in (None, mask)]
+        model.enable_parallelism(config=ContextParallelConfig(ulysses_degree=2))
+        for m, one in zip((None, mask), expected):
+            difference = (model(**inputs, attention_mask=m).sample - one)[mask == 1].abs().max()
+            assert difference < 1e-6, (config, m, difference)
+dist.destroy_process_group()
+print("equal")
+"""
+
+
+@pytest.mark.slow
+def test_tokens_are_split_over_devices(tmp_path):
+    root = Path(__file__).parent
+    paths = [root, root.parent, root.parent / "src"]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, paths)), "OMP_NUM_THREADS": "1"}
+    commands = [[sys.executable, "-c", CONTEXT_PARALLEL, str(tmp_path / "store"), str(rank)] for rank in range(2)]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    processes = [subprocess.Popen(command, env=environment, **pipes) for command in commands]
+    for process in processes:
+        output, errors = process.communicate(timeout=600)
+        assert process.returncode == 0, errors[-3000:]
+        assert "equal" in output
+
+
+def test_faster_cache_is_for_attention_only():
+    model, inputs, calls = make_model(), make_inputs(), []
+    with pytest.raises(ValueError, match="is_guidance_distilled must be True for FasterCache on tokens"):
+        model.enable_cache(FasterCacheConfig(current_timestep_callback=lambda: 500))
+    assert not model.is_cache_enabled
+    model.transformer_blocks[0].attn.to_q.register_forward_hook(lambda *_: calls.append(1))
+    config = FasterCacheConfig(
+        is_guidance_distilled=True, current_timestep_callback=lambda: 500, attention_weight_callback=lambda _: 0.5
+    )
+    model.enable_cache(config)
+    with torch.no_grad(), model.cache_context("class"):
+        for _ in range(4):
+            sample = model(**inputs).sample
+    assert 1 <= len(calls) < 4
+    torch.testing.assert_close(sample, make_model()(**inputs).sample, rtol=0, atol=1e-5)
 
 
 def test_lora_adapters(tmp_path):

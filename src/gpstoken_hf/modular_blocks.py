@@ -165,7 +165,8 @@ class GPSTokenGivenLayoutStep(GPSTokenBlock):
         """Set `layout`."""
         if not isinstance(block.layout, GaussianLayout):
             raise ValueError(f"layout must be a GaussianLayout, got {type(block.layout).__name__}")
-        layout = spread(check_given(block.layout), len(block.label_ids), block.num_images_per_label)
+        block.layout.check()
+        layout = spread(block.layout, len(block.label_ids), block.num_images_per_label)
         block.layout, block.layout_origin = layout.to(block.label_ids.device, torch.float32), "given"
 
 

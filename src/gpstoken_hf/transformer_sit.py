@@ -14,6 +14,7 @@ diffusers; `timestep_to_time` and one change of sign convert to the paper. See d
 from __future__ import annotations
 
 import inspect
+import math
 from dataclasses import replace
 from typing import Any, TypeVar
 
@@ -557,7 +558,18 @@ class SiTTransformer1DModel(
                     "call without a class is predicted from frequencies of a pixel grid, and tokens have none), "
                     "got False"
                 )
-            config = replace(config, spatial_attention_block_identifiers=("transformer_blocks.*attn",))
+            timestep, last = config.current_timestep_callback, self.transformer_blocks[-1].attn
+
+            def timestep_if_filled() -> float:
+                # Inside its range of timesteps FasterCache reads the cache even where it is empty.
+                hook = last._diffusers_hook.get_hook("faster_cache_block")
+                return math.inf if hook.state.cache is None else timestep()
+
+            config = replace(
+                config,
+                spatial_attention_block_identifiers=("transformer_blocks.*attn",),
+                current_timestep_callback=timestep_if_filled,
+            )
         register_blocks()
         super().enable_cache(config)
 
