@@ -10,7 +10,6 @@ legal Gaussian, and every channel is standardised.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -40,7 +39,8 @@ def token_grid(num_tokens: int) -> tuple[int, int]:
     """The grid `(h, w)` of l tokens nearest to a square, with `h w = l` and `h <= w`."""
     if num_tokens < 1:
         raise ValueError(f"num_tokens must be at least 1, got {num_tokens}")
-    height = next(side for side in range(math.isqrt(num_tokens), 0, -1) if num_tokens % side == 0)
+    # Without `math.isqrt`, which torch.compile cannot trace.
+    height = next(side for side in range(num_tokens, 0, -1) if side * side <= num_tokens and num_tokens % side == 0)
     return height, num_tokens // height
 
 
@@ -118,6 +118,7 @@ class AutoencoderGPSToken(StrictDiffusersMixin, ModelMixin, AutoencoderMixin, Co
 
     _supports_gradient_checkpointing = True
     _no_split_modules = ["GPSTokenEncoderLayer", "ResidualBlock", "GPSTokenRegionFeatures"]  # noqa: RUF012
+    _repeated_blocks = ["GPSTokenEncoderLayer"]  # noqa: RUF012
 
     @register_to_config
     def __init__(
