@@ -1,5 +1,5 @@
 # Copyright 2026 The gpstoken-hf authors. Licensed under the Apache License, Version 2.0.
-"""GPSTokenModel: sizes, token counts, padding, layouts by hand, dtypes, files, compile, and what it refuses."""
+"""GPSTokenModel: sizes, token counts, padding, layouts by hand, dtypes, files, and what it refuses."""
 
 import json
 
@@ -249,7 +249,7 @@ def test_autocast_keeps_gaussians_in_float32(model, images):
     assert max_error(output.tokens[..., :5], expected.tokens[..., :5]) < 0.02
 
 
-# -- attention, checkpointing, compile
+# -- attention, checkpointing
 
 
 @torch.no_grad()
@@ -281,42 +281,6 @@ def test_gradient_checkpointing_gives_the_same_gradients(images):
     assert all(grad is not None for grad in gradients[0].values())
     for name, grad in gradients[0].items():
         assert torch.equal(gradients[1][name], grad), name
-
-
-def check_compiled(model, images, backend, fullgraph):
-    with torch.no_grad():
-        given = {"layout": partition_images(images, 8, min_region_size=4)}
-        encoded = model.encode(images, **given).tokens
-        decoded = model.decode(encoded, 32).sample
-        encode = torch.compile(model.encode, backend=backend, fullgraph=fullgraph)
-        decode = torch.compile(model.decode, backend=backend, fullgraph=fullgraph)
-        assert max_error(encode(images, **given).tokens, encoded) <= TOKENS
-        assert max_error(decode(encoded, 32).sample, decoded) <= PIXELS
-
-
-def test_compile_of_encode_and_decode_in_one_graph(images):
-    torch.compiler.reset()
-    check_compiled(make_model(), images, "aot_eager", fullgraph=True)
-
-
-def test_compiled_encode_looks_at_the_pixels_too(model, images):
-    """Where its graph breaks, at the partition."""
-    torch.compiler.reset()
-    encode = torch.compile(model.encode, backend="eager")
-    with torch.no_grad():
-        compiled, eager = encode(images, num_tokens=6).layout, model.encode(images, num_tokens=6).layout
-        assert torch.equal(compiled.boxes, eager.boxes)
-        with pytest.raises(ValueError, match=r"must be in \[-1, 1\], got values from .* to 3"):
-            encode(images.clone().index_fill_(3, torch.tensor(5), 3.0), num_tokens=6)
-
-
-@pytest.mark.slow
-@pytest.mark.filterwarnings(
-    r"ignore::DeprecationWarning:torch\..*", r"ignore::FutureWarning:torch\..*"
-)  # inductor's own
-def test_compile_with_inductor(images):
-    torch.compiler.reset()
-    check_compiled(make_model(), images, "inductor", fullgraph=True)
 
 
 # -- files

@@ -81,8 +81,8 @@ class GPSTokenRegionFeatures(nn.Module):
         else:
             corners = torch.cat([corners[..., :2], corners[..., 2:] + 1], dim=-1)
         image_index = torch.arange(batch_size, device=boxes.device, dtype=torch.float32)
-        image_index = image_index.repeat_interleave(num_tokens).unsqueeze(1)
-        rois = torch.cat([image_index, corners.flatten(0, 1)], dim=1)  # (B L, 5)
+        image_index = image_index[:, None, None].expand(batch_size, num_tokens, 1)
+        rois = torch.cat([image_index, corners], dim=2).flatten(0, 1)  # (B L, 5)
         with torch.autocast(features.device.type, enabled=False):
             regions = roi_align(
                 features.float(), rois, self.roi_size, spatial_scale=1.0, sampling_ratio=-1, aligned=True

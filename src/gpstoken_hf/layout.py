@@ -346,12 +346,15 @@ def _concatenate(layouts: Sequence[GaussianLayout], dim: int) -> GaussianLayout:
 
 
 def _check_tensor(name: str, value: Any, shape: tuple[int | None, ...]) -> None:
-    expected = tuple("BL"[axis] if size is None else size for axis, size in enumerate(shape))
-    shown = f"({', '.join(map(str, expected))})"
+    if isinstance(value, torch.Tensor):
+        fits = value.ndim == len(shape) and all(size is None or size == got for size, got in zip(shape, value.shape))
+        if fits:
+            return
+    # Formatted on failure only: torch.compile cannot format the sizes of a dynamic graph.
+    shown = f"({', '.join(str('BL'[axis] if size is None else size) for axis, size in enumerate(shape))})"
     if not isinstance(value, torch.Tensor):
         raise ValueError(f"{name} must be a tensor of shape {shown}, got {type(value).__name__}")
-    if value.ndim != len(shape) or any(size not in (None, found) for size, found in zip(shape, value.shape)):
-        raise ValueError(f"{name} must have shape {shown}, got {tuple(value.shape)}")
+    raise ValueError(f"{name} must have shape {shown}, got {tuple(value.shape)}")
 
 
 def _fill(rows: torch.Tensor, is_padding: torch.Tensor, values: tuple[float, ...]) -> torch.Tensor:

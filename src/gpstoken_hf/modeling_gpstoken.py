@@ -16,6 +16,7 @@ from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import nn
 from transformers import PreTrainedModel
 from transformers import initialization as init
+from transformers.integrations import use_kernel_forward_from_hub
 from transformers.processing_utils import Unpack
 from transformers.utils import ModelOutput, TransformersKwargs
 from transformers.utils.output_capturing import capture_outputs
@@ -39,6 +40,7 @@ from .quality import Metric, NestedPartition, QualityTarget, encode_to_target, p
 from .regions import max_regions
 from .splatting import splat_gaussians
 from .tiling import (
+    crop,
     decode_in_windows,
     gaussians_from_frame,
     gaussians_to_frame,
@@ -95,6 +97,31 @@ class GPSTokenOutput(ModelOutput):
     attention_mask: torch.LongTensor | None = None
     hidden_states: tuple[torch.FloatTensor, ...] | None = None
     attentions: tuple[torch.FloatTensor, ...] | None = None
+
+
+@use_kernel_forward_from_hub("GaussianSplat")
+class GPSTokenRenderer(nn.Module):
+    """Splats Gaussians into a map. transformers' `use_kernels=True` puts a kernel that the user maps in its place.
+
+    Attributes:
+        backend (`str`, defaults to `"auto"`): `backend` of [`splat_gaussians`].
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.backend = "auto"
+
+    def forward(
+        self,
+        gaussians: torch.Tensor,
+        features: torch.Tensor,
+        size: tuple[int, int],
+        support: float = 3.0,
+        attention_mask: torch.Tensor | None = None,
+        align_corners: bool = True,
+    ) -> torch.Tensor:
+        """The arguments and the map of [`splat_gaussians`]."""
+        return splat_gaussians(gaussians, features, size, support, self.backend, attention_mask, align_corners)
 
 
 class GPSTokenPreTrainedModel(StrictTransformersMixin, PreTrainedModel):
@@ -157,6 +184,7 @@ class GPSTokenModel(GPSTokenPreTrainedModel):
     def __init__(self, config: GPSTokenConfig):
         super().__init__(config)
         self.encoder = GPSTokenEncoder(config)
+        self.renderer = GPSTokenRenderer()
         self.decoder = GPSTokenDecoder(
             config.texture_channels,
             config.decoder_base_channels,
@@ -208,6 +236,17 @@ class GPSTokenModel(GPSTokenPreTrainedModel):
     def disable_tiling(self) -> None:
         """Encode and decode whole images again."""
         self.use_tiling = False
+
+    def compile_repeated_blocks(self, *args: Any, **kwargs: Any) -> None:
+        """Compile each layer of the encoder in place, as diffusers' models do.
+
+        All layers share one compiled program, so this takes a fraction of the time of compiling the whole model.
+
+        Args:
+            args, kwargs: those of `torch.compile`.
+        """
+        for layer in self.encoder.layers:
+            layer.compile(*args, **kwargs)
 
     # -- image -> tokens
 
@@ -302,11 +341,11 @@ class GPSTokenModel(GPSTokenPreTrainedModel):
             tile_size = self.tiling_size
         if tile_size is not None:
             return self._encode_tiles(pixel_values, counts, importance, tile_size, **kwargs)
-        counts = [self.config.num_tokens] * batch_size if counts is None else counts
+        counts = self.config.num_tokens if counts is None else counts
         return self._encode_layout(pixel_values, self._partition(pixel_values, counts, importance), **kwargs)
 
     def _partition(
-        self, pixel_values: torch.Tensor, counts: list[int], importance: torch.Tensor | None
+        self, pixel_values: torch.Tensor, counts: int | list[int], importance: torch.Tensor | None
     ) -> GaussianLayout:
         return partition_images(
             pixel_values.float(),
@@ -316,7 +355,7 @@ class GPSTokenModel(GPSTokenPreTrainedModel):
             sigma_scale=self.config.sigma_scale,
             importance=importance,
             align_corners=self.config.align_corners,
-            # A traced `encode` could not check the values.
+            # A traced `encode` cannot look at the values. The partition, an op, does.
             validate=self.validate_inputs and torch.compiler.is_compiling(),
         )
 
@@ -337,7 +376,7 @@ class GPSTokenModel(GPSTokenPreTrainedModel):
     def _encode_tiles(
         self,
         pixel_values: torch.Tensor,
-        counts: list[int] | None,
+        counts: int | list[int] | None,
         importance: torch.Tensor | None,
         tile_size: int,
         **kwargs: Unpack[TransformersKwargs],
@@ -347,7 +386,7 @@ class GPSTokenModel(GPSTokenPreTrainedModel):
         if counts is None:
             tile_counts = [[self.config.num_tokens] * batch_size for _ in tiles]
         else:
-            tile_counts = share_tokens(counts, len(tiles))
+            tile_counts = share_tokens(counts if isinstance(counts, list) else [counts] * batch_size, len(tiles))
         tokens, layouts = [], []
         for (y0, x0, h, w), count in zip(tiles, tile_counts):
             pixels = pixel_values[:, :, y0 : y0 + h, x0 : x0 + w]
@@ -424,7 +463,7 @@ class GPSTokenModel(GPSTokenPreTrainedModel):
         if not isinstance(layout, GaussianLayout):
             raise ValueError(f"layout must be a GaussianLayout, got {type(layout).__name__}")
         batch_size, _, height, width = pixel_values.shape
-        if len(layout) != batch_size:
+        if layout.gaussians.shape[0] != batch_size:  # `len` would fix the size of an exported batch
             layout = layout.expand(batch_size)
         if self._is_validating():
             layout.check((height, width))
@@ -505,7 +544,6 @@ class GPSTokenModel(GPSTokenPreTrainedModel):
         attention_mask: torch.Tensor | None,
         tile_size: int | None,
     ) -> torch.Tensor:
-        height, width = image_size
         scale = self.config.map_scale
         tiles = None
         if tile_size is not None:
@@ -521,7 +559,7 @@ class GPSTokenModel(GPSTokenPreTrainedModel):
             image = decode_in_windows(self.decoder, maps, (window, window), overlap, scale)
         else:
             image = self.decoder(maps, tiles)
-        return image[:, :, :height, :width]
+        return crop(image, image_size)
 
     def _decode_stitched(
         self,
@@ -558,14 +596,8 @@ class GPSTokenModel(GPSTokenPreTrainedModel):
         size: tuple[int, int],
         attention_mask: torch.Tensor | None,
     ) -> torch.Tensor:
-        return splat_gaussians(
-            gaussians.float(),
-            texture.float(),
-            size,
-            self.config.splat_support,
-            attention_mask=attention_mask,
-            align_corners=self.config.align_corners,
-        )
+        support, align_corners = self.config.splat_support, self.config.align_corners
+        return self.renderer(gaussians.float(), texture.float(), size, support, attention_mask, align_corners)
 
     @capture_outputs(tie_last_hidden_states=False)
     def forward(

@@ -30,14 +30,15 @@ from .numba_support import is_available as numba_is_available
 from .regions import choose_regions, max_regions, region_tree, sort_regions
 from .triton_support import is_available as triton_is_available
 
+# `operator.index` would read the value of a SymInt, and so fix the number of tokens of a traced program.
+_TRACED_INTEGERS = (int, torch.SymInt)
+
 BACKENDS = ("auto", "numba", "torch", "triton")
 
 # Pixels may leave [-1, 1] by this much, more than the rounding of a resize in float32. 1 + 2^-17 is exact there.
 PIXEL_TOLERANCE = 2.0**-17
 
 
-# torch.compile breaks its graph here: it cannot trace compiled loops, and the result depends on the pixels.
-@torch.compiler.disable
 def partition_images(
     images: torch.Tensor,
     num_tokens: int | Sequence[int],
@@ -98,25 +99,82 @@ def partition_images(
     """
     counts = _check_arguments(images, num_tokens, complexity_exponent, min_region_size, sigma_scale, importance)
     path = _resolve_backend(backend, images.device)
-    images = images.detach()
-    if importance is not None:
-        importance = importance.detach().to(torch.float32)
+    boxes = torch.ops.gpstoken.partition(
+        images.detach(),
+        counts,
+        float(complexity_exponent),
+        int(min_region_size),
+        None if importance is None else importance.detach().to(torch.float32),
+        validate,
+        path,
+    )
+    attention_mask = None
+    if any(count != counts[0] for count in counts):
+        attention_mask = _mask_of(counts, images.device)
+    gaussians = boxes_to_gaussians(boxes, (images.shape[2], images.shape[3]), sigma_scale, align_corners)
+    return GaussianLayout(gaussians, boxes, attention_mask)
+
+
+# ---- The op ---------------------------------------------------------------------------------------------------------
+
+
+def _partition(
+    images: torch.Tensor,
+    counts: Sequence[int],
+    complexity_exponent: float,
+    min_region_size: int,
+    importance: torch.Tensor | None,
+    validate: bool,
+    path: str,
+) -> torch.Tensor:
+    """Boxes `(B, L, 4)` int64 in Morton order, padding last. `counts` holds one number for all images, or B."""
+    batch_size, _, height, width = images.shape
+    check_region_count(max(counts, default=0), (height, width), min_region_size, "num_tokens")
+    if batch_size == 0:
+        return _partition_fake(images, counts, complexity_exponent, min_region_size, importance, validate, path)
     if validate:
         check_range("images", images, -1.0, 1.0, PIXEL_TOLERANCE)
         if importance is not None:
             check_range("importance", importance, 0.0, math.inf)
-    arguments = (images, counts, float(complexity_exponent), int(min_region_size), importance)
-    attention_mask = None
-    if len(set(counts)) > 1:
-        places = torch.arange(max(counts), device=images.device)
-        attention_mask = (places < count_tensor(counts, images.device)[:, None]).to(torch.int64)
-    if path == "triton" and max(counts, default=0) <= MAX_CHOSEN:
-        boxes = _choose_on_device(*arguments)
-    else:
-        boxes = partition_compiled(*arguments) if path == "numba" else _choose_on_host(*arguments, path)
-        boxes = sort_regions(to_device(boxes, images.device), attention_mask)
-    gaussians = boxes_to_gaussians(boxes, (images.shape[2], images.shape[3]), sigma_scale, align_corners)
-    return GaussianLayout(gaussians, boxes, attention_mask)
+    counts = list(counts) * batch_size if len(counts) == 1 else list(counts)
+    arguments = (images, counts, complexity_exponent, min_region_size, importance)
+    if path == "triton" and max(counts) <= MAX_CHOSEN:
+        return _choose_on_device(*arguments)
+    boxes = partition_compiled(*arguments) if path == "numba" else _choose_on_host(*arguments, path)
+    attention_mask = _mask_of(counts, images.device) if len(set(counts)) > 1 else None
+    return sort_regions(to_device(boxes, images.device), attention_mask)
+
+
+def _partition_fake(
+    images: torch.Tensor,
+    counts: Sequence[int],
+    complexity_exponent: float,
+    min_region_size: int,
+    importance: torch.Tensor | None,
+    validate: bool,
+    path: str,
+) -> torch.Tensor:
+    return images.new_empty(images.shape[0], max(counts, default=0), 4, dtype=torch.int64)
+
+
+def _mask_of(counts: Sequence[int], device: torch.device) -> torch.Tensor:
+    """`(B, max(counts))` int64: 1 for a token, 0 for padding."""
+    places = torch.arange(max(counts), device=device)
+    return (places < count_tensor(list(counts), device)[:, None]).to(torch.int64)
+
+
+# An op, so that compiled and exported programs hold the partition as one node: they cannot trace compiled loops, and
+# which regions come out depends on the pixels. Ops are global to the process: a second copy of this module uses the
+# op of the first.
+if not hasattr(torch.ops.gpstoken, "partition"):
+    torch.library.define(
+        "gpstoken::partition",
+        "(Tensor images, SymInt[] counts, float complexity_exponent, int min_region_size, Tensor? importance, "
+        "bool validate, str path) -> Tensor",
+        tags=(torch.Tag.pt2_compliant_tag,),
+    )
+    torch.library.impl("gpstoken::partition", "default", _partition)
+    torch.library.register_fake("gpstoken::partition", _partition_fake)
 
 
 @torch.compiler.disable
@@ -223,30 +281,34 @@ def check_importance(importance: torch.Tensor | None, images: torch.Tensor) -> N
         raise ValueError(f"importance must be a tensor of shape (B, H, W) = {expected}, got {got}")
 
 
-def token_counts(num_tokens: int | Sequence[int] | torch.Tensor, batch_size: int) -> list[int]:
-    """One number of tokens per image.
+def token_counts(num_tokens: int | Sequence[int] | torch.Tensor, batch_size: int) -> int | list[int]:
+    """The number of tokens of all images, or of each.
 
     Args:
         num_tokens (`int`, or sequence, array or tensor of B `int`): for all images or for each.
         batch_size (`int`): B.
 
     Returns:
-        `list[int]`: B numbers.
+        `int` or `list[int]`: one number for all images, or B numbers, as `num_tokens` is.
 
     Raises:
         ValueError: if a number is not an integer of at least 1, or there are not B of them.
     """
+    counts: int | list[int]
     try:
-        if np.ndim(num_tokens) > 0:
-            counts = [operator.index(count) for count in num_tokens]  # type: ignore[union-attr]
+        if isinstance(num_tokens, _TRACED_INTEGERS):
+            counts = num_tokens
+        elif not isinstance(num_tokens, list | tuple) and np.ndim(num_tokens) == 0:
+            counts = operator.index(num_tokens)  # type: ignore[arg-type]
         else:
-            counts = [operator.index(num_tokens)] * batch_size  # type: ignore[arg-type]
+            counts = [operator.index(count) for count in num_tokens]  # type: ignore[union-attr]
     except TypeError:
         raise ValueError(f"num_tokens must be an integer or one integer per image, got {num_tokens!r}") from None
-    if len(counts) != batch_size:
+    if isinstance(counts, list) and len(counts) != batch_size:
         raise ValueError(f"num_tokens must be one number per image, {batch_size}, got {len(counts)} numbers")
-    if any(count < 1 for count in counts):
-        raise ValueError(f"num_tokens must be at least 1, got {min(counts)}")
+    smallest = min(counts, default=1) if isinstance(counts, list) else counts
+    if smallest < 1:
+        raise ValueError(f"num_tokens must be at least 1, got {smallest}")
     return counts
 
 
@@ -281,16 +343,15 @@ def _check_arguments(
     sigma_scale: float,
     importance: torch.Tensor | None,
 ) -> list[int]:
-    """Check everything that needs no look at the pixels. Returns the number of tokens of every image."""
+    """Check all but the pixels and what the size of the image allows. Returns one count, or B."""
     check_images("images", images)
     counts = token_counts(num_tokens, images.shape[0])
-    if not (math.isfinite(complexity_exponent) and complexity_exponent >= 0):
+    if not 0 <= complexity_exponent < math.inf:
         raise ValueError(f"complexity_exponent must be finite and at least 0, got {complexity_exponent}")
     check_min_region_size(min_region_size)
     check_sigma_scale(sigma_scale)
-    check_region_count(max(counts, default=0), (images.shape[2], images.shape[3]), int(min_region_size), "num_tokens")
     check_importance(importance, images)
-    return counts
+    return counts if isinstance(counts, list) else [counts]
 
 
 def _resolve_backend(backend: str, device: torch.device) -> str:

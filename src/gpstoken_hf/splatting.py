@@ -191,8 +191,10 @@ def _dense_splat(
     x = pixel_coordinates(width, gaussians.device, gaussians.dtype)
     y = pixel_coordinates(height, gaussians.device, gaussians.dtype)
     maps = features.new_zeros(B, C, height * width)
-    chunk = max(1, _REFERENCE_WEIGHTS // max(1, B * height * width))
-    for start in range(0, max(L, 1), chunk):  # once for L = 0, so that autograd reaches the inputs
+    # An export keeps the sizes open, so it cannot unroll a loop over them.
+    exporting = torch.compiler.is_exporting()
+    chunk = max(L, 1) if exporting else max(1, _REFERENCE_WEIGHTS // max(1, B * height * width))
+    for start in [0] if exporting else range(0, max(L, 1), chunk):  # once for L = 0, so that autograd sees the inputs
         sigma_x, sigma_y, rho, mu_x, mu_y = gaussians[:, start : start + chunk].unsqueeze(-1).unbind(2)  # (B, l, 1)
         dx, dy = x - mu_x, y - mu_y  # (B, l, w), (B, l, h)
         inside_x, inside_y = dx.abs() <= support * sigma_x, dy.abs() <= support * sigma_y

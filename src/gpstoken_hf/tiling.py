@@ -67,7 +67,8 @@ class TileGrid:
 
 def map_size_of(image_size: tuple[int, int], map_scale: int) -> tuple[int, int]:
     """`(h, w)` of the map of an image: its size over `map_scale`, rounded up."""
-    return -(-image_size[0] // map_scale), -(-image_size[1] // map_scale)
+    # `-(-n // map_scale)` would round down in ONNX, whose division of integers truncates.
+    return (image_size[0] + map_scale - 1) // map_scale, (image_size[1] + map_scale - 1) // map_scale
 
 
 def tiles_of_image(image_size: tuple[int, int], tile_size: int, map_scale: int) -> tuple[TileGrid, list[Tile]]:
@@ -182,12 +183,23 @@ def gaussians_to_padded_frame(
         else:
             ratios.append((extent - 1) / (padded - 1) if map_extent > 1 else 1.0)
     ratio_y, ratio_x = ratios
-    if ratio_x == ratio_y == 1:
+    # An export keeps the sizes open, so it must not ask.
+    if not torch.compiler.is_exporting() and ratio_x == ratio_y == 1:
         return gaussians
     sigma_x, sigma_y, rho, mu_x, mu_y = gaussians.unbind(-1)
     return torch.stack(
         [sigma_x * ratio_x, sigma_y * ratio_y, rho, (mu_x + 1) * ratio_x - 1, (mu_y + 1) * ratio_y - 1], dim=-1
     )
+
+
+def crop(image: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+    """The upper left `size = (H, W)` pixels of an image `(B, C, H', W')`."""
+    height, width = size
+    if torch.compiler.is_exporting():
+        # A view would fix whether it is contiguous, and so whether the padded size is that of the image.
+        rows, columns = (torch.arange(extent, device=image.device) for extent in size)
+        return image.index_select(2, rows).index_select(3, columns)
+    return image[:, :, :height, :width]
 
 
 # ---- Windows --------------------------------------------------------------------------------------------------------
