@@ -144,7 +144,7 @@ class Drawing:
 
     def gaussians(self, image: torch.Tensor, gaussians: torch.Tensor, title: str) -> None:
         """Add an image with Gaussians `(L, 5)` drawn over it."""
-        self._add(draw_gaussians(image.cpu(), gaussians.cpu(), zoom=self.zoom), title)
+        self._add(draw_gaussians(tensor_to_pil(image), gaussians.cpu(), zoom=self.zoom), title)
 
     def error(self, image: torch.Tensor, sample: torch.Tensor, maximum: float) -> None:
         """Add the error of a reconstruction, in colours up to `maximum` in 8-bit levels."""

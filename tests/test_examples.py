@@ -11,11 +11,24 @@ import torch
 
 import gpstoken_hf
 
-MODULES = ("metrics", "visualization", "layout", "splatting", "partition", "calibration")
+MODULES = (
+    "metrics",
+    "feature_statistics",
+    "evaluation_results",
+    "visualization",
+    "layout",
+    "splatting",
+    "partition",
+    "calibration",
+)
 # Functions outside of `__all__` that users call.
 USED = (
     "metrics.psnr",
     "metrics.ssim",
+    "metrics.lpips",
+    "metrics.to_uint8",
+    *(f"feature_statistics.{name}" for name in ("frechet_distance", "inception_score", "precision_recall")),
+    *(f"evaluation_results.{name}" for name in ("make_result", "compare")),
     *(f"visualization.draw_{kind}" for kind in ("gaussians", "boxes", "error_map")),
 )
 
