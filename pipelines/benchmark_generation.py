@@ -34,11 +34,12 @@ from gpstoken_hf.configuration_gpstoken import PRESETS, GPSTokenConfig
 from gpstoken_hf.evaluation_results import make_result, write_result
 from gpstoken_hf.modeling_gpstoken import GPSTokenModel
 from gpstoken_hf.transformer_sit import SiTTransformer1DModel
-from pipelines.shared.checkpoints import load_pipeline
-from pipelines.shared.costs import device_name, measure, milliseconds, multiply_adds, num_parameters, spread
-from pipelines.shared.outputs import atomic_directory
-from pipelines.shared.programs import make_parser, positive_int, run_program
-from pipelines.shared.reports import Command, Curve, Heading, Picture, Table, Text, draw_curves, number, write_report
+
+from .shared.checkpoints import load_pipeline
+from .shared.costs import device_name, measure, milliseconds, multiply_adds, num_parameters, spread
+from .shared.outputs import atomic_directory
+from .shared.programs import make_parser, positive_int, run_program
+from .shared.reports import Command, Curve, Heading, Picture, Table, Text, draw_curves, number, write_report
 
 PROGRAM = "pipelines.benchmark_generation"
 # Blocks, heads and channels of a head, as SiT names them.

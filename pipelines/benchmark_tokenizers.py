@@ -33,11 +33,12 @@ from tqdm import tqdm
 from gpstoken_hf.configuration_gpstoken import PRESETS, GPSTokenConfig
 from gpstoken_hf.evaluation_results import make_result, write_result
 from gpstoken_hf.modeling_gpstoken import GPSTokenModel
-from pipelines.shared.autoencoders import decode_peer, encode_peer, load_candidates
-from pipelines.shared.costs import device_name, measure, milliseconds, multiply_adds, num_parameters, spread
-from pipelines.shared.outputs import atomic_directory
-from pipelines.shared.programs import ProgramError, make_parser, one_line, positive_int, run_program
-from pipelines.shared.reports import (
+
+from .shared.autoencoders import decode_peer, encode_peer, load_candidates
+from .shared.costs import device_name, measure, milliseconds, multiply_adds, num_parameters, spread
+from .shared.outputs import atomic_directory
+from .shared.programs import ProgramError, make_parser, one_line, positive_int, run_program
+from .shared.reports import (
     Block,
     Command,
     Curve,
