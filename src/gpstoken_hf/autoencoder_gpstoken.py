@@ -59,7 +59,8 @@ from .tiling import Tile, TileGrid, decode_in_windows, gaussians_to_padded_frame
 # Fields of GPSTokenConfig that have another name here. Pipelines of diffusers multiply latents with the `latents_std`
 # of a vae's config, and these latents are standardised already.
 RENAMED_FIELDS = {"latents_mean": "texture_target_mean", "latents_std": "texture_target_std"}
-MODEL_FIELDS = tuple(GPSTokenConfig.__annotations__)
+# The number of tokens is fixed here, so nothing predicts how many an image needs.
+MODEL_FIELDS = tuple(name for name in GPSTokenConfig.__annotations__ if name != "quality_predictor")
 # Share of a window that the next one covers too, when a large map is decoded in windows.
 WINDOW_OVERLAP = 0.25
 
