@@ -121,7 +121,7 @@ ARROWS = {
         "scheduling_flow_match_sde",
         "transformer_sit",
     },
-    "modular_gpstoken": {"file_checks", "guiders", "lora", "modular_blocks"},
+    "modular_gpstoken": {"file_checks", "guiders", "loading", "lora", "modular_blocks"},
     "pipeline_gpstoken": {
         "class_labels",
         "file_checks",

@@ -14,7 +14,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler, FlowMatchHeunDiscreteScheduler, LayerSkipConfig, ModularPipeline
+from diffusers import (
+    DDIMScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    FlowMatchHeunDiscreteScheduler,
+    LayerSkipConfig,
+    ModularPipeline,
+)
 from diffusers.guiders import (
     AdaptiveProjectedGuidance,
     ClassifierFreeGuidance,
@@ -413,6 +419,31 @@ def test_errors(mode, arguments, message):
     pipe = make_modular(make_pipeline(mode))
     with pytest.raises(ValueError, match=message):
         pipe(**{"class_labels": [1], "num_inference_steps": 2, **arguments})
+
+
+def test_an_index_that_names_something_else_is_refused(saved, tmp_path):
+    """Its module is not imported, either: importing runs it."""
+    shutil.copytree(saved / "modular", tmp_path / "other")
+    path = tmp_path / "other" / "modular_model_index.json"
+    index = json.loads(path.read_text())
+    for module, name in (("antigravity", "Antigravity"), ("diffusers", "AutoencoderKL")):
+        index["vae"] = [module, name, {**index["vae"][2], "type_hint": [module, name]}]
+        path.write_text(json.dumps(index))
+        for load in (ModularPipeline.from_pretrained, GPSTokenBlocks().init_pipeline):
+            with pytest.raises(ValueError, match=f"vae must be of .*GPSTokenModel.* got '{name}' of '{module}'"):
+                load(str(tmp_path / "other"))
+    assert "antigravity" not in sys.modules
+
+
+def test_a_foreign_component_is_named(both):
+    pipe = make_modular(both)
+    pipe.update_components(scheduler=DDIMScheduler())
+    with pytest.raises(ValueError, match="scheduler must be a flow scheduler"):
+        pipe(class_labels=1)
+    pipe = make_modular(both)
+    pipe.update_components(transformer=both.vae)
+    with pytest.raises(ValueError, match="transformer must be a SiTTransformer1DModel, got GPSTokenModel"):
+        pipe(class_labels=1)
 
 
 def test_errors_without_components_and_of_the_guider():

@@ -169,12 +169,21 @@ class CheckedPipelineMixin(CheckedConfigMixin):
         return {name: hints.get(name, object) for name in cls._get_signature_keys(cls)[0]}  # type: ignore[attr-defined]
 
 
-def _check_saved_component(index: Path, name: str, expected: Any, module: str, class_name: str) -> None:
-    # A module is looked up and never imported: importing runs it.
+def saved_class(index: Any, name: str, expected: Any, module: str, class_name: str) -> Any:
+    """The class of a component that an index names. Its module is looked up and never imported: importing runs it.
+
+    Raises:
+        ValueError: if the module is not imported, or the class is not an `expected` one.
+    """
     library = getattr(diffusers.pipelines, module, None) or sys.modules.get(module)
     component: Any = getattr(library, class_name, None)
     if not isinstance(component, type) or not issubclass(component, expected):
         raise ValueError(f"{index}: {name} must be of {expected}, got {shown(class_name)} of {shown(module)}")
+    return component
+
+
+def _check_saved_component(index: Path, name: str, expected: Any, module: str, class_name: str) -> None:
+    component = saved_class(index, name, expected, module, class_name)
     file = index.parent / name / SCHEDULER_CONFIG
     if issubclass(component, diffusers.SchedulerMixin) and file.is_file():
         config = read_json(file)

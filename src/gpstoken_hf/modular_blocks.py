@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 import PIL.Image
 import torch
 from diffusers.configuration_utils import FrozenDict
+from diffusers.guiders.guider_utils import BaseGuidance
 from diffusers.modular_pipelines.modular_pipeline import (
     BlockState,
     ConditionalPipelineBlocks,
@@ -20,6 +21,7 @@ from diffusers.modular_pipelines.modular_pipeline import (
 )
 from diffusers.modular_pipelines.modular_pipeline_utils import ComponentSpec, ConfigSpec, InputParam, OutputParam
 from diffusers.schedulers import FlowMatchEulerDiscreteScheduler
+from diffusers.schedulers.scheduling_utils import SchedulerMixin
 
 from .class_labels import label_ids
 from .guidance import GuidedPredictor, mask_of
@@ -77,6 +79,8 @@ COMPONENTS: dict[str, type] = {
     "layout_bank": GaussianLayoutBank,
     "image_processor": GPSTokenImageProcessor,
 }
+# Any flow scheduler can take the place of ours.
+ALLOWED = {**COMPONENTS, "scheduler": SchedulerMixin, "layout_scheduler": SchedulerMixin, "guider": BaseGuidance}
 
 
 class _Interface:
@@ -114,8 +118,12 @@ def _guider_spec() -> ComponentSpec:
 
 def _require(components: Any, names: tuple[str, ...]) -> None:
     for name in names:
-        if getattr(components, name, None) is None and name != "image_processor":
+        component = getattr(components, name, None)
+        if component is None and name != "image_processor":
             raise ValueError(f"{name} must be loaded by load_components or update_components, got None")
+        # A compiled model keeps the original in `_orig_mod`.
+        if component is not None and not isinstance(getattr(component, "_orig_mod", component), ALLOWED[name]):
+            raise ValueError(f"{name} must be a {ALLOWED[name].__name__}, got {type(component).__name__}")
 
 
 class GPSTokenBlock(_Interface, ModularPipelineBlocks):

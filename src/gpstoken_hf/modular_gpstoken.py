@@ -16,6 +16,7 @@ import diffusers
 import torch
 
 from .file_checks import check_source, find_file
+from .loading import saved_class
 from .lora import GPSTokenLoraMixin
 
 try:
@@ -33,6 +34,7 @@ except ImportError as error:
 
 from .guiders import IntervalGuidance
 from .modular_blocks import (
+    ALLOWED,
     INPUTS,
     MODEL_NAME,
     GPSTokenBlock,
@@ -186,6 +188,13 @@ class GPSTokenModularPipeline(GPSTokenLoraMixin, ModularPipeline):
         if find_file(source, cls.config_name, kwargs) is None:
             return cls(pretrained_model_name_or_path=source, **kwargs)
         return super().from_pretrained(source, **kwargs)
+
+    @staticmethod
+    def _dict_to_component_spec(name: str, spec_dict: dict[str, Any]) -> Any:
+        module, class_name = spec_dict["type_hint"]
+        if module is not None and name in ALLOWED:
+            saved_class("the index of the pipeline", name, ALLOWED[name], module, class_name)
+        return ModularPipeline._dict_to_component_spec(name, spec_dict)
 
     def load_components(self, names: list[str] | str | None = None, **kwargs: Any) -> None:
         """Load components; all in float32 unless a dtype is given.
