@@ -28,6 +28,7 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from io import BytesIO
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -301,8 +302,21 @@ def summarize_demand(rows: Sequence[dict[str, Any]], settings: dict[str, Any]) -
             reachable = [row for row in measured if row[f"target {value}"]["reached"]]
             if reachable:
                 entry["above_target"] = _mean(reachable, name, "psnr") - float(value)
+        if kind != "fixed":
+            fixed = [other for other in results if other["name"].startswith("fixed")]
+            for key, title in (("psnr", "psnr"), ("psnr_of_90_percent", "90_percent")):
+                entry[f"fixed_tokens_of_equal_{title}"] = _tokens_of(entry[key], fixed, key)
         results.append(entry)
     return results
+
+
+def _tokens_of(score: float, fixed: Sequence[dict[str, Any]], key: str) -> float | None:
+    """The number of tokens for all images that gives a score, interpolated in log n; `None` beyond the ends."""
+    for less, more in pairwise(fixed):
+        if less[key] <= score <= more[key] and less[key] < more[key]:
+            share = (score - less[key]) / (more[key] - less[key])
+            return less["tokens"] * (more["tokens"] / less["tokens"]) ** share
+    return None
 
 
 def summarize_greedy(rows: Sequence[dict[str, Any]], settings: dict[str, Any]) -> list[dict[str, Any]]:
@@ -359,7 +373,7 @@ def _cell(title: str, value: Any) -> str:
         return value or ""
     if title == "reached":
         return f"{value:.0%}"
-    return f"{value:.0f}" if title == "bytes" else f"{value:.1f}" if title == "tokens" else f"{value:.2f}"
+    return f"{value:.0f}" if title == "bytes" else f"{value:.1f}" if "tokens" in title else f"{value:.2f}"
 
 
 def _draw(path: Path, curve: str, results: Sequence[dict[str, Any]], settings: dict[str, Any]) -> None:

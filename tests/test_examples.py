@@ -11,11 +11,13 @@ import torch
 
 import gpstoken_hf
 
-MODULES = ("metrics", "visualization", "layout", "splatting", "partition", "calibration")
+MODULES = ("metrics", "visualization", "layout", "splatting", "partition", "calibration", "quality", "token_file")
 # Functions outside of `__all__` that users call.
 USED = (
     "metrics.psnr",
     "metrics.ssim",
+    "token_file.write_tokens",
+    "token_file.read_tokens",
     *(f"visualization.draw_{kind}" for kind in ("gaussians", "boxes", "error_map")),
 )
 

@@ -55,6 +55,13 @@ def test_curves_are_measured_written_and_resumed(folder, capsys):
     assert (output / "results.json").read_text() == before
 
 
+def test_fixed_tokens_of_an_equal_score_are_interpolated():
+    fixed = [{"tokens": 8, "psnr": 20.0}, {"tokens": 32, "psnr": 24.0}, {"tokens": 64, "psnr": 23.0}]
+    assert quality_curves._tokens_of(22.0, fixed, "psnr") == pytest.approx(16)
+    assert quality_curves._tokens_of(20.0, fixed, "psnr") == 8
+    assert quality_curves._tokens_of(25.0, fixed, "psnr") is None
+
+
 def test_splits_go_where_the_error_is():
     images = make_images(1, 64, 64)
     boxes = NestedPartition(split_sequence(images, 8), (64, 64)).boxes(0, 8)

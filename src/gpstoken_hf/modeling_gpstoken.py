@@ -569,7 +569,7 @@ class GPSTokenModel(GPSTokenPreTrainedModel):
         tile_size: int | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> GPSTokenOutput:
-        """Reconstruct images: `encode`, then `decode` at the same size. Takes the arguments of `encode` without target."""
+        """Reconstruct images: `encode`, then `decode` at the same size. Takes its arguments but for the target."""
         encoded = self.encode(pixel_values, num_tokens, importance, layout, tile_size, **kwargs)
         height, width = pixel_values.shape[-2:]
         mask = encoded.attention_mask if encoded.layout.is_padded else None

@@ -310,7 +310,7 @@ def quality_target(
     if len(given) > 1:
         raise ValueError(f"encode must have one target, got {' and '.join(given)}")
     for name, (function, value) in given.items():
-        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        is_number = isinstance(value, int | float | np.number) and not isinstance(value, bool)
         if not is_number or not math.isfinite(value):
             raise ValueError(f"{name} must be a finite number, got {value!r}")
         if name == "target_ssim" and value > 1:
