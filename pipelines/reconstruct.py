@@ -4,6 +4,8 @@
     python -m pipelines.reconstruct photo.jpg more.png folder/ --tokens 256 --output out/
     python -m pipelines.reconstruct photo.jpg --focus 120,40,260,200 --output out/
     python -m pipelines.reconstruct --from_tokens out/photo/tokens.safetensors --output out/
+    python -m pipelines.reconstruct photo.jpg --target_psnr 28 --to_file photo.gpst --step 0.5 --output out/
+    python -m pipelines.reconstruct --from_file photo.gpst --output out/
 
 Without an image the program takes four sample photographs of scikit-image. Each image gets its own folder:
 
@@ -14,6 +16,9 @@ Without an image the program takes four sample photographs of scikit-image. Each
     panel.png                   all of these side by side
     tokens.safetensors          tokens, initial Gaussians and regions; --from_tokens decodes them again
     scores.json                 PSNR, SSIM, number of tokens and floats, settings
+
+With --target_psnr each image gets the fewest tokens that reach it. --to_file writes the tokens of one image as a small
+.gpst file, lossless or with a --step, and --from_file decodes such files.
 
 A folder appears only when it is complete. The same command resumes an interrupted run: finished images are skipped.
 Results of other settings are an error unless --overwrite replaces them, and only files that this program has listed in
@@ -43,6 +48,7 @@ import gpstoken_hf
 from gpstoken_hf.image_processing_gpstoken import GPSTokenImageProcessor, open_image
 from gpstoken_hf.metrics import SSIM_WINDOW, psnr, ssim
 from gpstoken_hf.modeling_gpstoken import GPSTokenModel
+from gpstoken_hf.token_file import MAX_STEP, MIN_STEP
 from gpstoken_hf.visualization import contact_sheet, draw_boxes, draw_error_map, draw_gaussians, panel, tensor_to_pil
 
 from .shared.checkpoints import DEFAULT_MODEL, load_tokenizer, weights_fingerprint
@@ -64,13 +70,21 @@ from .shared.programs import (
     non_negative_int,
     one_line,
     pixel_box,
+    positive_float,
     positive_int,
     printable,
     progress,
     run_program,
 )
 from .shared.tiles import choose_tile_size, decode_in_tiles, num_tiles, tile_bar
-from .shared.token_files import load_tokens, save_tokens
+from .shared.token_files import (
+    StoredTokens,
+    check_replaceable_token_file,
+    load_token_file,
+    load_tokens,
+    save_token_file,
+    save_tokens,
+)
 
 PROGRAM = "pipelines.reconstruct"
 SAMPLES = ("astronaut", "chelsea", "coffee", "rocket")
@@ -93,15 +107,20 @@ class Source:
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = _parse(argv)
-    if args.from_tokens:
-        if args.images or args.focus or args.importance or args.tokens or args.tile_size:
+    if args.from_tokens or args.from_file:
+        option = "--from_tokens" if args.from_tokens else "--from_file"
+        making = (args.focus, args.importance, args.tokens, args.tile_size, args.target_psnr, args.to_file)
+        if args.images or any(making) or (args.from_tokens and args.from_file):
             raise ProgramError(
-                "--from_tokens must come without images, --tokens, --tile_size, --focus and --importance: it decodes "
+                f"{option} must come without images and the options that choose, place or store tokens: it decodes "
                 "tokens as they were stored"
             )
         return _decode_files(args)
+    _check_targets(args)
 
     sources = collect_sources(args.images, args.output)
+    if args.to_file and len(sources) > 1:
+        raise ProgramError(f"--to_file must come with one image, got {len(sources)}")
     settings = {
         "version": gpstoken_hf.__version__,
         "model": args.model,
@@ -111,6 +130,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         "importance": args.importance and file_digest(args.importance),
         "tile_size": args.tile_size,
         "max_side": args.max_side,
+        "target_psnr": args.target_psnr,
+        "max_tokens": args.max_tokens,
+        "to_file": args.to_file and printable(args.to_file),
+        "step": args.step,
     }
     mask = None if args.importance is None else read_mask(args.importance)
     model = load_tokenizer(args.model, args.device)
@@ -130,6 +153,20 @@ def main(argv: Sequence[str] | None = None) -> int:
             f"see {printable(args.output / OVERVIEW_FILE)}"
         )
     return _report(failures, len(sources), "images not reconstructed")
+
+
+def _check_targets(args: argparse.Namespace) -> None:
+    """Refuse options that do not go together."""
+    if args.target_psnr is not None and args.tokens is not None:
+        raise ProgramError("--tokens must not come with --target_psnr, which chooses their number (see --max_tokens)")
+    if args.max_tokens is not None and args.target_psnr is None:
+        raise ProgramError("--max_tokens must come with --target_psnr; --tokens sets their number")
+    if args.step is not None and args.to_file is None:
+        raise ProgramError("--step must come with --to_file, whose values it rounds")
+    if args.step is not None and not MIN_STEP <= args.step <= MAX_STEP:
+        raise ProgramError(f"--step must be from {MIN_STEP} to {MAX_STEP}, got {args.step}")
+    if args.to_file and args.to_file.suffix != ".gpst":
+        raise ProgramError(f"--to_file must end in .gpst, got {args.to_file}")
 
 
 def _run_batch(
@@ -204,6 +241,20 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--max_side", type=non_negative_int, default=640, help="reduce larger images to this side, in pixels; 0: never"
     )
+    parser.add_argument(
+        "--target_psnr", type=positive_float, metavar="DB", help="the fewest tokens that reach this PSNR, in dB"
+    )
+    parser.add_argument(
+        "--max_tokens", type=positive_int, help="most tokens with --target_psnr; default: four times as in training"
+    )
+    parser.add_argument("--to_file", type=Path, metavar="X.gpst", help="also write the tokens as a small file")
+    parser.add_argument(
+        "--step",
+        type=positive_float,
+        help="round the values of --to_file to this step, in standard deviations of a channel, for example 0.5; "
+        "default: lossless",
+    )
+    parser.add_argument("--from_file", type=Path, nargs="+", metavar="X.gpst", help="decode files of --to_file")
     parser.add_argument(
         "--from_tokens", type=Path, nargs="+", metavar=TOKENS_FILE, help="decode stored tokens instead of images"
     )
@@ -299,8 +350,12 @@ def _reconstruct_source(
     folder = args.output / source.folder
     settings = {**settings, "source": source.digest()}
     known = _done_before(folder, settings, source.label, args.overwrite)
-    if known is not None:
+    if known is not None and (args.to_file is None or args.to_file.is_file()):
         return known
+    if known is not None:
+        raise ProgramError(f"{args.to_file} is gone since {folder} was written; --overwrite writes both again")
+    if args.to_file:
+        check_replaceable_token_file(args.to_file, args.overwrite)
 
     photograph = read_photograph(source.read(), args.max_side)
     if photograph.size != photograph.original_size:
@@ -321,15 +376,22 @@ def _reconstruct_source(
         with tile_bar(model.encoder, num_parts, f"encode {source.label}"), torch.inference_mode():
             encoded = model.encode(
                 pixel_values,
-                num_tokens=num_tokens,
+                num_tokens=num_tokens if args.target_psnr is None else None,
                 importance=None if importance is None else importance.to(model.device),
                 tile_size=tile_size,
+                target_psnr=args.target_psnr,
+                max_tokens=args.max_tokens,
             )
         reconstruction = decode_in_tiles(
             model, encoded.tokens, encoded.attention_mask, photograph.size, tile_size, source.label
         )
         scores = _scores(pixel_values, reconstruction, encoded)
         scores["tile_size"] = tile_size
+        if args.target_psnr is not None:
+            # In windows a large image is decoded otherwise than in the search.
+            scores["reached"] = scores["psnr"] >= args.target_psnr
+        if args.to_file:
+            scores["file_bytes"] = save_token_file(args.to_file, encoded, photograph.size, model, tile_size, args.step)
         boxes = [_scaled_box(box, photograph) for box in args.focus]
         if boxes:
             scores["psnr_in_focus"] = [
@@ -397,6 +459,11 @@ def _in_words(scores: dict[str, Any]) -> str:
         f"{scores['tokens']} tokens",
         f"{scores['floats']} floats ({share:.1%} of the image's)",
     ]
+    if scores.get("reached") is False:
+        words.append("short of the target")
+    if "file_bytes" in scores:
+        bits = 8 * scores["file_bytes"] / (scores["width"] * scores["height"])
+        words.append(f"file of {scores['file_bytes']} bytes ({bits:.3f} bits per pixel)")
     words += [f"PSNR in focus {value:.2f} dB" for value in scores.get("psnr_in_focus", [])]
     return ", ".join(words)
 
@@ -458,23 +525,33 @@ def _write_overview(output: Path, folders: Sequence[Path]) -> None:
 
 
 def _decode_files(args: argparse.Namespace) -> int:
-    files = {os.path.abspath(path): path for path in args.from_tokens}
+    files = {os.path.abspath(path): path for path in args.from_tokens or args.from_file}
+    suffix = "from-tokens" if args.from_tokens else "from-file"
     names = {key: Path(key).parent.name if Path(key).name == TOKENS_FILE else Path(key).stem for key in files}
-    folders = plan_names({key: [f"{name}-from-tokens"] for key, name in names.items()}, [OVERVIEW_FILE])
+    folders = plan_names({key: [f"{name}-{suffix}"] for key, name in names.items()}, [OVERVIEW_FILE])
     model = load_tokenizer(args.model, args.device)
     settings = {"version": gpstoken_hf.__version__, "model": args.model, "weights": weights_fingerprint(model)}
+    channels = model.config.token_channels
 
     def work(key: str) -> None:
-        _decode_file(model, files[key], args.output / folders[key], settings, args.overwrite)
+        load = partial(load_token_file, model=model) if args.from_file else partial(load_tokens, channels=channels)
+        _decode_file(model, load, files[key], args.output / folders[key], settings, args.overwrite)
 
     labels = [printable(path) for path in files.values()]
     failures = _run_batch(list(files), "files", labels, work)[1]
     return _report(failures, len(files), "files not decoded")
 
 
-def _decode_file(model: GPSTokenModel, path: Path, folder: Path, settings: dict[str, Any], overwrite: bool) -> None:
+def _decode_file(
+    model: GPSTokenModel,
+    load: Callable[[Path], StoredTokens],
+    path: Path,
+    folder: Path,
+    settings: dict[str, Any],
+    overwrite: bool,
+) -> None:
     label = printable(path)
-    stored = load_tokens(path, model.config.token_channels)
+    stored = load(path)
     settings = {**settings, "source": file_digest(path)}
     if _done_before(folder, settings, label, overwrite) is not None:
         return

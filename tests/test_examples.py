@@ -20,6 +20,8 @@ MODULES = (
     "splatting",
     "partition",
     "calibration",
+    "quality",
+    "token_file",
 )
 # Functions outside of `__all__` that users call.
 USED = (
@@ -29,6 +31,8 @@ USED = (
     "metrics.to_uint8",
     *(f"feature_statistics.{name}" for name in ("frechet_distance", "inception_score", "precision_recall")),
     *(f"evaluation_results.{name}" for name in ("make_result", "compare")),
+    "token_file.write_tokens",
+    "token_file.read_tokens",
     *(f"visualization.draw_{kind}" for kind in ("gaussians", "boxes", "error_map")),
 )
 

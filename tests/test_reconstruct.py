@@ -658,3 +658,71 @@ def test_bad_arguments(run, capsys, argument):
         run(*argument)
     assert caught.value.code == 2
     assert argument[0] in capsys.readouterr().err
+
+
+# ------------------------------------------------------------------------------------------- quality and token files
+
+
+def test_a_target_takes_the_fewest_tokens(run, tmp_path, capsys):
+    photograph().save(tmp_path / "photo.png")
+    assert run("photo.png", "--tokens", 6, "--output", "fixed") == 0
+    target = scores_of(tmp_path / "fixed" / "photo")["psnr"] - 0.1
+    assert run("photo.png", "--target_psnr", target, "--max_tokens", 20, "--output", "reached") == 0
+    scores = scores_of(tmp_path / "reached" / "photo")
+    assert scores["reached"] is True
+    assert scores["psnr"] >= target
+    assert scores["tokens"] < 20
+    capsys.readouterr()
+    assert run("photo.png", "--target_psnr", 90, "--max_tokens", 6, "--output", "short") == 0
+    assert "short of the target" in capsys.readouterr().out
+    assert scores_of(tmp_path / "short" / "photo")["reached"] is False
+
+
+@pytest.mark.parametrize("step", [None, 0.5])
+def test_a_token_file_decodes_to_the_same_picture(run, tmp_path, capsys, step):
+    photograph().save(tmp_path / "photo.png")
+    options = [] if step is None else ["--step", step]
+    assert run("photo.png", "--tokens", 12, "--to_file", "x.gpst", *options) == 0
+    size = (tmp_path / "x.gpst").stat().st_size
+    assert scores_of(tmp_path / "out" / "photo")["file_bytes"] == size
+    assert f"file of {size} bytes" in capsys.readouterr().out
+    assert run("--from_file", "x.gpst") == 0
+    whole, decoded = (tmp_path / "out" / name / "reconstruction.png" for name in ("photo", "x-from-file"))
+    difference = np.abs(np.asarray(PIL.Image.open(whole), int) - np.asarray(PIL.Image.open(decoded), int))
+    assert (difference.max() == 0) == (step is None)
+    assert run("photo.png", "--tokens", 12, "--to_file", "x.gpst", *options) == 0  # done before
+    assert "done before" in capsys.readouterr().out
+
+
+def test_a_token_file_replaces_nothing_else(run, tmp_path, capsys):
+    photograph().save(tmp_path / "photo.png")
+    (tmp_path / "x.gpst").write_text("a letter")
+    assert run("photo.png", "--to_file", "x.gpst") == 2
+    assert "x.gpst must not exist yet" in capsys.readouterr().err
+    assert run("photo.png", "--to_file", "x.gpst", "--overwrite") == 2
+    assert "x.gpst must be a token file to be replaced" in capsys.readouterr().err
+    assert (tmp_path / "x.gpst").read_text() == "a letter"
+    assert run("photo.png", "--to_file", "y.gpst") == 0
+    assert run("photo.png", "--tokens", 3, "--to_file", "y.gpst", "--overwrite") == 0
+
+
+def test_errors_of_targets_and_token_files(run, tmp_path, capsys):
+    photograph().save(tmp_path / "photo.png")
+    photograph(1).save(tmp_path / "other.png")
+    (tmp_path / "bad.gpst").write_bytes(b"GPST\x01" + bytes(30))
+    for arguments, message in (
+        (["photo.png", "--tokens", 4, "--target_psnr", 20], "--tokens must not come with --target_psnr"),
+        (["photo.png", "--max_tokens", 4], "--max_tokens must come with --target_psnr"),
+        (["photo.png", "--step", 0.5], "--step must come with --to_file"),
+        (["photo.png", "--to_file", "x.gpst", "--step", 1000], "--step must be from"),
+        (["photo.png", "--to_file", "x.zip"], "--to_file must end in .gpst, got x.zip"),
+        (["photo.png", "other.png", "--to_file", "x.gpst"], "--to_file must come with one image, got 2"),
+        (["photo.png", "--from_file", "x.gpst"], "--from_file must come without images"),
+        (["--from_file", "x.gpst", "--to_file", "y.gpst"], "--from_file must come without"),
+        (["--from_file", "x.gpst"], "no such file: x.gpst"),
+        (["--from_file", "bad.gpst"], "bad.gpst must be a whole token file, got one that is damaged or cut off"),
+    ):
+        assert run(*arguments) == 2
+        error = capsys.readouterr().err
+        assert message in error
+        assert "Traceback" not in error

@@ -6,6 +6,7 @@ Shapes: L tokens, C texture channels, H x W pixels.
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,10 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from gpstoken_hf.modeling_gpstoken import GPSTokenModel
+from gpstoken_hf.token_file import MAGIC, read_tokens, write_tokens
+
+from .outputs import atomic_file
 from .programs import FILE_ERRORS, ProgramError, one_line, printable
 from .tiles import num_tiles
 
@@ -37,6 +42,46 @@ def save_tokens(path: Path, encoded: Any, size: tuple[int, int], tile_size: int 
         "model": printable(model),
     }
     save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, path, metadata=metadata)
+
+
+def check_replaceable_token_file(path: Path, overwrite: bool) -> None:
+    """Raise a ProgramError if a `.gpst` file must not be written to `path`."""
+    if not os.path.lexists(path):
+        return
+    if not overwrite:
+        raise ProgramError(f"{path} must not exist yet; --overwrite replaces a token file")
+    if path.is_file():
+        with path.open("rb") as file:
+            is_ours = file.read(len(MAGIC)) == MAGIC
+    else:
+        is_ours = False
+    if not is_ours:
+        raise ProgramError(f"{path} must be a token file to be replaced, got something else")
+
+
+def save_token_file(
+    path: Path, encoded: Any, size: tuple[int, int], model: GPSTokenModel, tile_size: int | None, step: float | None
+) -> int:
+    """Write the tokens of one image to a `.gpst` file; returns its bytes."""
+    with atomic_file(path) as staging:
+        return write_tokens(
+            staging, encoded.tokens, size, model, encoded.attention_mask, encoded.layout, tile_size, step=step
+        )
+
+
+def load_token_file(path: Path, model: GPSTokenModel) -> StoredTokens:
+    """Read a `.gpst` file of one image.
+
+    Raises:
+        ProgramError: If there is no such file, or it holds several images.
+        ValueError: If it is damaged, or of another model.
+    """
+    if not path.is_file():
+        raise ProgramError(f"expected a token file, found no such file: {path}")
+    stored = read_tokens(path, model)
+    if len(stored.tokens) > 1:
+        raise ProgramError(f"{path} must hold one image, got {len(stored.tokens)}")
+    return StoredTokens(stored.tokens, stored.attention_mask, stored.image_size, stored.tile_size)
 
 
 @dataclass

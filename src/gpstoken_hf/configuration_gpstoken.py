@@ -99,7 +99,7 @@ LIMITS: dict[str, tuple[float, float]] = {
 # What transformers passes to a constructor but does not save.
 INIT_ARGUMENTS = {"attn_implementation", "experts_implementation"}
 # Weights of the predictor of PSNR: one for each feature of a partition (quality.py).
-NUM_QUALITY_FEATURES = 6
+NUM_QUALITY_FEATURES = 7
 MAX_DECODER_LEVELS, MAX_CHANNEL_MULTIPLIER, MAX_LABELS = 12, 2**10, 2**20
 
 
@@ -166,7 +166,7 @@ class GPSTokenConfig(PreTrainedConfig):
             tile).
         latents_mean, latents_std (`list[float]`, *optional*): statistics of the channels of `[g - g_init, texture]`,
             5 + C numbers each, by which a texture generator standardises tokens. Give both or neither.
-        quality_predictor (`list[float]`, *optional*): 6 weights that predict the PSNR of an image from its partition,
+        quality_predictor (`list[float]`, *optional*): 7 weights that predict the PSNR of an image from its partition,
             for `encode(..., target_psnr=..., fast=True)`; `python -m pipelines.fit_quality` measures them.
 
     Raises:

@@ -36,7 +36,7 @@ from .partition import (
     split_sequence,
     token_counts,
 )
-from .quality import Metric, NestedPartition, QualityTarget, encode_to_target, predicted_counts, quality_target
+from .quality import FINER, Metric, NestedPartition, QualityTarget, encode_to_target, predicted_counts, quality_target
 from .regions import max_regions
 from .splatting import splat_gaussians
 from .tiling import (
@@ -435,8 +435,9 @@ class GPSTokenModel(GPSTokenPreTrainedModel):
             raise ValueError(f"max_tokens must be at least 1 for each of the {low} tiles, got {max_tokens}")
         partition = None
         if tile_size is None:
+            most = min(FINER * high, max_regions(*size, config.min_region_size)) if fast else high
             pixels = pixel_values.float()
-            splits = split_sequence(pixels, high, config.complexity_exponent, config.min_region_size, importance)
+            splits = split_sequence(pixels, most, config.complexity_exponent, config.min_region_size, importance)
             partition = NestedPartition(splits, size)
 
         def encode(rows: list[int], counts: list[int]) -> GPSTokenEncoderOutput:
@@ -454,7 +455,7 @@ class GPSTokenModel(GPSTokenPreTrainedModel):
             if partition is None:
                 raise ValueError("fast must be False for an image that is encoded in tiles, got True")
             weights = config.quality_predictor
-            counts = predicted_counts(partition, pixel_values, config.image_size**2, weights, goal.value)
+            counts = predicted_counts(partition, pixel_values, config.image_size**2, high, weights, goal.value)
             return encode(list(range(len(counts))), counts)
         return encode_to_target(pixel_values, goal, (low, min(usual, high), high), encode, decode)
 
@@ -609,7 +610,7 @@ class GPSTokenModel(GPSTokenPreTrainedModel):
         tile_size: int | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> GPSTokenOutput:
-        """Reconstruct images: `encode`, then `decode` at the same size. Takes the arguments of `encode`."""
+        """Reconstruct images: `encode`, then `decode` at the same size. Takes its arguments but for the target."""
         encoded = self.encode(pixel_values, num_tokens, importance, layout, tile_size, **kwargs)
         height, width = pixel_values.shape[-2:]
         mask = encoded.attention_mask if encoded.layout.is_padded else None

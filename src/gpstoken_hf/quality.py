@@ -26,6 +26,8 @@ from .regions import sort_regions
 MARGIN = 1e-5
 # Reconstructions that a search may take, over log2(max_tokens).
 BUDGET_FACTOR = 1.3
+# The predictor compares a partition with one of this many times the regions.
+FINER = 4
 
 
 # ---- Partitions of every size ---------------------------------------------------------------------------------------
@@ -100,20 +102,21 @@ class NestedPartition:
             [GaussianLayout.from_boxes(part, self.image_size, None, sigma_scale, align_corners) for part in parts]
         )
 
-    def features(self, image: int, pixels: torch.Tensor, training_area: int) -> np.ndarray:
-        """Numbers that tell the PSNR of one image for every count, by `predict_psnr`.
+    def features(self, image: int, pixels: torch.Tensor, training_area: int, max_tokens: int) -> np.ndarray:
+        """Numbers that tell the PSNR of one image for every number of tokens n, by `predict_psnr`.
 
-        The first is the PSNR of an image that is constant in every region: each split removes the variance between
-        its two halves, so all counts cost one summed-area table. The others are the size of the image and the number
-        of tokens, both as octaves from those of the training, and powers.
+        Two are the PSNR of an image that is constant in each of n and in each of `FINER` n regions. Each split removes
+        the variance between its two halves, so all counts cost one summed-area table. The others are the size of the
+        image and the tokens per pixel, both as octaves from those of the training, and products.
 
         Args:
             image (`int`): index into the batch.
             pixels (`torch.Tensor` of shape `(3, H, W)`): RGB in [-1, 1].
             training_area (`int`): pixels of an image of the training.
+            max_tokens (`int`): the largest n. The partition must hold `FINER` times as many regions, or all.
 
         Returns:
-            `np.ndarray` of shape `(L, 6)`: float64; row n - 1 is of n tokens.
+            `np.ndarray` of shape `(max_tokens, 7)`: float64; row n - 1 is of n tokens.
         """
         height, width = self.image_size
         values = pixels.detach().double().cpu().numpy()
@@ -131,10 +134,12 @@ class NestedPartition:
         removed = energy(halves).sum(1) - energy(parents)
         left = (values**2).sum() - energy(np.array([[0, 0, width - 1, height - 1]])) - np.cumsum(np.r_[0.0, removed])
         error = np.maximum(left, 0) / values.size
-        flat = 10 * np.log10(4 / (error + 1e-5))
-        density = np.log2(np.arange(1, self.max_tokens + 1) * (training_area / (height * width)))
+        scores = 10 * np.log10(4 / (error + 1e-5))
+        counts = np.arange(1, max_tokens + 1)
+        flat, finer = scores[counts - 1], scores[np.minimum(FINER * counts, self.max_tokens) - 1]
+        density = np.log2(counts * (training_area / (height * width)))
         size = np.full_like(flat, math.log2(height * width / training_area))
-        return np.stack([np.ones_like(flat), flat, density, size, flat * density, density**2], axis=1)
+        return np.stack([np.ones_like(flat), flat, finer, density, size, flat * density, density**2], axis=1)
 
 
 def predict_psnr(features: np.ndarray, weights: Sequence[float]) -> np.ndarray:
@@ -305,7 +310,7 @@ def quality_target(
     if len(given) > 1:
         raise ValueError(f"encode must have one target, got {' and '.join(given)}")
     for name, (function, value) in given.items():
-        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        is_number = isinstance(value, int | float | np.number) and not isinstance(value, bool)
         if not is_number or not math.isfinite(value):
             raise ValueError(f"{name} must be a finite number, got {value!r}")
         if name == "target_ssim" and value > 1:
@@ -367,12 +372,17 @@ def encode_to_target(
 
 
 def predicted_counts(
-    partition: NestedPartition, pixel_values: torch.Tensor, training_area: int, weights: Sequence[float], target: float
+    partition: NestedPartition,
+    pixel_values: torch.Tensor,
+    training_area: int,
+    max_tokens: int,
+    weights: Sequence[float],
+    target: float,
 ) -> list[int]:
     """The fewest tokens of every image whose predicted PSNR reaches `target` in dB, or those of the highest one."""
     counts = []
     for image, pixels in enumerate(pixel_values):
-        predicted = predict_psnr(partition.features(image, pixels, training_area), weights)
+        predicted = predict_psnr(partition.features(image, pixels, training_area, max_tokens), weights)
         passed = np.flatnonzero(predicted >= target)
         counts.append(1 + int(passed[0] if len(passed) else predicted.argmax()))
     return counts

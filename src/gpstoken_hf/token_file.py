@@ -293,6 +293,20 @@ def read_tokens(path: str | os.PathLike[str], model: Any = None) -> StoredTokens
         ValueError: if the file is no token file, of another version, damaged or cut off; if another model has made its
             tokens; if its coder is not installed.
         OSError: if it cannot be read.
+
+    Examples:
+        ```python
+        >>> import torch
+        >>> from gpstoken_hf.token_file import read_tokens, write_tokens
+
+        >>> size = write_tokens("two.gpst", torch.full((2, 8, 21), 0.5), (64, 96))
+        >>> stored = read_tokens("two.gpst")
+        >>> stored.tokens.shape, stored.image_size, stored.step
+        (torch.Size([2, 8, 21]), (64, 96), None)
+        >>> stored.bits_per_pixel == 8 * size / (2 * 64 * 96)
+        True
+
+        ```
     """
     data = _read_bytes(path)
     try:
