@@ -101,3 +101,11 @@ def load_token_dataset(directory: Path) -> Any:
 
     files = sorted(map(str, (directory / "data").glob("train-*.parquet")))
     return datasets.load_dataset("parquet", data_files=files, split="train").with_format("numpy")
+
+
+def class_names(dataset: Any, label_column: str) -> list[str] | None:
+    """Names of the classes of a dataset of images, if it has them."""
+    import datasets
+
+    feature = (dataset.features or {}).get(label_column)
+    return list(feature.names) if isinstance(feature, datasets.ClassLabel) else None
