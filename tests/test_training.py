@@ -3,10 +3,13 @@
 
 import argparse
 import ast
+import io
 import itertools
 import json
 import math
 import signal
+import tarfile
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,11 +18,21 @@ import torch
 import yaml
 from accelerate import Accelerator
 from PIL import Image
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.data import DataLoader
 
 import gpstoken_hf
-from pipelines.shared.programs import ProgramError
-from training import cache_tokens, make_digits, train_sit, train_tokenizer
+from pipelines.shared.programs import ProgramError, run_program
+from training import (
+    ablate_training,
+    cache_tokens,
+    compare_recipes,
+    compare_stages,
+    make_digits,
+    profile_training,
+    train_sit,
+    train_tokenizer,
+)
 from training.data import (
     BatchPlan,
     ImageBatches,
@@ -28,19 +41,18 @@ from training.data import (
     TokenCounts,
     batch_loader,
     batches_of,
-    center_crop,
-    decode_image,
-    image_to_array,
     load_image_dataset,
     load_validation_images,
-    native_crop,
-    random_resized_crop,
 )
 from training.ema import ExponentialMovingAverage
-from training.loop import Meter, StopRequest
+from training.estimates import measure
 from training.optimization import learning_rate_factor, run_progress
 from training.options import parse_options
+from training.pictures import center_crop, decode_image, image_to_array, native_crop, random_resized_crop
 from training.records import MetricLog, plot_metrics, read_metrics
+from training.streams import ImageStream, ShuffledStream
+from training.task import StopRequest
+from training.trackers import Meter
 from training.train_sit import noised_condition
 
 PARTITION = PartitionSettings(complexity_exponent=2.5, min_region_size=4, sigma_scale=2 / 3)
@@ -165,7 +177,8 @@ def test_switches_have_one_spelling(tmp_path):
     assert parser.parse_args(command).random_flip is True
     assert parser.parse_args([*command, "--no_random_flip"]).random_flip is False
     assert parser.parse_args([*command, "--no_random_flip", "--random_flip"]).random_flip is True
-    for program in (train_tokenizer, train_sit, cache_tokens, make_digits):
+    programs = (train_tokenizer, train_sit, cache_tokens, make_digits, profile_training)
+    for program in (*programs, ablate_training, compare_recipes, compare_stages):
         options = [name for action in program.make_parser()._actions for name in action.option_strings]
         # argparse makes --help; --dry-run is an alias.
         assert [name for name in options if "-" in name.lstrip("-")] in ([], ["--dry-run"])
@@ -179,7 +192,10 @@ def test_programs_import_no_other_program():
         for name, tree in sources.items()
         if any(isinstance(node, ast.FunctionDef) and node.name == "main" for node in tree.body)
     }
-    assert programs == {"train_tokenizer", "train_sit", "cache_tokens", "make_digits"}
+    assert programs == {
+        *("train_tokenizer", "train_sit", "cache_tokens", "make_digits", "profile_training"),
+        *("ablate_training", "compare_recipes", "compare_stages"),
+    }
     for name, tree in sources.items():
         for node in ast.walk(tree):
             modules = []
@@ -199,6 +215,50 @@ def test_dry_run_prints_the_resolved_configuration_and_writes_nothing(tmp_path, 
     assert printed["max_train_steps"] == 3
     assert printed["model_config"]["hidden_size"] == 32
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("preset", "parameters", "phases"),
+    [
+        ("m128", 128.5, ["reconstruction", "all_losses"]),
+        ("layout_s", 32.7, ["training"]),
+        ("texture_xl", 676.2, ["training"]),
+    ],
+)
+def test_dry_run_of_the_papers_recipes_estimates_memory_and_time(preset, parameters, phases, capsys):
+    program = train_sit if phases == ["training"] else train_tokenizer
+    assert program.main(["--config", f"training/presets/{preset}.yaml", "--dry-run"]) == 0
+    estimate = yaml.safe_load(capsys.readouterr().out)["estimate"]
+    assert estimate["parameters_million"] == pytest.approx(parameters, rel=0.01)
+    assert {"device", "peak_teraflops", "efficiency"} <= estimate["assumptions"].keys()
+    for count in (1, 8):
+        section = estimate[f"gpus_{count}"]
+        assert [name for name in section if isinstance(section[name], dict)] == phases
+        for name in phases:
+            assert estimate["weights_gradients_optimizer_average_gib"] < section[name]["memory_gib"] < 80
+            images = section[name]["images_at_a_time"] * section[name]["gradient_accumulation_steps"]
+            assert images >= section["images_per_gpu"]
+    speedup = estimate["gpus_1"]["hours"] / estimate["gpus_8"]["hours"]
+    assert 4 < speedup <= 8.3
+
+
+def test_counted_costs_are_those_of_the_operations():
+    """A linear layer: 2 n m operations a row; backward keeps its input, and the sigmoid its output."""
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        layer = torch.nn.Sequential(torch.nn.Linear(100, 300), torch.nn.Sigmoid())
+
+        def forward(size):
+            layer(torch.empty(size, 100, requires_grad=True))
+
+        cost = measure(forward, "no")
+        assert cost.operations == 2 * 100 * 300
+        assert cost.saved_bytes == 4 * (100 + 300)
+        assert measure(forward, "bf16").saved_bytes < cost.saved_bytes
+
+
+def test_a_run_needs_a_folder_unless_it_is_dry(capsys):
+    assert run_program(train_tokenizer.main, ["--preset", "tiny", "--max_train_steps", "3"]) == 2
+    assert capsys.readouterr().err == "error: --output_dir must be given, got none\n"
 
 
 # -------------------------------------------------------------------------------------------------------- schedule
@@ -406,15 +466,184 @@ def test_datasets_by_name_with_splits(tmp_path, streaming):
         load_image_dataset(argparse.Namespace(**{**vars(options), "image_column": "image"}))
 
 
-def test_streams_resume_at_their_place():
+def numbered_stream(num_rows, num_shards):
     datasets = pytest.importorskip("datasets")
-    rows = [{"number": number} for number in range(23)]
-    stream = datasets.Dataset.from_list(rows).to_iterable_dataset(num_shards=2)
-    whole = take(plan(stream, shuffle_buffer_size=7), 9)
-    assert take(plan(stream, shuffle_buffer_size=7, first_batch=4), 5) == whole[4:]
-    seen = [row["number"] for batch in whole for row in batch.rows]
-    assert sorted(seen[:23]) == list(range(23))
-    assert seen[:23] != list(range(23))
+    rows = [{"number": number} for number in range(num_rows)]
+    return datasets.Dataset.from_list(rows).to_iterable_dataset(num_shards=num_shards)
+
+
+def numbers(batches):
+    return [row["number"] for batch in batches for _, row in batch.rows]
+
+
+@pytest.mark.parametrize("shuffle_buffer_size", [1, 7, 100])
+def test_streams_resume_at_their_place(shuffle_buffer_size):
+    stream = numbered_stream(23, 3)
+    settings = {"shuffle_buffer_size": shuffle_buffer_size}
+    first = plan(stream, **settings)
+    iterator, whole, places = iter(first), [], []
+    for number in range(12):
+        whole.append(next(iterator))
+        if number > 2:  # workers fetch ahead of what is used
+            places.append(first.place_of(number - 2))
+    for number, place in enumerate(places, 1):
+        place = json.loads(json.dumps(place))
+        resumed = plan(stream, first_batch=number, place=place, **settings)
+        assert resumed.place_of(number) == place
+        assert take(resumed, 12 - number) == whole[number:]
+        # Without a place, as from a checkpoint of an older version, the stream is read from its beginning.
+        assert take(plan(stream, first_batch=number, **settings), 12 - number) == whole[number:]
+    seen = numbers(whole)
+    assert sorted(seen[:23]) == sorted(seen[23:46]) == list(range(23))
+    assert seen[:23] not in (seen[23:46], list(range(23)))
+
+
+def test_a_resumed_stream_reads_one_shard_and_one_block():
+    reads = []
+
+    class Stream(ImageStream):
+        def rows(self, shard, start=0):
+            for place, row in super().rows(shard, start):
+                reads.append((shard, place))
+                yield place, row
+
+    stream = Stream(numbered_stream(40, 4))
+    whole = ShuffledStream(stream, 0, 0, 1, 5)
+    rows = [whole[index] for index in range(38)]
+    start = whole.start_before(37)
+    reads.clear()
+    resumed = ShuffledStream(stream, 0, 0, 1, 5, start)
+    assert resumed[37] == rows[37]
+    assert len(reads) <= 6
+
+
+@pytest.mark.parametrize(("num_shards", "world_size"), [(4, 2), (3, 2), (1, 2), (2, 3)])
+def test_processes_share_a_stream(num_shards, world_size):
+    """With as many turns as shards an epoch is shared exactly; with fewer shards each takes every N-th row."""
+    stream = numbered_stream(24, num_shards)
+    seen = []
+    for rank in range(world_size):
+        rows = ShuffledStream(ImageStream(stream), 3, rank, world_size, 5)
+        seen.append([rows[index][1]["number"] for index in range(24 * (2 if num_shards == 3 else 1) // world_size)])
+    together = sorted(number for part in seen for number in part)
+    if num_shards != 3:
+        assert together == list(range(24))
+    else:  # six turns of two epochs, three for each process
+        assert together == sorted([*range(24)] * 2)
+    assert seen[0] != seen[1]
+
+
+def test_held_out_rows_are_not_in_the_stream():
+    rows, rest = ImageStream(numbered_stream(12, 3)).hold_out(5)
+    assert [row["number"] for row in rows] == [0, 1, 2, 3, 4]
+    assert sorted(numbers(take(plan(rest, resolutions=[16], weights=[1], batch_size=7), 1))) == list(range(5, 12))
+    assert ImageStream(numbered_stream(3, 1)).hold_out(9)[1].held_out == [3]
+
+
+@pytest.mark.parametrize(("num_rows", "world_size"), [(0, 1), (2, 3)])
+def test_a_stream_without_rows_for_a_process_is_refused(num_rows, world_size):
+    stream = ImageStream(numbered_stream(3, 1), held_out=[3 - num_rows])
+    with pytest.raises(ProgramError, match=f"holds no rows for process {world_size - 1} of {world_size}"):
+        ShuffledStream(stream, 0, world_size - 1, world_size, 4)[0]
+
+
+def test_webdataset_archives_are_streamed(tmp_path):
+    """Two tar files as any tar makes them; the label is text, which `cls` decodes to a number."""
+    pytest.importorskip("datasets")
+    files = []
+    for shard in range(2):
+        files.append(tmp_path / f"images-{shard}.tar")
+        with tarfile.open(files[-1], "w") as archive:
+            for index in range(4):
+                picture = io.BytesIO()
+                Image.fromarray(stripes(seed=index)).save(picture, format="PNG")
+                for name, data in (
+                    (f"{shard}{index}.png", picture.getvalue()),
+                    (f"{shard}{index}.cls", b"%d" % index),
+                ):
+                    entry = tarfile.TarInfo(name)
+                    entry.size = len(data)
+                    archive.addfile(entry, io.BytesIO(data))
+    command = ["--train_data_files", *map(str, files), "--streaming", "--image_column", "png", "--output_dir", "out"]
+    options = parse_options(train_tokenizer.make_parser(), [*command, "--cache_dir", str(tmp_path / "cache")])
+    stream = load_image_dataset(options)
+    assert ImageStream(stream).num_shards == 2
+    batches = image_batches(None, image_column="png", label_column="cls")
+    requests = take(plan(stream, resolutions=[16], weights=[1], batch_size=8), 3)
+    assert all(sorted(batches[request]["labels"].tolist()) == [0, 0, 1, 1, 2, 2, 3, 3] for request in requests)
+    assert requests[0].rows != requests[1].rows
+
+
+# -------------------------------------------------------------------------------------------------- unusable samples
+
+
+def encoded(image, format="PNG"):
+    data = io.BytesIO()
+    image.save(data, format=format)
+    return {"bytes": data.getvalue(), "path": None}
+
+
+def unusable_images():
+    whole = encoded(Image.fromarray(stripes()))["bytes"]
+    return {
+        "no readable image": {"bytes": b"rubbish", "path": None},
+        "readable image: image file is truncated": {"bytes": whole[: len(whole) // 2], "path": None},
+        "1 x 40 pixels": encoded(Image.new("RGB", (1, 40))),
+        "40 x 1 pixels": encoded(Image.new("RGB", (40, 1))),
+        "mode I;16": encoded(Image.new("I;16", (40, 40))),
+        "mode F": encoded(Image.new("F", (40, 40)), "TIFF"),
+        "readable image": None,
+    }
+
+
+@pytest.mark.parametrize("what", unusable_images())
+def test_an_unusable_sample_is_named(what):
+    with pytest.raises(ProgramError, match=f"row 3 holds .*{what}"):
+        decode_image(unusable_images()[what], "row 3")
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGBA", "CMYK"])
+def test_other_modes_of_8_bits_are_used(mode):
+    image = Image.fromarray(stripes()).convert(mode)
+    assert decode_image(encoded(image, "TIFF" if mode == "CMYK" else "PNG"), "row 3").mode == "RGB"
+
+
+class PartlyUnusable(Rows):
+    """Rows whose numbers divide by 3 are unusable."""
+
+    def __getitem__(self, index):
+        return {"image": np.zeros((1, 9, 3), np.uint8), "label": 0} if index % 3 == 0 else super().__getitem__(index)
+
+
+def test_an_unusable_sample_is_replaced_by_one_that_follows():
+    source = PartlyUnusable(11)
+    requests = take(plan(source, resolutions=[16], weights=[1]), 3)
+    batches = image_batches(source, label_column="label")
+    for request in requests:
+        bad = [row for row in [*request.rows, *request.spares] if row % 3 == 0]
+        batch = batches[request]
+        assert len(batch["pixel_values"]) == len(batch["labels"]) == 8
+        reported = [int(text.split()[1]) for text in batch["unusable"]]
+        assert reported
+        assert set(reported) <= set(bad)
+        assert {row for row in request.rows if row % 3 == 0} <= set(reported)
+        assert all(torch.equal(value, batches[request][name]) for name, value in batch.items() if name != "unusable")
+    kept = image_batches(source, replace_unusable=False)[requests[0]]
+    assert len(kept["pixel_values"]) == sum(row % 3 != 0 for row in requests[0].rows)
+    nothing = replace(requests[0], rows=[0, 3], positions=[0, 1], spares=[6])
+    assert batches[nothing].keys() == {"unusable"}
+    assert len(batches[nothing]["unusable"]) == 3
+
+
+@pytest.mark.parametrize("label", [None, -1, "cat", 1.5, True])
+def test_a_label_that_is_no_class_makes_a_sample_unusable(label):
+    class Labelled(Rows):
+        def __getitem__(self, index):
+            return {**super().__getitem__(index), "label": label}
+
+    request = take(plan(Labelled(3)), 1)[0]
+    (text, *_) = image_batches(Labelled(3), label_column="label")[request]["unusable"]
+    assert f"must have a label that is an integer >= 0, got {label!r}" in text
 
 
 # --------------------------------------------------------------------------------------------------------- average

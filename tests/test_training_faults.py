@@ -20,13 +20,14 @@ from safetensors.torch import load_file
 from training_helpers import (
     cache_command,
     digest,
+    fresh_run,
+    make_tokenizer,
     reset_accelerator,
     sit_command,
     tokenizer_command,
     write_images,
 )
 
-from gpstoken_hf import GPSTokenConfig, GPSTokenModel
 from pipelines.shared.programs import ProgramError, run_program
 from training import cache_tokens, make_digits, train_sit, train_tokenizer
 from training.checkpoints import MANIFEST, checkpoints_of, choose_checkpoint, find_damage, write_manifest
@@ -35,13 +36,7 @@ from training.run_folder import MARKER, claimed_folder, owner_of, replaced_folde
 PROGRAM = "training.train_sit"
 
 
-@pytest.fixture(autouse=True)
-def fresh_accelerator_state(monkeypatch, tmp_path):
-    monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
-    threads = torch.get_num_threads()
-    yield
-    reset_accelerator()
-    torch.set_num_threads(threads)
+fresh_accelerator_state = pytest.fixture(autouse=True)(fresh_run)
 
 
 @pytest.fixture(scope="module")
@@ -51,10 +46,7 @@ def images(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory):
-    torch.manual_seed(0)
-    path = tmp_path_factory.mktemp("tokenizer")
-    GPSTokenModel(GPSTokenConfig.preset("tiny")).save_pretrained(path)
-    return path
+    return make_tokenizer(tmp_path_factory.mktemp("tokenizer"))
 
 
 @pytest.fixture(scope="module")

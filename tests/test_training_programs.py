@@ -1,6 +1,7 @@
 # Copyright 2026 The gpstoken-hf authors. Licensed under the Apache License, Version 2.0.
 """The training programs, run for a few steps on tiny data: what they write, how they stop, go on and refuse."""
 
+import io
 import json
 import signal
 import subprocess
@@ -17,7 +18,8 @@ from training_helpers import (
     NUM_ROWS,
     cache_command,
     digest,
-    reset_accelerator,
+    fresh_run,
+    make_tokenizer,
     signal_at_step,
     sit_command,
     tokenizer_command,
@@ -31,14 +33,7 @@ from training.checkpoints import checkpoints_of
 from training.records import read_metrics
 from training.token_cache import STATISTICS
 
-
-@pytest.fixture(autouse=True)
-def fresh_accelerator_state(monkeypatch, tmp_path):
-    monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
-    threads = torch.get_num_threads()
-    yield
-    reset_accelerator()
-    torch.set_num_threads(threads)
+fresh_accelerator_state = pytest.fixture(autouse=True)(fresh_run)
 
 
 @pytest.fixture(scope="module")
@@ -49,13 +44,7 @@ def images(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory):
-    """An untrained tokenizer of the tiny preset."""
-    from gpstoken_hf import GPSTokenConfig
-
-    torch.manual_seed(0)
-    path = tmp_path_factory.mktemp("tokenizer")
-    GPSTokenModel(GPSTokenConfig.preset("tiny")).save_pretrained(path)
-    return path
+    return make_tokenizer(tmp_path_factory.mktemp("tokenizer"))
 
 
 @pytest.fixture(scope="module")
@@ -183,6 +172,50 @@ def test_time_budget_ends_the_run_with_the_rate_down(images, tmp_path):
     assert rates[-1] < 0.5 * rates[0]
 
 
+@pytest.fixture
+def partly_unusable(images, tmp_path):
+    """Pictures of which a quarter cannot be used, each for another reason."""
+    rows = list(
+        datasets.load_dataset("parquet", data_files=str(images), split="train").cast_column(
+            "image", datasets.Image(decode=False)
+        )
+    )
+    rows[3]["image"] = {"bytes": b"rubbish", "path": None}
+    for index, image in ((6, Image.new("RGB", (1, 20))), (9, Image.new("I;16", (20, 20)))):
+        buffer = io.BytesIO()
+        image.save(buffer, format="PNG")
+        rows[index]["image"] = {"bytes": buffer.getvalue(), "path": None}
+    features = datasets.Features({"image": datasets.Image(decode=False), "label": datasets.Value("int64")})
+    path = tmp_path / "partly.parquet"
+    datasets.Dataset.from_list(rows, features=features).to_parquet(path)
+    return path
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_unusable_samples_are_left_out_counted_and_named(partly_unusable, tmp_path, capsys, streaming):
+    more = ["--streaming", "--shuffle_buffer_size", "9"] if streaming else []
+    output = tmp_path / "run"
+    command = tokenizer_command(partly_unusable, output, 6, "--resolutions", "32", *more)
+    assert train_tokenizer.main([*command, "--max_unusable_share", "0.5"]) == 0
+    named = {row["sample"].split(" holds ")[0] for row in read_metrics(output / "unusable.jsonl")}
+    assert named == {f"row {index}" + (" of shard 0" if streaming else "") for index in (3, 6, 9)}
+    printed = capsys.readouterr().err
+    assert printed.count("left out: row") == 3
+    last = [row for row in read_metrics(output / "metrics.jsonl") if "train/unusable" in row][-1]
+    state = json.loads((checkpoints_of(output)[-1] / "run_state.json").read_text())
+    assert state["num_unusable"] == last["train/unusable"] >= 3
+    assert state["num_images"] == 18
+
+
+def test_too_many_unusable_samples_stop_the_run(partly_unusable, tmp_path, capsys):
+    command = tokenizer_command(partly_unusable, tmp_path / "run", 50, "--resolutions", "32")
+    assert run_program(train_tokenizer.main, [*command, "--max_unusable_share", "0.02"]) == 2
+    message = capsys.readouterr().err.splitlines()[-1]
+    assert message.startswith("error: at most 0.02 of the samples may be unusable (--max_unusable_share), got 3 of ")
+    assert "unusable.jsonl names" in message
+    assert not checkpoints_of(tmp_path / "run")
+
+
 @pytest.mark.slow
 def test_tokenizer_killed_in_mid_step_goes_on_bit_for_bit(images, tmp_path):
     """kill -9: nothing can be said any more, the last whole checkpoint is where it goes on."""
@@ -251,7 +284,8 @@ def test_a_checkpoint_of_another_model_is_refused(images, tmp_path, capsys):
 
 
 def test_token_cache_holds_what_the_model_says(images, tokenizer, tokens):
-    from training.data import PartitionSettings, image_to_array, partitioned_batch
+    from training.data import PartitionSettings, partitioned_batch
+    from training.pictures import image_to_array
 
     rows = datasets.load_dataset(str(tokens), split="train").with_format("numpy")
     assert len(rows) == NUM_ROWS
@@ -376,16 +410,6 @@ def test_nearest_distances():
     expected = [min(np.linalg.norm(query - reference) for reference in references) for query in queries]
     np.testing.assert_allclose(make_digits.nearest_distances(queries, references), expected, rtol=1e-9)
     assert make_digits.nearest_distances(references[:2], references).max() < 1e-6
-
-
-def test_frechet_distance():
-    rng = np.random.default_rng(0)
-    samples = rng.normal(size=(400, 3)) @ rng.normal(size=(3, 3))
-    assert make_digits.frechet_distance(samples, samples) == pytest.approx(0, abs=1e-9)
-    # Equal covariances: what is left is the distance of the means; scaled by 2: tr(C) (2 - 1)^2.
-    assert make_digits.frechet_distance(samples + np.array([3, 0, 4]), samples) == pytest.approx(25)
-    centred = samples - samples.mean(0)
-    assert make_digits.frechet_distance(2 * centred, centred) == pytest.approx(np.trace(np.cov(centred.T)))
 
 
 @pytest.mark.slow

@@ -3,14 +3,18 @@
 
 import hashlib
 import os
+import subprocess
+import sys
 import threading
 import time
 
 import datasets
 import numpy as np
+import torch
 from accelerate.test_utils.testing import AccelerateTestCase
 from PIL import Image
 
+from gpstoken_hf import GPSTokenConfig, GPSTokenModel
 from training.records import read_metrics
 
 NUM_ROWS = 12
@@ -19,6 +23,22 @@ NUM_ROWS = 12
 def reset_accelerator():
     """Accelerate's state is one per process, but each run of a test stands for a process."""
     AccelerateTestCase().tearDown()
+
+
+def fresh_run(monkeypatch, tmp_path):
+    """To be made an automatic fixture: no state of accelerate from another test, no cached downloads."""
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
+    threads = torch.get_num_threads()
+    yield
+    reset_accelerator()
+    torch.set_num_threads(threads)
+
+
+def make_tokenizer(path):
+    """An untrained tokenizer of the tiny preset."""
+    torch.manual_seed(0)
+    GPSTokenModel(GPSTokenConfig.preset("tiny")).save_pretrained(path)
+    return path
 
 
 def write_images(path):
@@ -55,7 +75,8 @@ def sit_command(tokens, output, stage, steps, *more):
         *("--stage", stage, "--tokens_dir", str(tokens), "--output_dir", str(output), "--max_train_steps", str(steps)),
         *("--train_batch_size", "4", "--num_validation_samples", "3", "--logging_steps", "1"),
         *("--config_overrides", "num_layers=2", "num_attention_heads=2", "attention_head_dim=8"),
-        *("--learning_rate", "3e-3", "--dataloader_num_workers", "0", "--report_to", "none", *more),
+        *("--learning_rate", "3e-3", "--dataloader_num_workers", "0", "--report_to", "none"),
+        *("--num_sample_steps", "1", *more),
     ]
 
 
@@ -77,3 +98,17 @@ def signal_at_step(output, step, number):
     thread = threading.Thread(target=wait, daemon=True)
     thread.start()
     return thread
+
+
+def launch(program, num_processes, command, wait=True, **environment):
+    """Run a training program in processes on the CPU that talk through gloo."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(num_processes)]
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "1", "OMP_NUM_THREADS": "1", **environment}
+    words = [*launcher, "-m", f"training.{program}", *command]
+    if not wait:
+        return subprocess.Popen(
+            words, env=environment, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
+    result = subprocess.run(words, env=environment, capture_output=True, text=True, timeout=900)
+    assert result.returncode == 0, result.stderr[-3000:]
+    return result

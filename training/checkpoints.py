@@ -22,6 +22,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate import Accelerator
 from accelerate.utils import load
 from safetensors import SafetensorError
@@ -29,10 +30,12 @@ from safetensors import SafetensorError
 from pipelines.shared.programs import ProgramError, one_line
 from training.ema import ExponentialMovingAverage
 from training.run_folder import writing
+from training.sharding import load_shards, save_shards
 
 MANIFEST = "manifest.json"
 RUN_STATE = "run_state.json"
 AVERAGE = "ema.safetensors"
+PLACE = "place_{}.json"
 MANIFEST_FORMAT = 1
 
 _NAME = re.compile(r"checkpoint-(\d+)")
@@ -47,12 +50,14 @@ class RunState:
         batches (`int`): Micro-batches that each process has consumed.
         num_images (`int`): Images of all processes.
         elapsed_seconds (`float`): Training time, interruptions not counted.
+        num_unusable (`int`): Samples of all processes that could not be used.
     """
 
     step: int = 0
     batches: int = 0
     num_images: int = 0
     elapsed_seconds: float = 0.0
+    num_unusable: int = 0
 
 
 def step_of(checkpoint: Path) -> int:
@@ -183,8 +188,12 @@ def save_checkpoint(
     state: RunState,
     average: ExponentialMovingAverage | None,
     total_limit: int,
+    place: dict[str, Any] | None = None,
+    shards: tuple[torch.nn.Module, torch.optim.Optimizer] | None = None,
 ) -> Path:
     """Write checkpoint-{step} and remove the oldest ones beyond `total_limit`. All processes must call it.
+
+    `place` says where this process is in a stream, `shards` are the model and the optimizer of FSDP.
 
     The folder has its name only once it is whole, and older ones are removed only then.
 
@@ -201,11 +210,15 @@ def save_checkpoint(
                 staging.mkdir(parents=True)
             accelerator.wait_for_everyone()
             accelerator.save_state(str(staging))
+            if shards is not None:
+                save_shards(staging, *shards, is_main=main)
+            if average is not None:
+                average.save(staging / AVERAGE, is_main=main)
+            if place is not None:
+                (staging / PLACE.format(accelerator.process_index)).write_text(json.dumps(place), encoding="utf-8")
             if main:
                 recorded = {**asdict(state), "num_processes": accelerator.num_processes}
                 (staging / RUN_STATE).write_text(json.dumps(recorded), encoding="utf-8")
-                if average is not None:
-                    average.save(staging / AVERAGE)
             accelerator.wait_for_everyone()
             if main:
                 write_manifest(staging)
@@ -225,9 +238,16 @@ def save_checkpoint(
 
 
 def load_checkpoint(
-    accelerator: Accelerator, path: Path, state: RunState, average: ExponentialMovingAverage | None
-) -> None:
+    accelerator: Accelerator,
+    path: Path,
+    state: RunState,
+    average: ExponentialMovingAverage | None,
+    shards: tuple[torch.nn.Module, torch.optim.Optimizer] | None = None,
+) -> dict[str, Any] | None:
     """Restore modules, optimizers and random states through `accelerator`, and with them `state` and `average`.
+
+    Returns:
+        `dict`, *optional*: The place of this process in its stream, if the data is one.
 
     Raises:
         ProgramError: If the checkpoint is of another model or of another number of processes.
@@ -240,12 +260,18 @@ def load_checkpoint(
                 f"got {accelerator.num_processes}"
             )
         for field in fields(state):
-            setattr(state, field.name, type(getattr(state, field.name))(recorded[field.name]))
+            # Older checkpoints do not count unusable samples.
+            value = recorded.get(field.name, 0) if field.name == "num_unusable" else recorded[field.name]
+            setattr(state, field.name, type(getattr(state, field.name))(value))
         # accelerate ignores random states that it cannot read.
         load(path / f"random_states_{accelerator.process_index}.pkl")
         accelerator.load_state(str(path))
+        if shards is not None:
+            load_shards(path, *shards)
         if average is not None:
             average.load(path / AVERAGE)
+        place = path / PLACE.format(accelerator.process_index)
+        return json.loads(place.read_text(encoding="utf-8")) if place.exists() else None
     except ProgramError:
         raise
     except (

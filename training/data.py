@@ -3,7 +3,9 @@
 
 Sample number p of the endless data order is row `permutation(seed, p // N)[p % N]`. Its crop and flip come from a
 generator seeded with (seed, p). No running object holds a part of the order, so a resumed run asks for batch n and
-gets the batch that an uninterrupted run gets, without reading the ones before it.
+gets the batch that an uninterrupted run gets, without reading the ones before it. For streams see `training.streams`.
+
+A sample that cannot be used is replaced by one that follows in the order, and reported with its batch.
 
 Shapes: B images of a batch, L tokens, H = W = resolution.
 """
@@ -11,25 +13,30 @@ Shapes: B images of a batch, L tokens, H = W = resolution.
 from __future__ import annotations
 
 import argparse
-import io
 import itertools
 import math
 import os
 import signal
+import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import ImageOps
 from torch.utils.data import DataLoader, Dataset
 
-from pipelines.shared.programs import ProgramError
+from pipelines.shared.programs import FILE_ERRORS, ProgramError, one_line
+from training.pictures import center_crop, decode_image, image_to_array, native_crop, random_resized_crop
+from training.streams import BlockStart, ImageStream, NamedRow, ShuffledStream
 
 # The purpose of a random stream, a part of its key beside the seed.
 ORDER, AUGMENTATION, RESOLUTION, TOKEN_COUNT = range(4)
+
+# What may take the place of an unusable sample: so many samples that follow in the order.
+NUM_SPARES = 8
 
 CROPS = ("center", "random", "random_resized")
 FILE_BUILDERS = {".parquet": "parquet", ".arrow": "arrow", ".tar": "webdataset"}
@@ -76,14 +83,12 @@ def load_image_dataset(
         raise
     except Exception as error:  # datasets has many exception types for bad input
         raise ProgramError(f"cannot load the dataset: {error}") from error
-    columns = dataset.column_names
-    if columns is None:  # unknown before the first row of a stream
-        columns = list(next(iter(dataset)))
+    columns = dataset.column_names or ImageStream(dataset).column_names
     if options.image_column not in columns:
         raise ProgramError(f"no column {options.image_column!r} in the dataset; it has {', '.join(columns)}")
     dataset = dataset.cast_column(options.image_column, datasets.Image(decode=False))
     if options.max_train_samples is not None and split == options.train_split:
-        if options.streaming:
+        if not hasattr(dataset, "__len__"):
             dataset = dataset.take(options.max_train_samples)
         else:
             dataset = dataset.select(range(min(options.max_train_samples, len(dataset))))
@@ -92,66 +97,6 @@ def load_image_dataset(
 
 def _is_pattern_or_url(name: str) -> bool:
     return "://" in name or any(character in name for character in "*?[")
-
-
-def decode_image(value: Any, where: str) -> Image.Image:
-    """The RGB image of a dataset row: encoded bytes, a path, a PIL image or an array.
-
-    Args:
-        value (`Any`): The row's entry in the image column.
-        where (`str`): The name of the row in the error message.
-
-    Raises:
-        ProgramError: If it is not a readable image.
-    """
-    try:
-        image: Image.Image
-        if isinstance(value, dict):
-            image = Image.open(io.BytesIO(value["bytes"]) if value.get("bytes") is not None else value["path"])
-        elif isinstance(value, bytes):
-            image = Image.open(io.BytesIO(value))
-        elif isinstance(value, Image.Image):
-            image = value
-        else:
-            image = Image.fromarray(np.asarray(value))
-        return ImageOps.exif_transpose(image).convert("RGB")
-    except (OSError, ValueError, TypeError, KeyError, AttributeError, SyntaxError) as error:
-        raise ProgramError(f"{where} holds no readable image: {error}") from error
-
-
-def image_to_array(image: Image.Image) -> np.ndarray:
-    """RGB image -> float32 array (3, H, W) in [-1, 1], `x / 127.5 - 1`."""
-    return np.ascontiguousarray(np.asarray(image, dtype=np.float32).transpose(2, 0, 1)) / np.float32(127.5) - 1
-
-
-def center_crop(image: Image.Image, resolution: int) -> Image.Image:
-    """The central square of the shortest side, resized to `resolution`."""
-    width, height = image.size
-    side = min(width, height)
-    return _resized_square(image, (width - side) / 2, (height - side) / 2, side, resolution)
-
-
-def random_resized_crop(
-    image: Image.Image, resolution: int, rng: np.random.Generator, min_scale: float
-) -> Image.Image:
-    """A random square of `min_scale` to 1 times the area of the largest one, resized to `resolution`."""
-    side = max(1, round(min(image.size) * math.sqrt(rng.uniform(min_scale, 1.0))))
-    return _random_square(image, side, resolution, rng)
-
-
-def native_crop(image: Image.Image, resolution: int, rng: np.random.Generator) -> Image.Image:
-    """A random square of `resolution` pixels, unscaled; the shortest side is resized where it is smaller than that."""
-    return _random_square(image, min(resolution, *image.size), resolution, rng)
-
-
-def _random_square(image: Image.Image, side: int, resolution: int, rng: np.random.Generator) -> Image.Image:
-    width, height = image.size
-    left, top = int(rng.integers(width - side + 1)), int(rng.integers(height - side + 1))
-    return _resized_square(image, left, top, side, resolution)
-
-
-def _resized_square(image: Image.Image, left: float, top: float, side: int, resolution: int) -> Image.Image:
-    return image.resize((resolution, resolution), Image.Resampling.BICUBIC, box=(left, top, left + side, top + side))
 
 
 @dataclass(frozen=True)
@@ -163,14 +108,16 @@ class BatchRequest:
         rank (`int`): The process that it is for.
         resolution (`int`): Side of its images in pixels.
         positions (`list[int]`): Positions of its samples in the data order.
-        rows (`list[Any]`): Row indices, or the rows themselves if the dataset is a stream.
+        rows (`list`): Row indices, or the named rows themselves if the dataset is a stream.
+        spares (`list`, *optional*): Further ones, to replace unusable samples.
     """
 
     number: int
     rank: int
     resolution: int
     positions: list[int]
-    rows: list[Any]
+    rows: list[int] | list[NamedRow]
+    spares: list[int] | list[NamedRow] = field(default_factory=list)
 
 
 class RowOrder:
@@ -207,6 +154,8 @@ class BatchPlan:
         rank (`int`, *optional*, defaults to 0): This process.
         world_size (`int`, *optional*, defaults to 1): Number of processes.
         shuffle_buffer_size (`int`, *optional*, defaults to 2048): Rows to shuffle a stream in.
+        place (`dict`, *optional*): What `place_of(first_batch)` of an interrupted run has returned for a stream.
+            Without it the stream is read from its beginning.
     """
 
     def __init__(
@@ -222,6 +171,7 @@ class BatchPlan:
         rank: int = 0,
         world_size: int = 1,
         shuffle_buffer_size: int = 2048,
+        place: dict[str, Any] | None = None,
     ) -> None:
         self.source, self.seed = source, seed
         self.resolutions = list(resolutions)
@@ -230,6 +180,11 @@ class BatchPlan:
         self.first_batch, self.rank, self.world_size = first_batch, rank, world_size
         self.shuffle_buffer_size = shuffle_buffer_size
         self.is_stream = not hasattr(source, "__len__")
+        self.resumed = BlockStart(**place["block"]) if place else BlockStart()
+        self.first_row = place["row"] if place else 0
+        # Of the batches that are made but may not be used yet: the number of the first row of each.
+        self._row_of = {first_batch: self.first_row} if place or not first_batch else {}
+        self._stream: ShuffledStream | None = None
 
     def _slots(self) -> Iterator[tuple[int, int, int, int]]:
         """(batch number, resolution, position of the first sample, number of samples) of this process."""
@@ -252,33 +207,38 @@ class BatchPlan:
         for number, resolution, start, size in self._slots():
             if number >= self.first_batch:
                 positions = list(range(start, start + size))
-                yield BatchRequest(number, self.rank, resolution, positions, [order[p] for p in positions])
+                spares = [order[p] for p in range(start + size, start + size + NUM_SPARES)]
+                yield BatchRequest(number, self.rank, resolution, positions, [order[p] for p in positions], spares)
 
     def _iterate_stream(self) -> Iterator[BatchRequest]:
         """The main process reads the rows, still encoded, so the order does not depend on the number of workers."""
-        rows = self._stream_rows()
+        source = self.source if isinstance(self.source, ImageStream) else ImageStream(self.source)
+        self._stream = ShuffledStream(
+            source, self.seed, self.rank, self.world_size, self.shuffle_buffer_size, self.resumed
+        )
+        # Without a place, the batches that are skipped take their rows too.
+        row, begin = self.first_row, self.first_batch if self.first_batch in self._row_of else 0
         for number, resolution, start, size in self._slots():
-            positions = list(range(start, start + size))
-            batch = list(itertools.islice(rows, size))
-            # A resumed stream is read up to its place. The rows stay encoded, so this costs only the reading.
+            if number < begin:
+                continue
+            first, row = row, row + size
+            self._row_of |= {number: first, number + 1: row}
+            rows = [self._stream[index] for index in range(first, row)]
             if number >= self.first_batch:
-                yield BatchRequest(number, self.rank, resolution, positions, batch)
+                spares = self._stream.following(row - 1, NUM_SPARES)
+                yield BatchRequest(number, self.rank, resolution, list(range(start, start + size)), rows, spares)
 
-    def _stream_rows(self) -> Iterator[Any]:
-        source = self.source
-        if self.world_size > 1:
-            from datasets.distributed import split_dataset_by_node
+    def place_of(self, batch: int) -> dict[str, Any] | None:
+        """Where batch number `batch` begins in a stream; None for a dataset with a length.
 
-            source = split_dataset_by_node(source, self.rank, self.world_size)
-        source = source.shuffle(seed=self.seed, buffer_size=self.shuffle_buffer_size)
-        for epoch in itertools.count():
-            source.set_epoch(epoch)
-            empty = True
-            for row in source:
-                empty = False
-                yield row
-            if empty:
-                raise ProgramError("the streamed dataset holds no rows")
+        Asked for in the order of the batches: what lies before is forgotten.
+        """
+        if not self.is_stream:
+            return None
+        row = self._row_of.get(batch, 0)
+        self._row_of = {number: first for number, first in self._row_of.items() if number >= batch}
+        block = self._stream.start_before(row) if self._stream is not None else self.resumed
+        return {"row": row, "block": asdict(block)}
 
 
 @dataclass(frozen=True)
@@ -323,7 +283,8 @@ class ImageBatches(Dataset):
     """`batches[request]` is a whole batch, cropped, partitioned and padded: the work of a DataLoader worker.
 
     Items are dicts of tensors: pixel_values (B, 3, H, W) in [-1, 1]; boxes (B, L, 4); init_gaussians (B, L, 5);
-    attention_mask (B, L); with a label column also labels (B,).
+    attention_mask (B, L); with a label column also labels (B,). If samples could not be used, a list of
+    texts, "unusable", names them. It stands alone if too few are left.
 
     Args:
         source (`Any`): The dataset; None if the requests hold the rows.
@@ -338,6 +299,9 @@ class ImageBatches(Dataset):
         label_column (`str`, *optional*): Name of the column of labels.
         native_crop_prob (`float`, *optional*, defaults to 0.0): Share of the images that are cropped without scaling
             instead.
+        replace_unusable (`bool`, *optional*, defaults to `True`): Put another sample into the place of an unusable
+            one, or else leave it out.
+        first_row (`int`, *optional*, defaults to 0): Number of the first row in the names of unusable samples.
     """
 
     def __init__(
@@ -353,32 +317,61 @@ class ImageBatches(Dataset):
         partition: PartitionSettings,
         label_column: str | None = None,
         native_crop_prob: float = 0.0,
+        replace_unusable: bool = True,
+        first_row: int = 0,
     ) -> None:
         self.source, self.image_column, self.label_column, self.seed = source, image_column, label_column, seed
         self.crop, self.min_crop_scale, self.flip = crop, min_crop_scale, flip
         self.token_counts, self.partition = token_counts, partition
-        self.native_crop_prob = native_crop_prob
+        self.native_crop_prob, self.replace_unusable = native_crop_prob, replace_unusable
+        self.first_row = first_row
 
-    def __getitem__(self, request: BatchRequest) -> dict[str, torch.Tensor]:
-        rows = [self.source[row] if isinstance(row, int) else row for row in request.rows]
-        names = [f"row {row}" if isinstance(row, int) else "sample {}" for row in request.rows]
-        images = np.stack(
-            [
-                self._image(row[self.image_column], position, request.resolution, name.format(position))
-                for row, position, name in zip(rows, request.positions, names)
-            ]
-        )
+    def __getitem__(self, request: BatchRequest) -> dict[str, Any]:
+        samples, unusable, spares = [], [], iter(request.spares)
+        for position, row in zip(request.positions, request.rows):
+            candidates: Iterable[Any] = itertools.chain([row], spares) if self.replace_unusable else [row]
+            for candidate in candidates:
+                try:
+                    samples.append(self._sample(candidate, position, request.resolution))
+                    break
+                except ProgramError as error:
+                    unusable.append(str(error))
+        if len(samples) < (len(request.rows) if self.replace_unusable else 1):
+            return {"unusable": unusable}
         # One number for a batch is one for the batches of all processes, which then take equally long.
         rank = request.rank if self.token_counts.per_image else 0
         rng = np.random.default_rng([self.seed, TOKEN_COUNT, request.number, rank])
-        counts = self.token_counts.draw(request.resolution, len(images), rng)
-        batch = partitioned_batch(torch.from_numpy(images), counts, self.partition)
+        counts = self.token_counts.draw(request.resolution, len(samples), rng)
+        images = torch.from_numpy(np.stack([image for image, _ in samples]))
+        batch: dict[str, Any] = partitioned_batch(images, counts, self.partition)
         if self.label_column is not None:
-            batch["labels"] = torch.tensor([int(row[self.label_column]) for row in rows])
-        return batch
+            batch["labels"] = torch.tensor([label for _, label in samples])
+        return {**batch, "unusable": unusable} if unusable else batch
+
+    def _sample(self, row: int | NamedRow, position: int, resolution: int) -> tuple[np.ndarray, int]:
+        """The image, cropped, and the label (0 if there are none).
+
+        Raises:
+            ProgramError: If the sample cannot be used.
+        """
+        if isinstance(row, int):
+            name = f"row {self.first_row + row}"
+            try:
+                values = self.source[row]
+            except FILE_ERRORS as error:
+                raise ProgramError(f"{name} cannot be read: {one_line(error)}") from error
+        else:
+            name, values = row
+        image = self._image(values[self.image_column], position, resolution, name)
+        if self.label_column is None:
+            return image, 0
+        label = values[self.label_column]
+        if isinstance(label, bool) or not isinstance(label, int | np.integer) or label < 0:
+            raise ProgramError(f"{name} must have a label that is an integer >= 0, got {label!r}")
+        return image, int(label)
 
     def _image(self, value: Any, position: int, resolution: int, name: str) -> np.ndarray:
-        image = decode_image(value, f"{name} of the dataset")
+        image = decode_image(value, name)
         rng = np.random.default_rng([self.seed, AUGMENTATION, position])
         if self.native_crop_prob and rng.random() < self.native_crop_prob:
             image = native_crop(image, resolution, rng)
@@ -413,15 +406,24 @@ def partitioned_batch(
     }
 
 
-def load_validation_images(dataset: Any, image_column: str, num_images: int, resolution: int) -> torch.Tensor:
-    """The first `num_images` images, central squares: (N, 3, resolution, resolution) in [-1, 1]."""
-    rows = itertools.islice(iter(dataset), num_images)
-    images = [
-        image_to_array(center_crop(decode_image(row[image_column], f"validation row {index}"), resolution))
-        for index, row in enumerate(rows)
-    ]
+def load_validation_images(rows: Iterable[Any], image_column: str, num_images: int, resolution: int) -> torch.Tensor:
+    """The first `num_images` images, central squares: (N, 3, resolution, resolution) in [-1, 1].
+
+    Unusable ones are left out, each with a line on stderr.
+
+    Raises:
+        ProgramError: If none is left.
+    """
+    images = []
+    for index, row in enumerate(itertools.islice(iter(rows), num_images)):
+        try:
+            image = decode_image(row[image_column], f"validation row {index}")
+        except ProgramError as error:
+            print(f"left out: {error}", file=sys.stderr)
+            continue
+        images.append(image_to_array(center_crop(image, resolution)))
     if not images:
-        raise ProgramError("the validation data holds no images")
+        raise ProgramError("the validation data holds no readable image")
     return torch.from_numpy(np.stack(images))
 
 

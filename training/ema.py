@@ -11,11 +11,14 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from training.sharding import gathered_by_deepspeed, local_part, shard_like, whole
+
 
 class ExponentialMovingAverage:
     """`shadow <- d shadow + (1 - d) parameter` after every optimizer step.
 
-    The rate is `d = min(decay, (1 + n) / (10 + n))` at update n. So a short run is not held at its start.
+    The rate is `d = min(decay, (1 + n) / (10 + n))` at update n. So a short run is not held at its start. The average
+    of a sharded module is sharded like it.
 
     Args:
         module (`torch.nn.Module`): Its trainable parameters are averaged, its buffers are not.
@@ -25,21 +28,23 @@ class ExponentialMovingAverage:
     def __init__(self, module: torch.nn.Module, decay: float) -> None:
         self.decay = decay
         self.num_updates = 0
-        self.shadow = {
-            name: parameter.detach().float().clone()
-            for name, parameter in module.named_parameters()
-            if parameter.requires_grad
-        }
+        parameters = {name: p for name, p in module.named_parameters() if p.requires_grad}
+        with gathered_by_deepspeed(list(parameters.values())):
+            self.shadow = {name: p.detach().float().clone() for name, p in parameters.items()}
 
     @torch.no_grad()
     def update(self, module: torch.nn.Module) -> None:
         """Move the average towards the current parameters of `module`."""
         rate = min(self.decay, (1 + self.num_updates) / (10 + self.num_updates))
         self.num_updates += 1
-        current = dict(module.named_parameters())
-        torch._foreach_lerp_(
-            list(self.shadow.values()), [current[name].float() for name in self.shadow], weight=1 - rate
-        )
+        current = {name: p for name, p in module.named_parameters() if name in self.shadow}
+        with gathered_by_deepspeed(list(current.values())):
+            for name, value in self.shadow.items():
+                local_part(value).lerp_(local_part(current[name]).float(), 1 - rate)
+
+    def whole(self) -> dict[str, torch.Tensor]:
+        """The average, gathered from its shards. All processes must call it."""
+        return {name: whole(value) for name, value in self.shadow.items()}
 
     @contextmanager
     def applied_to(self, module: torch.nn.Module) -> Iterator[None]:
@@ -60,10 +65,11 @@ class ExponentialMovingAverage:
         """Move the average to a device."""
         self.shadow = {name: value.to(device) for name, value in self.shadow.items()}
 
-    def save(self, path: Path) -> None:
-        """Write the average as a safetensors file."""
-        tensors = {name: value.cpu().contiguous() for name, value in self.shadow.items()}
-        save_file(tensors, path, metadata={"num_updates": str(self.num_updates)})
+    def save(self, path: Path, is_main: bool = True) -> None:
+        """Write the average as a safetensors file on the main process. All processes must call it."""
+        tensors = {name: value.cpu().contiguous() for name, value in self.whole().items()}
+        if is_main:
+            save_file(tensors, path, metadata={"num_updates": str(self.num_updates)})
 
     def load(self, path: Path) -> None:
         """Read what `save` has written.
@@ -78,5 +84,5 @@ class ExponentialMovingAverage:
                 differing = sorted(name for name, _ in stored.items() ^ expected.items())
                 raise ValueError(f"the average must be of this module; parameters that differ: {differing[:4]}")
             for name, value in self.shadow.items():
-                value.copy_(file.get_tensor(name))
+                local_part(value).copy_(local_part(shard_like(file.get_tensor(name), value)))
             self.num_updates = int((file.metadata() or {})["num_updates"])

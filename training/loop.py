@@ -9,19 +9,26 @@ number of batches it has consumed and the seconds it has trained. Batch n is a p
 from __future__ import annotations
 
 import argparse
+import copy
 import math
 import signal
 import sys
 import time
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType, ProjectConfiguration, broadcast, broadcast_object_list, set_seed
+from accelerate.utils import (
+    DistributedType,
+    ProjectConfiguration,
+    broadcast,
+    broadcast_object_list,
+    gather_object,
+    set_seed,
+)
 from tqdm.auto import tqdm
 
 from pipelines.shared.programs import ProgramError
@@ -33,108 +40,26 @@ from training.optimization import learning_rate_factor, make_optimizer, run_prog
 from training.options import save_options
 from training.records import MetricLog, plot_metrics, read_metrics, training_card
 from training.run_folder import check_replaceable, claimed_folder, replaced_folder, writing
+from training.sharding import gathered_by_deepspeed, set_micro_batch, shard_model, take_fsdp_request, whole
+from training.task import StopRequest, TrainingTask
+from training.trackers import Meter, chosen_trackers, log_pictures, start_trackers
 
 TORCH_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 # What a run writes into its folder, beside `model`.
-OUTPUTS = ("training_config.yaml", "metrics.jsonl", "curves.png", "checkpoint-*", "images/step-*.png")
-
-
-class TrainingTask(ABC):
-    """What is trained: the modules, their losses, the batches, and how to validate and save the result."""
-
-    name: str
-    modules: dict[str, torch.nn.Module]
-    """By name. "model" is averaged, validated and saved; other modules are trained in turns with it."""
-
-    def turn(self, step: int) -> str:
-        """The module that is trained at this step (0-based)."""
-        return "model"
-
-    def learning_rate(self, name: str, options: argparse.Namespace) -> float:
-        """The peak learning rate of a module."""
-        return options.learning_rate
-
-    @abstractmethod
-    def loader(self, first_batch: int, accelerator: Accelerator) -> Iterable[dict[str, torch.Tensor]]:
-        """The endless batches of this process, starting with number `first_batch`."""
-
-    @abstractmethod
-    def losses(
-        self, modules: dict[str, torch.nn.Module], batch: dict[str, torch.Tensor], step: int
-    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """What the module of this turn minimises, and scalars to log.
-
-        Args:
-            modules (`dict[str, torch.nn.Module]`): `self.modules` as accelerate has wrapped them.
-            batch (`dict[str, torch.Tensor]`): One of the loader's, on the right device.
-            step (`int`): Number of finished steps.
-        """
-
-    @abstractmethod
-    def validate(self, step: int, directory: Path) -> dict[str, float]:
-        """Measure the model, which is in evaluation mode and on its device; may write pictures into `directory`."""
-
-    @abstractmethod
-    def save(self, directory: Path, dtype: torch.dtype) -> None:
-        """Write the trained model in the format of Hugging Face, its weights stored as `dtype`."""
-
-    def describe(self) -> dict[str, Any]:
-        """Sections for the record of the run beside the options, such as the model's configuration."""
-        return {}
-
-
-class StopRequest:
-    """Turns the first SIGINT or SIGTERM into a request for a checkpoint and a clean end. A second one ends at once."""
-
-    signal: int | None = None
-
-    @contextmanager
-    def listening(self) -> Iterator[StopRequest]:
-        """Listen for the length of the block."""
-
-        def on_signal(number: int, frame: Any) -> None:
-            if self.signal is not None:
-                raise KeyboardInterrupt
-            self.signal = number
-
-        previous = {number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
-        try:
-            yield self
-        finally:
-            for number, handler in previous.items():
-                signal.signal(number, handler)
-
-
-class Meter:
-    """Scalars of the steps since the last reset. They stay on their device until they are read."""
-
-    def __init__(self) -> None:
-        self.history: dict[str, list[tuple[int, torch.Tensor]]] = {}
-
-    def add(self, step: int, values: dict[str, torch.Tensor]) -> None:
-        """Note the scalars of one step."""
-        for name, value in values.items():
-            self.history.setdefault(name, []).append((step, value.detach().float()))
-
-    def read(self, accelerator: Accelerator) -> dict[str, list[tuple[int, float]]]:
-        """`(step, mean over the processes)` of every scalar. All processes must call it."""
-        means = {
-            name: accelerator.reduce(torch.stack([value for _, value in entries]), reduction="mean").tolist()
-            for name, entries in self.history.items()
-        }
-        return {name: [(step, mean) for (step, _), mean in zip(self.history[name], means[name])] for name in means}
-
-    def reset(self) -> None:
-        """Forget everything."""
-        self.history = {}
+OUTPUTS = (
+    *("training_config.yaml", "metrics.jsonl", "unusable.jsonl", "statistics.json", "curves.png"),
+    *("checkpoint-*", "images/step-*.png"),
+)
+# Fewer samples count as so many in the share of unusable ones.
+MIN_SAMPLES = 100
 
 
 def make_accelerator(options: argparse.Namespace) -> Accelerator:
     """The accelerator for the options. Also sets the seed, the number of threads and TF32.
 
     Raises:
-        ProgramError: If accelerate is configured for sharded training.
+        ProgramError: If a package that the options or accelerate's configuration need is missing.
     """
     if options.threads is not None:
         torch.set_num_threads(options.threads)
@@ -144,14 +69,9 @@ def make_accelerator(options: argparse.Namespace) -> Accelerator:
     accelerator = Accelerator(
         mixed_precision=options.mixed_precision,
         gradient_accumulation_steps=options.gradient_accumulation_steps,
-        log_with=None if options.report_to == "none" else options.report_to,
+        log_with=chosen_trackers(options.report_to) or None,
         project_config=ProjectConfiguration(str(options.output_dir), logging_dir=str(options.output_dir / "logs")),
     )
-    if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):
-        raise ProgramError(
-            "the distributed type must be one process or data parallel, because weights are not gathered from "
-            f"shards, got {accelerator.distributed_type.value}"
-        )
     set_seed(options.seed)
     return accelerator
 
@@ -171,6 +91,9 @@ def run_training(options: argparse.Namespace, make_task: Callable[[Accelerator],
         ProgramError: If the options are bad, the folder is in use or not ours, or a loss is not finite.
     """
     output_dir: Path = options.output_dir
+    is_fsdp = take_fsdp_request()
+    if is_fsdp and options.mixed_precision == "fp16":
+        raise ProgramError("--mixed_precision must be no or bf16 with FSDP, got fp16")
     accelerator = make_accelerator(options)
     with claimed_folder(output_dir, program, (*OUTPUTS, "model")) if accelerator.is_main_process else nullcontext():
         resume: list[Path | None] = [None]
@@ -183,7 +106,7 @@ def run_training(options: argparse.Namespace, make_task: Callable[[Accelerator],
         task = make_task(accelerator)
         # From here on each process has its own random stream, separate from initialisation.
         set_seed(options.seed + 1, device_specific=True)
-        run = _Run(options, accelerator, task, resume[0], program)
+        run = _Run(options, accelerator, task, resume[0], program, is_fsdp)
         with StopRequest().listening() as stop:
             finished = run.train(stop)
         if finished:
@@ -205,23 +128,24 @@ class _Run:
         task: TrainingTask,
         resume: Path | None,
         program: str,
+        is_fsdp: bool,
     ) -> None:
         self.options, self.accelerator, self.task, self.program = options, accelerator, task, program
         self.output_dir: Path = options.output_dir
+        self.is_fsdp = is_fsdp
+        self.is_deepspeed = accelerator.distributed_type == DistributedType.DEEPSPEED
         self.peak_rates = {name: task.learning_rate(name, options) for name in task.modules}
-        # Prepared before the optimizers are made, so that a fused update sees the parameters on their device.
-        self.modules = {name: accelerator.prepare(module) for name, module in task.modules.items()}
-        self.optimizers = {
-            name: accelerator.prepare(make_optimizer(module, options, self.peak_rates[name]))
-            for name, module in self.modules.items()
-        }
+        self.modules: dict[str, torch.nn.Module] = {}
+        self.optimizers: dict[str, torch.optim.Optimizer] = {}
+        self._prepare()
         self.average: ExponentialMovingAverage | None = None
         if options.use_ema:
-            self.average = ExponentialMovingAverage(task.modules["model"], options.ema_decay)
+            self.average = ExponentialMovingAverage(self._own("model"), options.ema_decay)
             self.average.to(accelerator.device)
         self.state = RunState()
+        self.place: dict[str, Any] | None = None
         if resume is not None:
-            load_checkpoint(accelerator, resume, self.state, self.average)
+            self.place = load_checkpoint(accelerator, resume, self.state, self.average, self._shards())
             accelerator.print(f"resuming at step {self.state.step} from {resume}")
         self.last_checkpoint = resume
         self.clock = time.monotonic()
@@ -229,26 +153,67 @@ class _Run:
         self.validated_step = -1
         self.saved_step = self.state.step
         self.meter = Meter()
+        self.unusable: list[str] = []
         self.log: MetricLog | None = None
         if accelerator.is_main_process:
             save_options(self.output_dir / "training_config.yaml", options, **task.describe())
             self.log = MetricLog(self.output_dir / "metrics.jsonl", self.state.step)
-        if options.report_to != "none":
-            plain = {k: v for k, v in vars(options).items() if isinstance(v, bool | int | float | str)}
-            accelerator.init_trackers(task.name, config=plain)
+            self.unusable_log = MetricLog(self.output_dir / "unusable.jsonl", self.state.step)
+            self.reported = {row["sample"] for row in read_metrics(self.unusable_log.path)}
+        start_trackers(accelerator, task.name, options)
+
+    def _prepare(self) -> None:
+        """Wrap the modules and make their optimizers.
+
+        A sharded model is a copy. The task keeps the whole one, which the main process validates and saves.
+        """
+        options, accelerator, task = self.options, self.accelerator, self.task
+        if self.is_deepspeed and len(task.modules) > 1:
+            raise ProgramError(
+                "the distributed type must be one process, DDP or FSDP with the adversarial loss, got DeepSpeed"
+            )
+        for name, module in task.modules.items():
+            if options.torch_compile:
+                module.compile(backend=options.torch_compile_backend)
+            if name == "model" and self.is_fsdp:
+                module = shard_model(copy.deepcopy(module), accelerator)
+                self.modules[name] = module
+                self.optimizers[name] = make_optimizer(module, options, self.peak_rates[name])
+            elif self.is_deepspeed:
+                set_micro_batch(accelerator, options.train_batch_size)
+                module = copy.deepcopy(module)
+                optimizer = make_optimizer(module, options, self.peak_rates[name])
+                self.modules[name], self.optimizers[name] = accelerator.prepare(module, optimizer)
+            else:
+                # Prepared before the optimizer is made, so that a fused update sees the parameters on their device.
+                self.modules[name] = accelerator.prepare(module)
+                optimizer = make_optimizer(self.modules[name], options, self.peak_rates[name])
+                self.optimizers[name] = accelerator.prepare(optimizer)
+        if (self.is_fsdp or self.is_deepspeed) and accelerator.is_main_process:
+            task.modules["model"].to(accelerator.device)
+
+    def _own(self, name: str) -> torch.nn.Module:
+        """The trained module without the wrapper of DDP or DeepSpeed."""
+        module = self.modules[name]
+        return module if self.is_fsdp and name == "model" else self.accelerator.unwrap_model(module)
+
+    def _shards(self) -> tuple[torch.nn.Module, torch.optim.Optimizer] | None:
+        return (self.modules["model"], self.optimizers["model"]) if self.is_fsdp else None
 
     def train(self, stop: StopRequest) -> bool:
         """Take steps until the end of the run (True) or until a stop is requested (False)."""
         options, state = self.options, self.state
         window_start, window_images = time.monotonic(), state.num_images
         self.modules["model"].train()
-        with self._bar() as bar, batches_of(self.task.loader(state.batches, self.accelerator)) as batches:
+        loader = self.task.loader(state.batches, self.accelerator, self.place)
+        with self._bar() as bar, batches_of(loader) as batches:
             while (progress := self._progress()) < 1:
                 factor = learning_rate_factor(
                     options.lr_scheduler, state.step, progress, options.lr_warmup_steps, options.lr_final_ratio
                 )
                 self._step(batches, factor)
                 if state.step % options.logging_steps == 0:
+                    self._report_unusable()
                     means = self._checked_means()
                     self.meter.reset()
                     now = time.monotonic()
@@ -258,6 +223,7 @@ class _Run:
                         {
                             **{f"train/{name}": value for name, value in means.items()},
                             "train/learning_rate": options.learning_rate * factor,
+                            **({"train/unusable": float(state.num_unusable)} if state.num_unusable else {}),
                             "train/images_per_s": rate,
                         }
                     )
@@ -284,25 +250,60 @@ class _Run:
         count = self.options.gradient_accumulation_steps
         means: dict[str, torch.Tensor] = {}
         for _ in range(count):
-            batch = {
-                name: value.to(self.accelerator.device, non_blocking=True) for name, value in next(batches).items()
-            }
+            batch = self._next_batch(batches)
             with self.accelerator.accumulate(module):
                 loss, values = self.task.losses(self.modules, batch, self.state.step)
                 self.accelerator.backward(loss)
                 if self.accelerator.sync_gradients:
                     norm = self.accelerator.clip_grad_norm_(parameters, self.options.max_grad_norm)
-                optimizer.step()
-                optimizer.zero_grad(set_to_none=True)
+                if self.accelerator.sync_gradients or self.is_deepspeed:  # DeepSpeed counts micro-batches itself
+                    optimizer.step()
+                    optimizer.zero_grad(set_to_none=True)
             for name, value in values.items():
                 means[name] = means.get(name, 0) + value.detach() / count
             self.state.num_images += len(next(iter(batch.values()))) * self.accelerator.num_processes
             self.state.batches += 1
         if self.average is not None and turn == "model":
-            self.average.update(self.task.modules["model"])
+            self.average.update(self._own("model"))
         self.state.step += 1
         prefix = "" if turn == "model" else f"{turn}_"
-        self.meter.add(self.state.step, {**means, f"{prefix}gradient_norm": torch.as_tensor(norm)})
+        self.meter.add(self.state.step, {**means, f"{prefix}gradient_norm": whole(torch.as_tensor(norm))})
+
+    def _next_batch(self, batches: Iterator[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        """The next batch on the device. Notes which samples could not be used.
+
+        Raises:
+            ProgramError: If too few samples of the batch can be used.
+        """
+        batch = next(batches)
+        unusable = batch.pop("unusable", [])
+        self.unusable += unusable
+        if not batch:
+            raise ProgramError(f"{len(unusable)} samples in a row cannot be used, the last one: {unusable[-1]}")
+        return {name: value.to(self.accelerator.device, non_blocking=True) for name, value in batch.items()}
+
+    def _report_unusable(self) -> None:
+        """Count and name the samples that could not be used since the last report. All processes must call it.
+
+        Raises:
+            ProgramError: If they are more than `--max_unusable_share` of all.
+        """
+        found = gather_object(self.unusable) if self.accelerator.num_processes > 1 else self.unusable
+        self.unusable = []
+        self.state.num_unusable += len(found)
+        if self.log is not None:
+            for name in found:
+                if name not in self.reported:
+                    self.reported.add(name)
+                    self.unusable_log.write(self.state.step, {"sample": name})
+                    tqdm.write(f"left out: {name}", file=sys.stderr)
+        seen = self.state.num_images + self.state.num_unusable
+        limit = getattr(self.options, "max_unusable_share", 1.0)
+        if self.state.num_unusable > limit * max(seen, MIN_SAMPLES):
+            raise ProgramError(
+                f"at most {limit:.3g} of the samples may be unusable (--max_unusable_share), got "
+                f"{self.state.num_unusable} of {seen}, which {self.output_dir / 'unusable.jsonl'} names"
+            )
 
     def _progress(self) -> float:
         """The progress of the run, the same on all processes. Also updates the run's elapsed time."""
@@ -373,21 +374,40 @@ class _Run:
             self.log.write(self.state.step, values)
         self.accelerator.log(values, step=self.state.step)
 
-    def averaged(self) -> Any:
-        """A context in which the model has the averaged weights, if there are any."""
-        return self.average.applied_to(self.task.modules["model"]) if self.average is not None else nullcontext()
+    @contextmanager
+    def result(self) -> Iterator[None]:
+        """Have the result, averaged and whole, in the task's model on the main process. All processes must call it."""
+        model = self.task.modules["model"]
+        if not (self.is_fsdp or self.is_deepspeed):
+            with self.average.applied_to(model) if self.average is not None else nullcontext():
+                yield
+            return
+        own = dict(self._own("model").named_parameters())
+        with ExitStack() as stack:
+            if self.average is not None:
+                tensors = self.average.whole()
+            else:
+                stack.enter_context(gathered_by_deepspeed(list(own.values())))
+                tensors = {name: whole(parameter.detach()) for name, parameter in own.items()}
+            if self.accelerator.is_main_process:
+                model.load_state_dict(tensors, strict=False)
+        yield
 
     def validate(self) -> None:
         """Validate the averaged model on the main process, unless this step is validated already."""
         if self.validated_step == self.state.step:
             return
         self.validated_step = self.state.step
-        if self.accelerator.is_main_process:
-            self.modules["model"].eval()
-            with self.averaged(), torch.no_grad():
+        model = self.task.modules["model"]
+        with self.result(), torch.no_grad():
+            if self.accelerator.is_main_process:
+                model.eval()
                 values = self.task.validate(self.state.step, self.output_dir)
-            self.modules["model"].train()
+                model.train()
+        if self.accelerator.is_main_process:
             self._write({f"validation/{name}": value for name, value in values.items()})
+            pictures = sorted(self.output_dir.glob(f"images/step-{self.state.step:07d}*.png"))
+            log_pictures(self.accelerator, pictures, self.state.step)
             line = f"step {self.state.step}: " + ", ".join(f"{name} {value:.4g}" for name, value in values.items())
             line += f" after {self.state.elapsed_seconds / 60:.1f} min, {self.state.num_images} images"
             tqdm.write(line, file=sys.stderr)
@@ -397,25 +417,33 @@ class _Run:
         """Save the state of the run, unless this step is saved already."""
         if self.saved_step == self.state.step:
             return
+        self._report_unusable()
         self._checked_means()
         self.saved_step = self.state.step
         self.state.elapsed_seconds = self.elapsed_before + time.monotonic() - self.clock
         self.last_checkpoint = save_checkpoint(
-            self.accelerator, self.output_dir, self.state, self.average, self.options.checkpoints_total_limit
+            self.accelerator,
+            self.output_dir,
+            self.state,
+            self.average,
+            self.options.checkpoints_total_limit,
+            self.task.place_of(self.state.batches),
+            self._shards(),
         )
 
     def finish(self) -> None:
         """Write the last validation, the checkpoint, the curves and the model."""
         self.validate()
         self.checkpoint()
-        if not self.accelerator.is_main_process:
-            return
-        plot_metrics(read_metrics(self.output_dir / "metrics.jsonl"), self.output_dir / "curves.png")
         model = self.output_dir / "model"
-        with writing(model), self.averaged(), replaced_folder(model, self.program) as staging:
-            self.task.save(staging, TORCH_DTYPES[self.options.save_dtype])
-            card = training_card(self.program, self.output_dir.name, self.state, self.output_dir / "metrics.jsonl")
-            (staging / "README.md").write_text(card, encoding="utf-8")
+        with self.result():
+            if not self.accelerator.is_main_process:
+                return
+            plot_metrics(read_metrics(self.output_dir / "metrics.jsonl"), self.output_dir / "curves.png")
+            with writing(model), replaced_folder(model, self.program) as staging:
+                self.task.save(staging, TORCH_DTYPES[self.options.save_dtype])
+                card = training_card(self.program, self.output_dir.name, self.state, self.output_dir / "metrics.jsonl")
+                (staging / "README.md").write_text(card, encoding="utf-8")
         self.accelerator.print(f"saved {model}")
         if self.options.push_to_hub:
             push_folder(

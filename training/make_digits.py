@@ -16,8 +16,6 @@ import io
 import json
 import shlex
 import shutil
-import signal
-import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -39,6 +37,8 @@ from pipelines.shared.outputs import atomic_file
 from pipelines.shared.programs import non_negative_float, non_negative_int, run_program
 from pipelines.shared.programs import positive_int as positive
 from training.checkpoints import checkpoints_of, read_run_state
+from training.experiments import run_step
+from training.frechet import frechet_distance
 from training.options import unit_interval
 from training.run_folder import check_replaceable, claimed_folder, replaced_folder
 from training.token_cache import STATISTICS
@@ -133,25 +133,6 @@ def write_parquet(images: np.ndarray, labels: np.ndarray, path: Path) -> None:
 # -------------------------------------------------------------------------------------------------------- training
 
 
-def run_step(program: str, command: list[str]) -> int:
-    """Run another program of this folder in a process of its own; returns its exit code.
-
-    SIGINT and SIGTERM are left to that process, which writes a checkpoint and ends. (From a terminal Ctrl-C reaches
-    both processes, a SIGTERM is passed on.)
-    """
-    process = subprocess.Popen([sys.executable, "-m", f"training.{program}", *command])
-    handlers = {
-        signal.SIGINT: lambda number, frame: None,
-        signal.SIGTERM: lambda number, frame: process.send_signal(number),
-    }
-    previous = {number: signal.signal(number, handler) for number, handler in handlers.items()}
-    try:
-        return process.wait()
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
-
-
 def train(options: argparse.Namespace) -> int:
     """Train tokenizer and generators; returns the exit code of the first step that did not finish, or 0."""
     work = options.work_dir
@@ -182,7 +163,7 @@ def train(options: argparse.Namespace) -> int:
         steps.append((work / stage / "model", "train_sit", command))
 
     for result, program, command in steps:
-        if not result.exists() and (code := run_step(program, command)):
+        if not result.exists() and (code := run_step(f"training.{program}", command)):
             return code
     return 0
 
@@ -266,14 +247,6 @@ def nearest_distances(queries: np.ndarray, references: np.ndarray) -> np.ndarray
     """Euclidean distances (N,) of queries (N, D) to their nearest references (M, D)."""
     squared = (queries**2).sum(1)[:, None] - 2 * queries @ references.T + (references**2).sum(1)[None]
     return np.sqrt(np.maximum(squared, 0).min(axis=1))
-
-
-def frechet_distance(samples: np.ndarray, references: np.ndarray) -> float:
-    """Fréchet distance between normal distributions fitted to two sets of vectors, (N, D) and (M, D)."""
-    a, b = np.cov(samples.T), np.cov(references.T)
-    shift = samples.mean(0) - references.mean(0)
-    root = np.sqrt(np.maximum(np.linalg.eigvals(a @ b).real, 0)).sum()
-    return float(shift @ shift + np.trace(a) + np.trace(b) - 2 * root)
 
 
 def fit_classifier(images: np.ndarray, labels: np.ndarray) -> Any:
@@ -382,50 +355,48 @@ tags:
 ---
 # gpstoken-digits
 
-A tiny `GPSTokenPipeline` that draws handwritten digits, 32 x 32: class label -> layout of 16 Gaussians ->
+A tiny `GPSTokenPipeline` that generates handwritten digits of 32 x 32 pixels: class label -> layout of 16 Gaussians ->
 calibration -> texture -> image. It shows the two-stage generation of GPSToken (arXiv 2509.01109) at a size that anyone
-can train on a CPU, and it is what the tests and the demo run. It is of no other use.
+can train on a CPU. The tests and the demo run it.
 
-![20 samples of every class](samples.png)
+![Twenty samples of every class](samples.png)
 
 ```python
-import gpstoken_hf
-from gpstoken_hf import GPSTokenPipeline
+from gpstoken_hf import GPSTokenPipeline, bundled
 
-pipe = GPSTokenPipeline.from_pretrained(gpstoken_hf.bundled("gpstoken-digits"))
+pipe = GPSTokenPipeline.from_pretrained(bundled("gpstoken-digits"))
 images = pipe(["three", 7], num_inference_steps={options.num_inference_steps}).images
 ```
 
 ## Training
 
-Data: scikit-learn's `load_digits` (UCI optical recognition of handwritten digits), 8 x 8 pixels upscaled to 32 x 32 by
-a bicubic filter, white on black; {NUM_IMAGES - NUM_TEST_IMAGES} images for training, {NUM_TEST_IMAGES} held out. \
-Nothing else was used.
+Data: scikit-learn's `load_digits` (UCI optical recognition of handwritten digits), white on black, enlarged from 8 x 8
+to 32 x 32 pixels by a bicubic filter. {NUM_IMAGES - NUM_TEST_IMAGES} images are for training, {NUM_TEST_IMAGES} are \
+held out. No other data was used.
 
 ```
 {command}
 ```
 
-Wall time on one thread of a CPU that was busy with other work, too: {timing}. \
-Parameters: {sizes["two-stage"]} M in the two generators of this pipeline, {sizes["one-stage"]} M in the one-stage \
-baseline.
+Wall time on one thread of a CPU: {timing}. The two generators of this pipeline have {sizes["two-stage"]} M parameters,
+the one-stage baseline has {sizes["one-stage"]} M.
 
 ## Results
 
-Tokenizer on the held-out digits: PSNR {results["tokenizer"]["psnr"]:.1f} dB; the classifier below recognises
-{100 * results["tokenizer"]["accuracy"]:.1f} % of the reconstructions.
+The tokenizer reconstructs the held-out digits at a PSNR of {results["tokenizer"]["psnr"]:.1f} dB. The classifier below
+recognises {100 * results["tokenizer"]["accuracy"]:.1f} % of the reconstructions.
 
-Generation: {options.samples_per_class} samples per class, Euler with {options.num_inference_steps} steps and
-{options.num_layout_steps} for the layout, guidance {options.guidance_scale:g} in the interval {low:g} to {high:g};
-layouts generated, none stored.
+Generation: {options.samples_per_class} samples per class, Euler with {options.num_inference_steps} steps and \
+{options.num_layout_steps} for the layout, guidance {options.guidance_scale:g} in the interval {low:g} to {high:g}.
+All layouts are generated.
 
-- Recognised: the share that a support vector machine, trained on the real training digits, takes for the class that
-  was asked for.
-- Fréchet: distance between normal distributions fitted to the samples and to the training images; the number of
-  samples enters it ({NUM_TEST_IMAGES} held-out images, {NUM_CLASSES * options.samples_per_class} generated ones).
-- Nearest: Euclidean distance from an image to the nearest training image; copies would lie at 0.
+- Recognised: the share of images that a support vector machine, trained on the real training digits, assigns to the
+  class that was asked for.
+- Fréchet: the distance between normal distributions fitted to the images and to the training images. It depends on the
+  number of images ({NUM_TEST_IMAGES} held out, {NUM_CLASSES * options.samples_per_class} generated).
+- Nearest: the Euclidean distance from an image to the nearest training image. A copy would have distance 0.
 
-All on 8 x 8 pixels of 0 to 16.
+All three are computed on 8 x 8 pixels from 0 to 16.
 
 | | recognised | Fréchet | nearest, min | nearest, 5 % | nearest, median |
 |---|---|---|---|---|---|
@@ -435,10 +406,12 @@ All on 8 x 8 pixels of 0 to 16.
 
 Per class, two-stage: {per_class}.
 
-The one-stage baseline generates all 13 channels of the tokens at once. Its network has the size of one of the two
-generators here and the same training; it is not part of this folder.
+The one-stage baseline generates all 13 channels of the tokens at once. Its network has the size and the training of
+one of the two generators here. It is not part of this folder.
 
-Limits: few training images and ten classes; the guidance that makes classes clear narrows their variety.
+## Limits
+
+There are few training images and ten classes. Guidance makes the classes clear and narrows their variety.
 """
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import argparse
 import math
+from typing import Any
 
 import torch
 
@@ -55,3 +56,9 @@ def make_optimizer(module: torch.nn.Module, options: argparse.Namespace, lr: flo
         eps=options.adam_epsilon,
         fused=all(parameter.device.type in ("cpu", "cuda") for parameter in parameters),
     )
+
+
+def enable_checkpointing(model: Any) -> None:
+    """Keep only the inputs of the blocks of a transformers model for the backward pass."""
+    # The name since transformers 5.1, or the one before.
+    getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()

@@ -50,7 +50,10 @@ def add_program_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--config", type=Path, help="YAML file of defaults for these options; the command line wins")
     parser.add_argument("--threads", type=positive, help="number of CPU threads; default: torch's choice")
     parser.add_argument(
-        "--dry_run", "--dry-run", action="store_true", help="print the resolved configuration and exit"
+        "--dry_run",
+        "--dry-run",
+        action="store_true",
+        help="print the resolved configuration and what the run would cost, and exit",
     )
 
 
@@ -58,7 +61,7 @@ def add_run_options(parser: argparse.ArgumentParser) -> None:
     """Where a run is kept, how long it lasts and how it is resumed."""
     group = parser.add_argument_group("run")
     group.add_argument(
-        "--output_dir", type=Path, required=True, help="checkpoints, logs, pictures and the final model"
+        "--output_dir", type=Path, help="checkpoints, logs, pictures and the final model; --dry_run needs none"
     )
     group.add_argument("--seed", type=non_negative_int, default=0)
     group.add_argument("--max_train_steps", type=positive, help="optimizer steps of the whole run")
@@ -77,7 +80,7 @@ def add_run_options(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--validation_steps", type=positive, default=500)
     group.add_argument("--logging_steps", type=positive, default=10)
-    group.add_argument("--report_to", default="tensorboard", help="tensorboard, wandb, ..., all or none")
+    group.add_argument("--report_to", default="tensorboard", help="none, all, or tensorboard, trackio, wandb, ...")
     group.add_argument("--save_dtype", choices=DTYPES, default="fp32", help="storage type of the final weights")
     group.add_argument("--push_to_hub", action="store_true", help="upload the final model")
     group.add_argument("--hub_model_id", help="repository of --push_to_hub; default: the name of --output_dir")
@@ -103,6 +106,8 @@ def add_optimizer_options(
     group.add_argument("--max_grad_norm", type=positive_float, default=1.0)
     group.add_argument("--gradient_accumulation_steps", type=positive, default=1)
     group.add_argument("--gradient_checkpointing", action=Switch, default=False)
+    group.add_argument("--torch_compile", action=Switch, default=False)
+    group.add_argument("--torch_compile_backend", default="inductor")
     group.add_argument("--mixed_precision", choices=("no", "fp16", "bf16"), default="no")
     group.add_argument("--allow_tf32", action=Switch, default=False)
     group.add_argument("--use_ema", action=Switch, default=True, help="validate and save averaged weights")
@@ -124,6 +129,13 @@ def add_dataset_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--image_column", default="image")
     group.add_argument("--label_column", default="label")
     group.add_argument("--max_train_samples", type=positive)
+    group.add_argument(
+        "--max_unusable_share",
+        type=unit_interval,
+        default=0.05,
+        help="stop when more of the samples than this are unreadable, one pixel wide, or of a mode that is not 8-bit; "
+        "fewer than 100 samples count as 100",
+    )
     group.add_argument("--cache_dir")
 
 
@@ -131,8 +143,10 @@ def check_run_options(options: argparse.Namespace) -> None:
     """Check what argparse cannot check one option at a time.
 
     Raises:
-        ProgramError: If the run has no end.
+        ProgramError: If the run has no end or no folder.
     """
+    if options.output_dir is None and not options.dry_run:
+        raise ProgramError("--output_dir must be given, got none")
     if options.max_train_steps is None and options.max_train_minutes is None:
         raise ProgramError("--max_train_steps or --max_train_minutes must be given, got neither")
 

@@ -8,13 +8,15 @@ import math
 import platform
 import shlex
 import sys
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
+from huggingface_hub import HfApi
 
 from gpstoken_hf.model_cards import Score, front_matter
-from pipelines.shared.outputs import atomic_file
+from pipelines.shared.outputs import MARKER, atomic_file
 
 
 class Extent(Protocol):
@@ -39,13 +41,13 @@ class MetricLog:
         with atomic_file(path) as staging:
             staging.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
-    def write(self, step: int, values: dict[str, float]) -> None:
+    def write(self, step: int, values: dict[str, Any]) -> None:
         """Append the values of one step."""
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps({"step": step, **values}) + "\n")
 
 
-def read_metrics(path: Path) -> list[dict[str, float]]:
+def read_metrics(path: Path) -> list[dict[str, Any]]:
     """The rows of a metrics file. A line that a crash has cut short is skipped."""
     rows = []
     for line in path.read_text(encoding="utf-8").splitlines():
@@ -120,3 +122,26 @@ python -m {program} {shlex.join(sys.argv[1:])}
 
 Whoever trained these weights decides on their licence. They have learned the data of the command above and no other.
 """
+
+
+def push_dataset(folder: Path, repo_id: str, private: bool, ignored: Sequence[str] = (MARKER,)) -> str:
+    """Upload a folder to a dataset repository of the Hub; returns its address.
+
+    Raises:
+        OSError: If the Hub cannot be reached or refuses the upload. The folder stays.
+    """
+    api = HfApi()
+    try:
+        repo = api.create_repo(repo_id, private=private, exist_ok=True, repo_type="dataset")
+        api.upload_folder(
+            repo_id=repo.repo_id,
+            repo_type="dataset",
+            folder_path=folder,
+            commit_message="Upload with gpstoken-hf",
+            ignore_patterns=list(ignored),
+        )
+    except (OSError, ValueError):
+        raise
+    except Exception as error:  # a failed connection: the HTTP library and its exceptions depend on the Hub's version
+        raise OSError(f"{folder} could not be uploaded to {repo_id}: {error}") from error
+    return str(repo)

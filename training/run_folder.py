@@ -17,11 +17,8 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-from pipelines.shared.outputs import atomic_directory
+from pipelines.shared.outputs import FORMAT, MARKER, atomic_directory
 from pipelines.shared.programs import ProgramError, one_line
-
-MARKER = ".gpstoken.json"
-FORMAT = 1
 
 # The name of a checkpoint while it is written. What `pipelines.shared.outputs` stages it removes by itself.
 _STAGING = re.compile(r"\.(?P<stem>.+)\.(?:[a-z0-9_]{8}|partial)(?P<suffix>\.\w+)?")

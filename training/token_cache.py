@@ -112,3 +112,11 @@ def load_token_dataset(directory: Path) -> Any:
     except Exception as error:  # datasets has many exception types for bad input
         cause = one_line(error.__cause__ or error)
         raise ProgramError(f"cannot read the token cache {directory}: {cause}") from error
+
+
+def class_names(dataset: Any, label_column: str) -> list[str] | None:
+    """Names of the classes of a dataset of images, if it has them."""
+    import datasets
+
+    feature = (dataset.features or {}).get(label_column)
+    return list(feature.names) if isinstance(feature, datasets.ClassLabel) else None

@@ -1,11 +1,12 @@
 # Copyright 2026 The gpstoken-hf authors. Licensed under the Apache License, Version 2.0.
-"""Train a generator on cached tokens: of layouts, of textures, or of whole tokens at once (the one-stage baseline).
+"""Train a generator on tokens: of layouts, of textures, or of whole tokens at once (the one-stage baseline).
 
     python -m training.train_sit --stage layout --tokens_dir tokens/ --size S --output_dir runs/layout
     python -m training.train_sit --stage texture --tokens_dir tokens/ --size XL --output_dir runs/texture
 
-The data is what `training.cache_tokens` writes. The objective is velocity matching on the straight path between noise
-and data (paper Sec. 3.3).
+The data is what `training.cache_tokens` writes, or a dataset of images that `--tokenizer` encodes on the fly. The
+objective is velocity matching on the straight path between noise and data (paper Sec. 3.3). At every validation the
+averaged generator draws a sheet of samples, and with `--frechet_network` their distance to held-out data is measured.
 
 Shapes: B images, L tokens, C texture channels, C' channels that the generator models.
 """
@@ -19,12 +20,12 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from accelerate import Accelerator
-from torch.utils.data import Dataset
 
+from gpstoken_hf.configuration_gpstoken import GPSTokenConfig
 from gpstoken_hf.gaussians import NUM_GAUSSIAN_PARAMS
+from gpstoken_hf.modeling_gpstoken import GPSTokenModel
 from gpstoken_hf.transformer_sit import (
     GAUSSIAN_TARGETS,
     SIT_PRESETS,
@@ -32,12 +33,16 @@ from gpstoken_hf.transformer_sit import (
     SiTTransformer1DModel,
     tokens_to_latents,
 )
-from pipelines.shared.programs import ProgramError, non_negative_float, run_program
+from pipelines.shared.checkpoints import find_checkpoint
+from pipelines.shared.programs import ProgramError, non_negative_float, non_negative_int, one_line, run_program
 from pipelines.shared.programs import positive_int as positive
-from training.data import BatchPlan, BatchRequest, batch_loader
-from training.loop import TrainingTask, run_training
+from training.estimates import generator_estimate
+from training.generator_samples import GeneratorSamples
+from training.loop import run_training
 from training.losses import linear_path, velocity_matching_loss
 from training.options import (
+    Switch,
+    add_dataset_options,
     add_optimizer_options,
     add_program_options,
     add_run_options,
@@ -47,7 +52,10 @@ from training.options import (
     parse_options,
     unit_interval,
 )
-from training.token_cache import load_token_dataset, read_statistics
+from training.perceptual import FeatureLoss
+from training.task import TrainingTask
+from training.token_cache import read_statistics
+from training.token_sources import CachedTokens, OnlineTokens, TokenSource
 
 PROGRAM = "training.train_sit"
 STAGES = ("layout", "texture", "one-stage")
@@ -61,10 +69,33 @@ def make_parser() -> argparse.ArgumentParser:
     add_run_options(parser)
     add_optimizer_options(parser, betas=(0.9, 0.999), learning_rate=1e-4)
 
-    group = parser.add_argument_group("data")
-    group.add_argument("--tokens_dir", required=True, help="output of cache_tokens: a folder or a dataset of the Hub")
-    group.add_argument("--max_train_samples", type=positive)
-    group.add_argument("--num_validation_samples", type=positive, default=256, help="the last rows are held out")
+    add_dataset_options(parser)
+
+    group = parser.add_argument_group("tokens")
+    group.add_argument("--tokens_dir", help="output of cache_tokens: a folder or a dataset of the Hub")
+    group.add_argument(
+        "--tokenizer", help="encodes images on the fly, and decodes samples; default: the one that made the cache"
+    )
+    group.add_argument("--resolution", type=positive, help="side of the central squares; default: the tokenizer's")
+    group.add_argument("--num_tokens", type=positive, help="tokens of an image; default: the tokenizer's")
+    group.add_argument("--random_flip", action=Switch, default=True, help="of images that are encoded on the fly")
+    group.add_argument(
+        "--num_statistics_images", type=positive, default=4096, help="for the channel statistics on the fly"
+    )
+    group.add_argument(
+        "--num_validation_samples",
+        type=positive,
+        default=256,
+        help="held out: the last rows of a cache, the first images of a dataset",
+    )
+
+    group = parser.add_argument_group("samples")
+    group.add_argument("--num_samples", type=non_negative_int, default=36, help="drawn at every validation; 0: none")
+    group.add_argument("--num_sample_steps", type=positive, default=25)
+    group.add_argument(
+        "--frechet_network", help="measure the Fréchet distance to held-out data with this one; see --feature_network"
+    )
+    group.add_argument("--frechet_weights_file", help="its weights; default: cached or downloaded")
 
     group = parser.add_argument_group("model")
     group.add_argument("--stage", choices=STAGES, required=True)
@@ -126,21 +157,6 @@ def noised_condition(
     else:
         raise ValueError(f"unit must be one of {CONDITION_NOISE_UNITS}, got {unit!r}")
     return layout + amount * scale * noise
-
-
-class TokenBatches(Dataset):
-    """`batches[request]`: tokens (B, L, 5 + C), init_gaussians (B, L, 5) and labels (B,) of the requested rows."""
-
-    def __init__(self, rows: Any) -> None:
-        self.rows = rows
-
-    def __getitem__(self, request: BatchRequest) -> dict[str, torch.Tensor]:
-        batch = self.rows[request.rows]
-        return {
-            "tokens": torch.from_numpy(np.ascontiguousarray(batch["tokens"], dtype=np.float32)),
-            "init_gaussians": torch.from_numpy(np.ascontiguousarray(batch["init_gaussians"], dtype=np.float32)),
-            "labels": torch.from_numpy(np.ascontiguousarray(batch["label"], dtype=np.int64)),
-        }
 
 
 class VelocityMatching(torch.nn.Module):
@@ -215,23 +231,15 @@ class SiTTask(TrainingTask):
     """A generator as `run_training` trains it.
 
     Raises:
-        ProgramError: If there are too few samples, or the pretrained generator does not fit the stage and the data.
+        ProgramError: If the pretrained generator does not fit the stage and the data, or no tokenizer can be loaded to
+            decode samples.
     """
 
     name = "train_sit"
 
-    def __init__(
-        self, options: argparse.Namespace, statistics: dict[str, Any], config: dict[str, Any], accelerator: Accelerator
-    ) -> None:
-        self.options, self.config, self.accelerator = options, config, accelerator
-        rows = load_token_dataset(options.tokens_dir)
-        held_out = options.num_validation_samples
-        if len(rows) <= held_out:
-            raise ProgramError(f"--num_validation_samples must be less than {len(rows)}, got {held_out}")
-        validation = rows.select(range(len(rows) - held_out, len(rows)))
-        num_train = min(len(rows) - held_out, options.max_train_samples or len(rows))
-        self.train_data = rows.select(range(num_train))
-        self.validation_batch = TokenBatches(validation)[BatchRequest(0, 0, 1, [], list(range(held_out)))]
+    def __init__(self, options: argparse.Namespace, source: TokenSource, accelerator: Accelerator) -> None:
+        self.options, self.source, self.accelerator = options, source, accelerator
+        self.config = config = resolve_config(options, source.statistics)
         if options.pretrained_model_name_or_path is not None:
             model = SiTTransformer1DModel.from_pretrained(options.pretrained_model_name_or_path)
             _check_pretrained(model, config)
@@ -239,55 +247,93 @@ class SiTTask(TrainingTask):
             model = SiTTransformer1DModel(**config)
         if options.gradient_checkpointing:
             model.enable_gradient_checkpointing()
-        self.module = VelocityMatching(model, options.stage, statistics["channels"]["layout"]["std"], options)
+        layout_std = source.statistics["channels"]["layout"]["std"]
+        self.module = VelocityMatching(model, options.stage, layout_std, options)
         self.modules = {"model": self.module}
+        self.samples = make_samples(options, source, accelerator) if accelerator.is_main_process else None
 
     def losses(
         self, modules: dict[str, torch.nn.Module], batch: dict[str, torch.Tensor], step: int
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        loss = modules["model"](batch)
+        loss = modules["model"](self.source.tokens_of(batch))
         return loss, {"loss": loss}
 
     def describe(self) -> dict[str, Any]:
         return {"model_config": self.config}
 
-    def loader(self, first_batch: int, accelerator: Accelerator) -> Iterable[dict[str, torch.Tensor]]:
-        plan = BatchPlan(
-            self.train_data,
-            seed=self.options.seed,
-            resolutions=[1],
-            weights=[1.0],
-            base_resolution=1,
-            batch_size=self.options.train_batch_size,
-            first_batch=first_batch,
-            rank=accelerator.process_index,
-            world_size=accelerator.num_processes,
-        )
-        return batch_loader(
-            TokenBatches(self.train_data),
-            plan,
-            self.options.dataloader_num_workers,
-            accelerator.device.type == "cuda",
-        )
+    def place_of(self, batch: int) -> dict[str, Any] | None:
+        return self.source.plan.place_of(batch)
+
+    def loader(
+        self, first_batch: int, accelerator: Accelerator, place: dict[str, Any] | None = None
+    ) -> Iterable[dict[str, Any]]:
+        return self.source.loader(self.options, first_batch, accelerator, place)
 
     def validate(self, step: int, directory: Path) -> dict[str, float]:
-        """The loss on held-out tokens, with the same draws every time."""
+        """The loss on held-out tokens, with the same draws every time; a sheet of samples and their distance."""
         generator = torch.Generator().manual_seed(self.options.seed)
-        draws = self.module.draw(self.validation_batch["tokens"], generator)
+        held_out = self.source.held_out
+        draws = self.module.draw(held_out["tokens"], generator)
         total, count = 0.0, 0
         for start in range(0, len(draws[0]), self.options.train_batch_size):
             part = slice(start, start + self.options.train_batch_size)
-            batch = {name: value[part].to(self.accelerator.device) for name, value in self.validation_batch.items()}
+            batch = {name: value[part].to(self.accelerator.device) for name, value in held_out.items()}
             with self.accelerator.autocast():
                 loss = self.module.loss(batch, *(draw[part].to(self.accelerator.device) for draw in draws))
             total += loss.item() * len(batch["labels"])
             count += len(batch["labels"])
-        return {"loss": total / count}
+        values = {"loss": total / count}
+        if self.samples is not None:
+            picture = directory / "images" / f"step-{step:07d}-samples.png"
+            values |= self.samples.evaluate(self.module.model, picture)
+        return values
 
     def save(self, directory: Path, dtype: torch.dtype) -> None:
         model = self.module.model
         # diffusers loads in float32 by default, whatever the storage type.
         (model if dtype == torch.float32 else copy.deepcopy(model).to(dtype)).save_pretrained(directory)
+
+
+def make_samples(
+    options: argparse.Namespace, source: TokenSource, accelerator: Accelerator
+) -> GeneratorSamples | None:
+    """What draws samples at every validation; None without `--num_samples`.
+
+    Raises:
+        ProgramError: If the tokenizer or the network of the Fréchet distance cannot be loaded.
+    """
+    count = options.num_samples
+    if not count:
+        return None
+    tokenizer, features = None, None
+    if options.stage != "layout":
+        if isinstance(source, OnlineTokens):
+            tokenizer = source.model
+        else:
+            name = source.statistics["tokenizer"]
+            if options.tokenizer is not None:
+                name = find_checkpoint(options.tokenizer, "--tokenizer")
+            try:
+                tokenizer = GPSTokenModel.from_pretrained(name, dtype=torch.float32).to(accelerator.device).eval()
+            except (OSError, ValueError) as error:
+                raise ProgramError(
+                    f"samples need the tokenizer {name}, which cannot be loaded ({one_line(error)}): give --tokenizer "
+                    "or --num_samples 0"
+                ) from error
+        if options.frechet_network is not None:
+            features = (
+                FeatureLoss(options.frechet_network, options.frechet_weights_file).to(accelerator.device).features
+            )
+    return GeneratorSamples(
+        options.stage,
+        {name: value[:count] for name, value in source.held_out.items()},
+        options.num_sample_steps,
+        options.seed,
+        tokenizer,
+        source.statistics["resolution"],
+        None if source.images is None else source.images[:count],
+        features,
+    )
 
 
 def _check_pretrained(model: SiTTransformer1DModel, config: dict[str, Any]) -> None:
@@ -334,16 +380,66 @@ def resolve_config(options: argparse.Namespace, statistics: dict[str, Any]) -> d
     }
 
 
+def check_sources(options: argparse.Namespace) -> None:
+    """Check that tokens come from one place.
+
+    Raises:
+        ProgramError: If there is no place or more than one, or images without a tokenizer.
+    """
+    images = [options.dataset_name, options.train_data_files, options.train_data_dir]
+    given = [options.tokens_dir is not None, any(source is not None for source in images)]
+    if sum(given) != 1:
+        raise ProgramError(
+            "--tokens_dir or a dataset of images must be given, got " + ("both" if all(given) else "neither")
+        )
+    if given[1] and options.tokenizer is None:
+        raise ProgramError("--tokenizer must be given to encode images on the fly, got none")
+    if 0 < options.num_samples < 2 or options.num_samples > options.num_validation_samples:
+        raise ProgramError(
+            f"--num_samples must be 0 or from 2 to --num_validation_samples, {options.num_validation_samples}, "
+            f"got {options.num_samples}"
+        )
+
+
+def assumed_statistics(options: argparse.Namespace) -> dict[str, Any]:
+    """The shape of the tokens of the m128 preset on ImageNet, for a dry run without data."""
+    config = GPSTokenConfig.preset("m128")
+    channels = {"layout": 5, "layout_logit": 5}
+    return {
+        "num_tokens": options.num_tokens or config.num_tokens,
+        "class_names": [str(label) for label in range(1000)],
+        "channels": {
+            name: {"mean": [0.0] * size, "std": [1.0] * size}
+            for name in ("layout", "layout_logit", *GAUSSIAN_TARGETS)
+            for size in [channels.get(name, config.token_channels)]
+        },
+    }
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the program; returns its exit code."""
     options = parse_options(make_parser(), argv)
     check_run_options(options)
-    statistics, options.tokens_dir = read_statistics(options.tokens_dir)
-    config = resolve_config(options, statistics)
+    options.num_samples = min(options.num_samples, options.num_validation_samples)
     if options.dry_run:
-        print(describe_options(options, model_config=config), end="")
+        cached = options.tokens_dir is not None
+        config = resolve_config(
+            options, read_statistics(options.tokens_dir)[0] if cached else assumed_statistics(options)
+        )
+        source = "the cache" if cached else "assumed: tokens of the preset m128, 1000 classes"
+        print(
+            describe_options(options, model_config=config, tokens=source, estimate=generator_estimate(options, config))
+        )
         return 0
-    return run_training(options, lambda accelerator: SiTTask(options, statistics, config, accelerator), PROGRAM)
+    check_sources(options)
+    if options.tokens_dir is not None:
+        statistics, directory = read_statistics(options.tokens_dir)
+        resolve_config(options, statistics)
+        options.tokens_dir = str(directory)
+        return run_training(options, lambda accelerator: SiTTask(options, CachedTokens(options), accelerator), PROGRAM)
+    return run_training(
+        options, lambda accelerator: SiTTask(options, OnlineTokens(options, accelerator), accelerator), PROGRAM
+    )
 
 
 if __name__ == "__main__":

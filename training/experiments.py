@@ -1,0 +1,179 @@
+# Copyright 2026 The gpstoken-hf authors. Licensed under the Apache License, Version 2.0.
+"""What the programs that compare trainings share: runs one after another, the same measures, one folder of results.
+
+Shapes: N images, H and W their sides in pixels.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shlex
+import signal
+import statistics
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from tqdm.auto import tqdm
+
+from gpstoken_hf.metrics import psnr, ssim
+from gpstoken_hf.modeling_gpstoken import GPSTokenModel
+from pipelines.shared.outputs import atomic_file
+from pipelines.shared.programs import ProgramError, non_negative_int, positive_float
+from pipelines.shared.programs import positive_int as positive
+from training.checkpoints import checkpoints_of, read_run_state
+from training.data import load_validation_images
+from training.frechet import frechet_distance
+from training.perceptual import FeatureLoss
+
+CHUNK = 20
+
+
+def add_experiment_options(parser: argparse.ArgumentParser) -> None:
+    """Folder, budget, seeds and measures."""
+    parser.add_argument("--output_dir", type=Path, required=True, help="runs, results.json, results.md and pictures")
+    budget = parser.add_mutually_exclusive_group(required=True)
+    budget.add_argument("--budget_minutes", type=positive_float, help="training time of every run")
+    budget.add_argument("--budget_steps", type=positive, help="training steps of every run")
+    parser.add_argument("--seeds", type=non_negative_int, nargs="+", default=[0, 1])
+    parser.add_argument("--threads", type=positive, help="number of CPU threads; default: torch's choice")
+    parser.add_argument(
+        "--distance_network",
+        default="efficientnet_lite0",
+        help="frozen network of the perceptual and the Fréchet distance, see --feature_network of train_tokenizer",
+    )
+    parser.add_argument("--distance_weights_file", help="its weights; default: cached or downloaded")
+
+
+def budget_options(options: argparse.Namespace, share: float = 1.0) -> list[str]:
+    """The budget as options of a training program, or a share of it."""
+    if options.budget_minutes is not None:
+        return ["--max_train_minutes", f"{share * options.budget_minutes:g}"]
+    return ["--max_train_steps", str(max(1, round(share * options.budget_steps)))]
+
+
+def shared_options(options: argparse.Namespace, seed: int) -> list[str]:
+    """Options that every training of an experiment has."""
+    threads = [] if options.threads is None else ["--threads", str(options.threads)]
+    return ["--seed", str(seed), "--report_to", "none", *threads]
+
+
+def run_step(module: str, command: list[str]) -> int:
+    """Run another program in a process of its own; returns its exit code.
+
+    SIGINT and SIGTERM are left to that process, which writes a checkpoint and ends. (From a terminal Ctrl-C reaches
+    both processes, a SIGTERM is passed on.)
+    """
+    process = subprocess.Popen([sys.executable, "-m", module, *command])
+    handlers: dict[int, Callable[[int, Any], None]] = {
+        signal.SIGINT: lambda number, frame: None,
+        signal.SIGTERM: lambda number, frame: process.send_signal(number),
+    }
+    previous = {number: signal.signal(number, handler) for number, handler in handlers.items()}
+    try:
+        return process.wait()
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+def run_missing(steps: Sequence[tuple[Path, str, list[str]]]) -> int:
+    """Run `(result, module, command)` in order, each until its result exists; the first exit code that is not 0, or 0.
+
+    A step that was interrupted resumes from its own checkpoint.
+    """
+    for result, module, command in tqdm(steps, desc="runs", unit="run"):
+        if not result.exists() and (code := run_step(module, command)):
+            return code
+    return 0
+
+
+def training_minutes(run: Path) -> float:
+    """Duration of a training, interruptions not counted."""
+    return read_run_state(checkpoints_of(run)[-1])["elapsed_seconds"] / 60
+
+
+def read_images(path: str, image_column: str, num_images: int, resolution: int) -> torch.Tensor:
+    """The first images of a parquet file, central squares: (N, 3, resolution, resolution) in [-1, 1].
+
+    Raises:
+        ProgramError: If the file does not exist or lacks the column.
+    """
+    import datasets
+
+    if not Path(path).is_file():
+        raise ProgramError(f"the parquet file must exist, got {path}")
+    rows = datasets.load_dataset("parquet", data_files=path, split="train")
+    if image_column not in rows.column_names:
+        raise ProgramError(f"no column {image_column!r} in {path}; it has {', '.join(rows.column_names)}")
+    rows = rows.cast_column(image_column, datasets.Image(decode=False))
+    return load_validation_images(rows, image_column, num_images, resolution)
+
+
+@torch.no_grad()
+def features_of(network: FeatureLoss, images: torch.Tensor) -> np.ndarray:
+    """Pooled features of images (N, 3, H, W) in [-1, 1]."""
+    return torch.cat([network.features(part) for part in images.split(CHUNK)]).numpy()
+
+
+@torch.no_grad()
+def reconstruct(model: GPSTokenModel, images: torch.Tensor, num_tokens: int) -> torch.Tensor:
+    """Images (N, 3, H, W) encoded and decoded, in [-1, 1]."""
+    size = (images.shape[-2], images.shape[-1])
+    parts = []
+    for part in images.split(CHUNK):
+        encoded = model.encode(part, num_tokens=num_tokens)
+        parts.append(model.decode(encoded.tokens, image_size=size).sample.clamp(-1, 1))
+    return torch.cat(parts)
+
+
+def sharpness(reconstructions: torch.Tensor, images: torch.Tensor) -> float:
+    """Mean absolute difference of neighbouring pixels, relative to that of the images; 1 is as sharp."""
+
+    def contrast(pixels: torch.Tensor) -> torch.Tensor:
+        return pixels.diff(dim=-1).abs().mean() + pixels.diff(dim=-2).abs().mean()
+
+    return (contrast(reconstructions) / contrast(images)).item()
+
+
+def measure_reconstructions(
+    reconstructions: torch.Tensor, images: torch.Tensor, network: FeatureLoss
+) -> dict[str, float]:
+    """PSNR, SSIM, distance of features, Fréchet distance and sharpness, the means over the images."""
+    pair = [features_of(network, part) for part in (reconstructions, images)]
+    return {
+        "psnr": psnr(reconstructions, images).mean().item(),
+        "ssim": ssim(reconstructions, images).mean().item(),
+        "feature_distance": float(np.square(pair[0] - pair[1]).mean()),
+        "frechet": frechet_distance(*pair),
+        "sharpness": sharpness(reconstructions, images),
+    }
+
+
+def spread(values: Sequence[float], digits: int = 2) -> str:
+    """Median and range, or the value itself if there is one."""
+    middle = f"{statistics.median(values):.{digits}f}"
+    return middle if len(values) == 1 else f"{middle} ({min(values):.{digits}f} to {max(values):.{digits}f})"
+
+
+def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table, its first column left of the numbers."""
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def command_line(program: str, argv: Sequence[str] | None) -> str:
+    """The command that was given, for the record."""
+    return f"python -m {program} {shlex.join(sys.argv[1:] if argv is None else argv)}"
+
+
+def write_results(folder: Path, results: dict[str, Any], text: str) -> None:
+    """Write results.json and results.md."""
+    for name, content in (("results.json", json.dumps(results, indent=1) + "\n"), ("results.md", text)):
+        with atomic_file(folder / name) as staging:
+            staging.write_text(content, encoding="utf-8")
