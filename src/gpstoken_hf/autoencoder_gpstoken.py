@@ -119,7 +119,7 @@ class AutoencoderGPSToken(
 
     _supports_gradient_checkpointing = True
     _no_split_modules = ["GPSTokenEncoderLayer", "ResidualBlock", "GPSTokenRegionFeatures"]  # noqa: RUF012
-    _repeated_blocks = ["GPSTokenEncoderLayer", "ResidualBlock"]  # noqa: RUF012
+    _repeated_blocks = ["GPSTokenEncoderLayer"]  # noqa: RUF012
     # The values of a Gaussian need more than the few bits that weights are stored in.
     _skip_layerwise_casting_patterns = ("norm", "gaussian_embedding1", "gaussian_head")
 
