@@ -92,9 +92,15 @@ def test_foreign_objects_have_no_card():
 
 @pytest.mark.parametrize("name", ["gpstoken-nano", "gpstoken-digits"])
 def test_cards_of_the_bundled_checkpoints_are_valid(name):
-    card = ModelCard((Path(bundled(name)) / "README.md").read_text())
+    text = (Path(bundled(name)) / "README.md").read_text()
+    card = ModelCard(text)
     assert card.data.license == "apache-2.0"
     assert card.data.library_name in ("diffusers", "transformers")
+    # The index says what the tables of the card say, where shares are percentages.
+    for result in card.data.eval_results:
+        value = result.metric_value
+        shown = f"{100 * value:.1f} %" if result.metric_type == "accuracy" else f"{value:g}"
+        assert shown in text[text.index("\n# ") :], result.metric_name
 
 
 def test_front_matter_needs_no_scores():

@@ -30,6 +30,7 @@ from tqdm.auto import tqdm
 
 from gpstoken_hf.image_processing_gpstoken import GPSTokenImageProcessor
 from gpstoken_hf.metrics import psnr
+from gpstoken_hf.model_cards import Score, front_matter
 from gpstoken_hf.modeling_gpstoken import GPSTokenModel
 from gpstoken_hf.pipeline_gpstoken import GPSTokenPipeline
 from gpstoken_hf.transformer_sit import SiTTransformer1DModel
@@ -345,14 +346,14 @@ def model_card(options: argparse.Namespace, results: dict[str, Any], minutes: di
     low, high = options.guidance_interval
     sizes = {name: f"{results[name]['parameters'] / 1e6:.2f}" for name in ("two-stage", "one-stage")}
     timing = ", ".join(f"{name} {value} min" for name, value in minutes.items())
-    return f"""---
-license: apache-2.0
-library_name: diffusers
-pipeline_tag: unconditional-image-generation
-tags:
-- gpstoken
-- class-conditional
----
+    digits, samples = "scikit-learn load_digits", f"{options.samples_per_class} samples per class"
+    scores = [
+        Score("accuracy", round(two["accuracy"], 3), digits, f"recognised share of {samples}"),
+        Score("Frechet distance", round(two["frechet_distance"], 1), digits, f"8 x 8 pixels, {samples}"),
+        Score("PSNR", round(results["tokenizer"]["psnr"], 1), digits, "dB, reconstructions of held-out digits"),
+    ]
+    task = "unconditional-image-generation"
+    return f"""{front_matter("diffusers", ["class-conditional"], task, "apache-2.0", "gpstoken-digits", scores)}
 # gpstoken-digits
 
 A tiny `GPSTokenPipeline` that generates handwritten digits of 32 x 32 pixels: class label -> layout of 16 Gaussians ->

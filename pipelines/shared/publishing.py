@@ -53,11 +53,6 @@ def push_folder(folder: str | Path, repo_id: str, private: bool = False, remote_
         OSError: if the Hub cannot be reached or refuses the upload.
         ValueError: if `repo_id` is not a valid name, or a folder for `remote_code` holds nothing that has one.
     """
-    try:
-        with tempfile.TemporaryDirectory() as temporary:
-            source = export_remote_code(folder, Path(temporary) / "edition") if remote_code else folder
-            return str(upload(source, repo_id, private=private, ignore=[MARKER]).repo_url)
-    except (OSError, ValueError):
-        raise
-    except Exception as error:  # a failed connection: the HTTP library and its exceptions depend on the Hub's version
-        raise OSError(f"{folder} could not be uploaded to {repo_id}: {error}") from error
+    with tempfile.TemporaryDirectory() as temporary:
+        source = export_remote_code(folder, Path(temporary) / "edition") if remote_code else folder
+        return str(upload(source, repo_id, private=private, ignore=[MARKER]).repo_url)

@@ -98,22 +98,31 @@ def upload(
 
     Returns:
         `huggingface_hub.CommitInfo`: the commit.
+
+    Raises:
+        OSError: if the Hub cannot be reached or refuses the upload.
+        ValueError: if `repo_id` is not a valid name.
     """
     api = HfApi(token=token)
-    repo = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-    if revision is not None and not revision.startswith("refs/pr"):
-        api.create_branch(repo, branch=revision, exist_ok=True)
-    has_card = subfolder is None and api.file_exists(repo, CARD, revision=revision)
-    return api.upload_folder(
-        repo_id=repo,
-        folder_path=folder,
-        path_in_repo=subfolder,
-        commit_message=commit_message or "Upload with gpstoken-hf",
-        commit_description=commit_description,
-        revision=revision,
-        create_pr=create_pr,
-        ignore_patterns=[*ignore, *([CARD] if has_card else [])],
-    )
+    try:
+        repo = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+        if revision is not None and not revision.startswith("refs/pr"):
+            api.create_branch(repo, branch=revision, exist_ok=True)
+        has_card = subfolder is None and api.file_exists(repo, CARD, revision=revision)
+        return api.upload_folder(
+            repo_id=repo,
+            folder_path=folder,
+            path_in_repo=subfolder,
+            commit_message=commit_message or "Upload with gpstoken-hf",
+            commit_description=commit_description,
+            revision=revision,
+            create_pr=create_pr,
+            ignore_patterns=[*ignore, *([CARD] if has_card else [])],
+        )
+    except (OSError, ValueError):
+        raise
+    except Exception as error:  # a failed connection: the HTTP library and its exceptions depend on the Hub's version
+        raise OSError(f"{folder} could not be uploaded to {repo_id}: {error}") from error
 
 
 class PushWithCardMixin:

@@ -127,7 +127,7 @@ def export_remote_code(
 
     Raises:
         ValueError: if `source` holds nothing of this package that a library loads; if `folder` is not empty.
-        OSError: if the Hub refuses the upload.
+        OSError: if the Hub cannot be reached or refuses the upload.
 
     Examples:
         ```python
