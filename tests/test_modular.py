@@ -112,13 +112,13 @@ def test_other_schedulers_several_images_per_label_and_padded_layouts():
 
 
 class EditLayout(GPSTokenBlock):
-    """Moves every token to the left."""
+    """Moves every token to the left, by an input of its own."""
 
-    takes, makes = ("layout",), ("layout",)
+    takes, makes = ("layout", "shift"), ("layout",)
 
     def run(self, components, block):
         gaussians = block.layout.gaussians.clone()
-        gaussians[..., 3] -= 0.25
+        gaussians[..., 3] -= block.shift
         block.layout = GaussianLayout(gaussians)
 
 
@@ -137,7 +137,8 @@ def test_a_layout_is_edited_between_two_blocks(both, index):
     """Before the calibration, which makes the edited layout legal, or after it."""
     blocks = GPSTokenBlocks()
     blocks.sub_blocks.insert("edit", EditLayout(), index)
-    edited = make_modular(both, blocks)(class_labels=[1], num_inference_steps=2, generator=seeded(0)).layout
+    pipe = make_modular(both, blocks)
+    edited = pipe(class_labels=[1], num_inference_steps=2, generator=seeded(0), shift=0.25).layout
     plain = GPSTokenBlocks()
     if index == 2:
         plain.sub_blocks.pop("calibrate")

@@ -189,7 +189,7 @@ def _check_saved_component(index: Path, name: str, expected: Any, module: str, c
         config = read_json(file)
         check_number(f"num_train_timesteps in {file}", config.get("num_train_timesteps", 1), 1, MAX_TRAIN_TIMESTEPS)
         with refusing(file):
-            component.from_config(config)  # type: ignore[attr-defined]
+            component.from_config(config)
 
 
 class StrictLoadingMixin(PushWithCardMixin):

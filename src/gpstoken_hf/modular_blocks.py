@@ -83,8 +83,20 @@ COMPONENTS: dict[str, type] = {
 ALLOWED = {**COMPONENTS, "scheduler": SchedulerMixin, "layout_scheduler": SchedulerMixin, "guider": BaseGuidance}
 
 
+def input_param(name: str, required: bool = False) -> InputParam:
+    """An input by its name: one of `INPUTS`, or one that a block of the user has."""
+    kind, default, description = INPUTS.get(name, (None, None, ""))
+    return InputParam(name, kind, default, required, description)
+
+
+def output_params(*names: str) -> list[OutputParam]:
+    """Outputs by their names."""
+    entries = {name: INPUTS.get(name, (None, None, "")) for name in names}
+    return [OutputParam(name, kind, description) for name, (kind, _, description) in entries.items()]
+
+
 class _Interface:
-    """Inputs, outputs and components of a block, by their names in the tables above."""
+    """Inputs, outputs and components of a block, by their names. Those in the tables above have types and defaults."""
 
     model_name = MODEL_NAME
     requires: ClassVar[tuple[str, ...]] = ()
@@ -95,20 +107,19 @@ class _Interface:
     @property
     def inputs(self) -> list[InputParam]:
         """Inputs of the block."""
-        return [
-            InputParam(name, INPUTS[name][0], INPUTS[name][1], name in self.requires, INPUTS[name][2])
-            for name in (*self.requires, *self.takes)
-        ]
+        return [input_param(name, name in self.requires) for name in (*self.requires, *self.takes)]
 
     @property
     def intermediate_outputs(self) -> list[OutputParam]:
         """Outputs of the block."""
-        return [OutputParam(name, INPUTS[name][0], INPUTS[name][2]) for name in self.makes]
+        return output_params(*self.makes)
 
     @property
     def expected_components(self) -> list[ComponentSpec]:
         """Components of the block."""
-        return [_guider_spec() if name == "guider" else ComponentSpec(name, COMPONENTS[name]) for name in self.needs]
+        return [
+            _guider_spec() if name == "guider" else ComponentSpec(name, COMPONENTS.get(name)) for name in self.needs
+        ]
 
 
 def _guider_spec() -> ComponentSpec:
@@ -118,12 +129,12 @@ def _guider_spec() -> ComponentSpec:
 
 def _require(components: Any, names: tuple[str, ...]) -> None:
     for name in names:
-        component = getattr(components, name, None)
+        component, allowed = getattr(components, name, None), ALLOWED.get(name, object)
         if component is None and name != "image_processor":
             raise ValueError(f"{name} must be loaded by load_components or update_components, got None")
         # A compiled model keeps the original in `_orig_mod`.
-        if component is not None and not isinstance(getattr(component, "_orig_mod", component), ALLOWED[name]):
-            raise ValueError(f"{name} must be a {ALLOWED[name].__name__}, got {type(component).__name__}")
+        if component is not None and not isinstance(getattr(component, "_orig_mod", component), allowed):
+            raise ValueError(f"{name} must be a {allowed.__name__}, got {type(component).__name__}")
 
 
 class GPSTokenBlock(_Interface, ModularPipelineBlocks):
@@ -252,7 +263,7 @@ class GPSTokenLayoutStep(ConditionalPipelineBlocks):
         """Inputs of all sources, none required by itself, and the name of a source."""
         merged = {one.name: one for one in super().inputs}
         for name in (*self.block_trigger_inputs, "layout_latents"):
-            merged[name] = InputParam(name, *INPUTS[name][:2], False, INPUTS[name][2])
+            merged[name] = input_param(name)
         return list(merged.values())
 
     def select_block(self, layout: Any = None, image: Any = None, layout_source: str | None = None) -> str | None:
@@ -364,13 +375,12 @@ class GPSTokenDenoiseStep(LoopSequentialPipelineBlocks):
     @property
     def loop_inputs(self) -> list[InputParam]:
         """The timesteps."""
-        kind, default, description = INPUTS["timesteps"]
-        return [InputParam("timesteps", kind, default, True, description)]
+        return [input_param("timesteps", required=True)]
 
     @property
     def loop_intermediate_outputs(self) -> list[OutputParam]:
         """The latents."""
-        return [OutputParam("latents", torch.Tensor, INPUTS["latents"][2])]
+        return output_params("latents")
 
     def __call__(self, components: Any, state: PipelineState) -> tuple[Any, PipelineState]:
         """Run the loop."""

@@ -35,7 +35,6 @@ except ImportError as error:
 from .guiders import IntervalGuidance
 from .modular_blocks import (
     ALLOWED,
-    INPUTS,
     MODEL_NAME,
     GPSTokenBlock,
     GPSTokenCalibrateStep,
@@ -46,6 +45,7 @@ from .modular_blocks import (
     GPSTokenLayoutStep,
     GPSTokenPrepareTextureStep,
     GPSTokenToTokensStep,
+    output_params,
 )
 
 # What `save_pretrained(..., remote_code=True)` adds, for programs that do not import this package.
@@ -63,10 +63,6 @@ class GPSTokenTextureStep(SequentialPipelineBlocks):
     def set_progress_bar_config(self, **kwargs: Any) -> None:
         """Pass arguments of tqdm on to the loop."""
         self.sub_blocks["denoise"].set_progress_bar_config(**kwargs)
-
-
-def _outputs(*names: str) -> list[OutputParam]:
-    return [OutputParam(name, INPUTS[name][0], INPUTS[name][2]) for name in names]
 
 
 class GPSTokenBlocks(SequentialPipelineBlocks):
@@ -111,7 +107,7 @@ class GPSTokenBlocks(SequentialPipelineBlocks):
     @property
     def outputs(self) -> list[OutputParam]:
         """Images, and what they were made of."""
-        return _outputs("images", "layout", "tokens")
+        return output_params("images", "layout", "tokens")
 
 
 class GPSTokenReconstructBlocks(SequentialPipelineBlocks):
@@ -138,7 +134,7 @@ class GPSTokenReconstructBlocks(SequentialPipelineBlocks):
     @property
     def outputs(self) -> list[OutputParam]:
         """Images, and what they were made of."""
-        return _outputs("images", "tokens", "layout")
+        return output_params("images", "tokens", "layout")
 
 
 class GPSTokenModularPipeline(GPSTokenLoraMixin, ModularPipeline):
