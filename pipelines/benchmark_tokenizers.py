@@ -34,6 +34,7 @@ from gpstoken_hf.configuration_gpstoken import PRESETS, GPSTokenConfig
 from gpstoken_hf.evaluation_results import make_result, write_result
 from gpstoken_hf.modeling_gpstoken import GPSTokenModel
 from pipelines.shared.autoencoders import decode_peer, encode_peer, load_candidates
+from pipelines.shared.checkpoints import quiet_loading
 from pipelines.shared.costs import device_name, measure, milliseconds, multiply_adds, num_parameters, spread
 from pipelines.shared.outputs import atomic_directory
 from pipelines.shared.programs import (
@@ -178,7 +179,8 @@ def make_contestant(name: str, args: argparse.Namespace) -> Contestant:
     kind, config = PEERS[name]
     if not hasattr(diffusers, kind):
         raise ProgramError(f"{name} needs a version of diffusers with {kind}, got {diffusers.__version__}")
-    peer = getattr(diffusers, kind)(**config).to(args.device, dtype).eval()
+    with quiet_loading():  # diffusers warns of every change of type
+        peer = getattr(diffusers, kind)(**config).to(args.device, dtype).eval()
     return Contestant(f"{name} ({kind})", peer, lambda x: encode_peer(peer, x), lambda z: decode_peer(peer, z))
 
 
