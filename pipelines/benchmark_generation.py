@@ -38,7 +38,7 @@ from gpstoken_hf.transformer_sit import SiTTransformer1DModel
 from .shared.checkpoints import load_pipeline
 from .shared.costs import device_name, measure, milliseconds, multiply_adds, num_parameters, spread
 from .shared.outputs import atomic_directory
-from .shared.programs import make_parser, positive_int, run_program
+from .shared.programs import make_parser, positive_int, printable, run_program
 from .shared.reports import Command, Curve, Heading, Picture, Table, Text, draw_curves, number, write_report
 
 PROGRAM = "pipelines.benchmark_generation"
@@ -121,7 +121,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 ),
                 Picture("times.png", "Images per second over the number of steps, from the time of a step."),
                 Heading("How it was measured"),
-                Command(f"python -m {shlex.join(command)}"),
+                Command(f"python -m {shlex.join(map(printable, command))}"),
                 Table(("field", "value"), [(name, json.dumps(value)) for name, value in protocol.items()]),
             ],
         )
@@ -197,7 +197,7 @@ def make_ours(args: argparse.Namespace) -> dict[str, Any]:
     if layout is not None:
         calls["layout step"] = torch.no_grad()(layout_forward)
     return {
-        "name": args.pipeline or f"GPSToken two-stage, SiT-{args.size}",
+        "name": printable(args.pipeline) if args.pipeline else f"GPSToken two-stage, SiT-{args.size}",
         "tokens": tokens,
         "transformer": texture,
         "others": [] if layout is None else [layout],

@@ -35,9 +35,18 @@ from gpstoken_hf.evaluation_results import make_result, write_result
 from gpstoken_hf.modeling_gpstoken import GPSTokenModel
 
 from .shared.autoencoders import decode_peer, encode_peer, load_candidates
+from .shared.checkpoints import quiet_loading
 from .shared.costs import device_name, measure, milliseconds, multiply_adds, num_parameters, spread
 from .shared.outputs import atomic_directory
-from .shared.programs import ProgramError, make_parser, one_line, positive_int, run_program
+from .shared.programs import (
+    ProgramError,
+    make_parser,
+    non_negative_int,
+    one_line,
+    positive_int,
+    printable,
+    run_program,
+)
 from .shared.reports import (
     Block,
     Command,
@@ -117,11 +126,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         command = [PROGRAM, *(sys.argv[1:] if argv is None else argv)]
         write_result(folder / "results.json", make_result(protocol, results, command))
         blocks = tables(results, protocol, args)
-        draw(folder / "throughput.png", results, args)
+        if args.repeats:
+            draw(folder / "throughput.png", results, args)
         blocks += [
             Picture("throughput.png", f"Images per second over the batch size on {protocol['device']}."),
             Heading("How it was measured"),
-            Command(f"python -m {shlex.join(command)}"),
+            Command(f"python -m {shlex.join(map(printable, command))}"),
             Table(("field", "value"), [(name, json.dumps(value)) for name, value in protocol.items()]),
         ]
         write_report(folder, "What tokenizers cost", blocks)
@@ -139,7 +149,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--resolution", type=positive_int, default=256)
     parser.add_argument("--batch_sizes", type=positive_int, nargs="+", default=[1, 8])
-    parser.add_argument("--repeats", type=positive_int, default=5)
+    parser.add_argument("--repeats", type=non_negative_int, default=5, help="0: count only, measure no time")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--output", type=Path, default=Path("out/benchmark_tokenizers"))
@@ -170,17 +180,19 @@ def make_contestant(name: str, args: argparse.Namespace) -> Contestant:
     kind, config = PEERS[name]
     if not hasattr(diffusers, kind):
         raise ProgramError(f"{name} needs a version of diffusers with {kind}, got {diffusers.__version__}")
-    peer = getattr(diffusers, kind)(**config).to(args.device, dtype).eval()
+    with quiet_loading():  # diffusers warns of every change of type
+        peer = getattr(diffusers, kind)(**config).to(args.device, dtype).eval()
     return Contestant(f"{name} ({kind})", peer, lambda x: encode_peer(peer, x), lambda z: decode_peer(peer, z))
 
 
 def of_checkpoint(name: str, args: argparse.Namespace) -> Contestant:
     """A saved tokenizer or autoencoder."""
+    label = printable(name)
     model: Any = load_candidates(name, args.device, option="--models")[0].model.to(getattr(torch, args.dtype))
     size = (args.resolution, args.resolution)
     if isinstance(model, GPSTokenModel):
-        return Contestant(name, model, lambda x: model.encode(x).tokens, lambda z: model.decode(z, size).sample)
-    return Contestant(name, model, lambda x: encode_peer(model, x), lambda z: decode_peer(model, z))
+        return Contestant(label, model, lambda x: model.encode(x).tokens, lambda z: model.decode(z, size).sample)
+    return Contestant(label, model, lambda x: encode_peer(model, x), lambda z: decode_peer(model, z))
 
 
 def benchmark(contestants: Sequence[Contestant], args: argparse.Namespace) -> list[dict[str, Any]]:
@@ -213,7 +225,8 @@ def benchmark(contestants: Sequence[Contestant], args: argparse.Namespace) -> li
         )
     times: dict[tuple[str, str, int], list[float]] = {}
     peaks: dict[tuple[str, str, int], int | None] = {}
-    for round_ in tqdm(range(args.repeats + 1), unit=" rounds", disable=None):
+    rounds = args.repeats + 1 if args.repeats else 0
+    for round_ in tqdm(range(rounds), unit=" rounds", disable=None):
         for one in contestants:  # in turn, so that a slow minute falls on all of them
             for kind, size, call in _calls(one, images, args.batch_sizes):
                 seconds, peak = measure(call, args.device)
@@ -270,6 +283,8 @@ def tables(results: Sequence[dict[str, Any]], protocol: dict[str, Any], args: ar
             ],
         ),
     ]
+    if not args.repeats:
+        return blocks
     for size in args.batch_sizes:
         rows = []
         for entry in results:

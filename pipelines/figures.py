@@ -44,6 +44,7 @@ from .shared.programs import (
     non_negative_int,
     pixel_box,
     positive_int,
+    printable,
     progress,
     run_program,
 )
@@ -76,7 +77,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if 8 in figures:
         pictures[8] = draw_generation(args)
     with atomic_directory(args.output, args.overwrite, PROGRAM) as folder:
-        blocks: list[Block] = [Text(f"Drawn with {args.model or DEFAULT_MODEL}." if set(figures) - {8} else "")]
+        blocks: list[Block] = (
+            [Text(f"Drawn with {printable(args.model or DEFAULT_MODEL)}.")] if set(figures) - {8} else []
+        )
         for figure, (picture, caption) in pictures.items():
             picture.save(folder / f"figure{figure}.png")
             blocks += [Heading(f"Figure {figure}"), Picture(f"figure{figure}.png", caption)]

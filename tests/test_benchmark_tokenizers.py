@@ -55,6 +55,28 @@ def test_tokenizers(tmp_path, capsys):
     assert run_program(benchmark_tokenizers.main, arguments) == 2  # the folder is there
 
 
+def test_counts_without_times(tmp_path):
+    output = tmp_path / "counts"
+    arguments = [
+        "--models",
+        "tiny",
+        "--resolution",
+        "32",
+        "--repeats",
+        "0",
+        "--device",
+        "cpu",
+        "--output",
+        str(output),
+    ]
+    assert run_program(benchmark_tokenizers.main, arguments) == 0
+    (entry,) = read_result(output / "results.json")["results"]
+    assert entry["encode"] == {}
+    assert entry["encode_multiply_adds"] > 0
+    assert "Batch size" not in (output / "report.md").read_text()
+    assert not (output / "throughput.png").exists()
+
+
 def test_tokenizer_errors(tmp_path, capsys):
     assert run_program(benchmark_tokenizers.main, ["--models", "nonsense"]) == 2
     assert "--models must be of" in capsys.readouterr().err

@@ -22,7 +22,7 @@ from gpstoken_hf.file_checks import read_json
 from gpstoken_hf.modeling_gpstoken import GPSTokenModel
 
 from .checkpoints import find_checkpoint, load_tokenizer, quiet_loading, weights_fingerprint
-from .programs import ProgramError, one_line
+from .programs import ProgramError, one_line, printable
 
 BITS_PER_FLOAT = 16
 PEERS = ("AutoencoderKL", "AutoencoderTiny", "AutoencoderDC", "VQModel", "AutoencoderRAE")
@@ -116,7 +116,7 @@ def load_candidates(
     kind = _class_of(name, option)
     if kind in PEERS:
         model = _load_peer(name, kind).eval().to(device)
-        return [Candidate(name, model)]
+        return [Candidate(printable(name), model)]
     if kind == "AutoencoderGPSToken":
         folder, subfolder = _split(name)
         with quiet_loading():
@@ -125,7 +125,7 @@ def load_candidates(
     else:
         ours = load_tokenizer(name, device, option)
     counts = sorted(set(tokens or [ours.config.num_tokens]))
-    return [Candidate(f"{name}, {count} tokens", ours, count, tile_size) for count in counts]
+    return [Candidate(f"{printable(name)}, {count} tokens", ours, count, tile_size) for count in counts]
 
 
 def measure_latents(candidate: Candidate, resolution: int) -> None:
