@@ -185,6 +185,15 @@ def test_tokens_on_the_fly_are_those_of_a_cache(images, tokenizer, tokens, tmp_p
     assert len(ours["channels"]["offset"]["mean"]) == len(cached["channels"]["offset"]["mean"]) == 9
 
 
+def test_a_ruined_generator_is_not_sampled_and_not_saved(tokens, tmp_path, capsys):
+    """The update of the first step ruins the weights, and its validation is the first to see it."""
+    command = sit_command(tokens, tmp_path / "run", "layout", 5, "--learning_rate", "1e30", "--max_grad_norm", "1e30")
+    assert run_program(train_sit.main, [*command, "--validation_steps", "1"]) == 2
+    message = capsys.readouterr().err.splitlines()[-1]
+    assert "validation/loss is nan at step 1; there is no checkpoint yet: lower the learning rate" in message
+    assert not list((tmp_path / "run").glob("checkpoint-*"))
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

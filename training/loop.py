@@ -338,16 +338,14 @@ class _Run:
         ]
         if bad:
             step, name, value = min(bad)
-            raise ProgramError(
-                f"{name} is {value} at step {step}; "
-                + (
-                    f"the last good checkpoint is {self.last_checkpoint}"
-                    if self.last_checkpoint is not None
-                    else "there is no checkpoint yet"
-                )
-                + ": lower the learning rate or raise the precision, then give the same command"
-            )
+            raise self._not_finite(name, value, step)
         return {name: sum(value for _, value in entries) / len(entries) for name, entries in history.items()}
+
+    def _not_finite(self, name: str, value: float, step: int) -> ProgramError:
+        last = self.last_checkpoint
+        good = "there is no checkpoint yet" if last is None else f"the last good checkpoint is {last}"
+        advice = "lower the learning rate or raise the precision, then give the same command"
+        return ProgramError(f"{name} is {value} at step {step}; {good}: {advice}")
 
     def _bar(self) -> tqdm:
         """Counts steps, or seconds if time may end the run."""
@@ -397,6 +395,7 @@ class _Run:
         """Validate the averaged model on the main process, unless this step is validated already."""
         if self.validated_step == self.state.step:
             return
+        self._checked_means()
         self.validated_step = self.state.step
         model = self.task.modules["model"]
         with self.result(), torch.no_grad():
@@ -405,6 +404,9 @@ class _Run:
                 values = self.task.validate(self.state.step, self.output_dir)
                 model.train()
         if self.accelerator.is_main_process:
+            for name, value in values.items():
+                if math.isnan(value):
+                    raise self._not_finite(f"validation/{name}", value, self.state.step)
             self._write({f"validation/{name}": value for name, value in values.items()})
             pictures = sorted(self.output_dir.glob(f"images/step-{self.state.step:07d}*.png"))
             log_pictures(self.accelerator, pictures, self.state.step)

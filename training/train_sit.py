@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import copy
 import inspect
+import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -283,7 +284,7 @@ class SiTTask(TrainingTask):
             total += loss.item() * len(batch["labels"])
             count += len(batch["labels"])
         values = {"loss": total / count}
-        if self.samples is not None:
+        if self.samples is not None and math.isfinite(values["loss"]):
             picture = directory / "images" / f"step-{step:07d}-samples.png"
             values |= self.samples.evaluate(self.module.model, picture)
         return values
