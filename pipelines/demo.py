@@ -61,6 +61,8 @@ HINTS = {
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = _parse(argv)
+    if args.port is not None and args.port > 65535:
+        raise ProgramError(f"--port must be between 1 and 65535, got {args.port}")
     if importlib.util.find_spec("gradio") is None:
         raise ProgramError('the page needs Gradio: pip install "gpstoken-hf[demo]"')
     model = load_tokenizer(args.model, args.device)
@@ -70,9 +72,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     with tempfile.TemporaryDirectory(prefix="gpstoken-demo-") as uploads:
         prepare_gradio(uploads)
         page = build_page(model, args.model, pipeline)
-        address = page.launch(
-            server_name=args.host, server_port=args.port, inbrowser=args.open, quiet=True, **launch_options()
-        )[1]
+        try:
+            address = page.launch(
+                server_name=args.host, server_port=args.port, inbrowser=args.open, **launch_options()
+            )[1]
+        except OSError as error:
+            where = f"{args.host or 'this machine'}, port {args.port or 'from 7860'}"
+            raise ProgramError(f"--host and --port must name a free address, got {where}") from error
         print(f"the page is at {address} (Ctrl-C ends it)", flush=True)
         page.block_thread()
     return 0
@@ -124,6 +130,7 @@ def launch_options() -> dict[str, Any]:
         "theme": gr.themes.Default(primary_hue="indigo", font=["system-ui", "sans-serif"], font_mono=["monospace"]),
         "css": ".gradio-container { max-width: 1360px !important; width: 100%; margin: 0 auto; }",
         "prevent_thread_lock": True,
+        "quiet": True,
         "max_file_size": state.MAX_UPLOAD_BYTES,
         "state_session_capacity": MAX_VISITORS,
         "ssr_mode": False,
@@ -204,17 +211,17 @@ def _build_photo_tab(gr: Any, model: GPSTokenModel, model_name: str) -> None:
     photo_state = gr.State(None, time_to_live=MEMORY_SECONDS)
     settings = [tokens, side, strength]
 
-    @_spoken(2)
+    @_spoken(1)
     def open_file(path: str | None, *values: Any) -> Any:
         if path is None:
-            return gr.skip(), gr.skip(), gr.skip()
+            return gr.skip(), gr.skip()
         file = Path(path)
         try:
             photo = state.open_upload(file, model)
         finally:
             file.unlink(missing_ok=True)  # nothing of a visitor stays on the disk
         patch = state.show(photo, model) if photo.original is None else state.encode(photo, model, *values)
-        return patch, photo, None
+        return patch, photo
 
     @_spoken(1)
     def open_sample(name: str, *values: Any) -> Any:
@@ -248,7 +255,8 @@ def _build_photo_tab(gr: Any, model: GPSTokenModel, model_name: str) -> None:
         return state.pack(_given(photo), model_name)
 
     outputs = [stage, photo_state]
-    upload.upload(open_file, [upload, *settings], [*outputs, upload], **EVENT)
+    opened = upload.upload(open_file, [upload, *settings], outputs, **EVENT)
+    opened.then(lambda: None, None, upload, **EVENT)  # the box is free for the next file, also after a bad one
     for sample in samples:
         sample.click(open_sample, [sample, *settings], outputs, **EVENT)
     for change in (tokens.input, side.input, strength.input):

@@ -385,6 +385,8 @@ def test_a_checkpoint_that_is_none_is_one_line(capsys):
     pytest.importorskip("gradio", reason='needs gradio: pip install "gpstoken-hf[demo]"')
     assert run_program(demo.main, ["--model", "nowhere"]) == 2
     assert capsys.readouterr().err.startswith("error: --model must be a folder")
+    assert run_program(demo.main, ["--port", "70000"]) == 2
+    assert capsys.readouterr().err == "error: --port must be between 1 and 65535, got 70000\n"
 
 
 def test_files_on_the_disk_are_only_written_to_be_read_back(photo, tmp_path, monkeypatch):
