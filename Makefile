@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 # One thread per worker: more would only take turns on the same cores.
 FAST_TESTS := -m "not slow and not gpu" --numprocesses 2 --dist loadfile
 
-.PHONY: help install demo test test-slow test-hostile test-oldest test-newest docs lint format clean
+.PHONY: help install demo demo-page test test-slow test-hostile test-oldest test-newest docs lint format clean
 
 help: ## List the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  \1\t\2/p' Makefile | expand -t 16
@@ -22,6 +22,9 @@ $(STAMP): pyproject.toml
 demo: $(STAMP) ## Reconstruct a photograph and generate digits, into out/
 	$(BIN)/python -m pipelines.reconstruct --max_side 256 --output out/reconstruct
 	$(BIN)/python -m pipelines.generate --output out/generate
+
+demo-page: $(STAMP) ## Open a page in the browser to encode, edit and generate
+	$(BIN)/python -m pipelines.demo --open
 
 # Offline, transformers' own suites are skipped.
 test: $(STAMP) ## Run the tests, about five minutes on two cores

@@ -5,6 +5,7 @@
     gpstoken encode photo.jpg folder/ --output tokens/
     gpstoken decode tokens/photo.safetensors --output pictures/
     gpstoken generate --classes three 7 --count 4 --output digits/
+    gpstoken demo --open
     gpstoken info gpstoken-nano
 
 `gpstoken <command> --help` lists the options of a command. A command is the program of the same name in pipelines/.
@@ -25,6 +26,7 @@ COMMANDS = {
     "encode": "photographs -> files of tokens",
     "decode": "files of tokens -> pictures",
     "generate": "classes -> images, layouts and a contact sheet",
+    "demo": "a page in the browser to encode, edit and generate",
     "info": "what a checkpoint is: class, parameters, tokens, sizes, licence",
 }
 
@@ -34,6 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if words and words[0] in COMMANDS:
         program = f"pipelines.{words[0]}"
         spell_as(program, f"gpstoken {words[0]}")
+        # Imported here, because `demo` needs packages of an extra.
         return run_program(import_module(f".{words[0]}", __package__).main, words[1:])
     spell_as(PROGRAM, "gpstoken")
     table = "\n".join(f"    {name:<12} {meaning}" for name, meaning in COMMANDS.items())

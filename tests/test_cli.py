@@ -2,6 +2,7 @@
 """The command `gpstoken`, and the programs encode, decode and info, which it adds to reconstruct and generate."""
 
 import ast
+import importlib.util
 import json
 import os
 import re
@@ -114,7 +115,8 @@ def reachable_modules() -> set[Path]:
         found.add(path)
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.ImportFrom) and node.level == 1:
-                todo.append(path.parent / f"{(node.module or '').replace('.', '/')}.py")
+                names = [node.module] if node.module else [alias.name for alias in node.names]
+                todo += [path.parent / f"{name.replace('.', '/')}.py" for name in names]
     return found
 
 
@@ -347,9 +349,20 @@ def test_the_installed_command_runs(kind, photos, tmp_path):
     assert "reconstruct" in run(command)
     assert "4.45 M" in run(command, "info", "gpstoken-nano")
     run(command, "encode", photos, "--output", "tokens")
+    if kind == "editable":
+        return
     run(command, "decode", "tokens/a.safetensors", "tokens/b.safetensors", "--output", "pictures")
     run(command, "reconstruct", photos / "a.png", "--output", "panels")
     run(command, "generate", "--classes", "three", "--count", "1", "--steps", "2", "--output", "digits")
     for file in ("pictures/b.png", "panels/a/panel.png", "digits/sheet.png"):
         assert (tmp_path / file).is_file(), file
     run(command, "encode", "nowhere.png", code=2)
+    # The page as a Space runs it: one file, in a folder of its own.
+    if importlib.util.find_spec("gradio") is not None:
+        shutil.copy(PIPELINES / "demo.py", tmp_path / "app.py")
+        assert "--layout_bank" in run(bin_folder / "python", "app.py", "--help")
+        with subprocess.Popen([command, "demo"], cwd=tmp_path, env=environment, stdout=subprocess.PIPE) as process:
+            try:
+                assert b"the page is at http://127.0.0.1:" in process.stdout.readline()
+            finally:
+                process.terminate()
