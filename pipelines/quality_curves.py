@@ -207,7 +207,7 @@ def split_worst(boxes: np.ndarray, error: np.ndarray, count: int, min_region_siz
 
     heap = [(-total(tuple(box)), tuple(box)) for box in boxes.tolist()]
     heapq.heapify(heap)
-    finished = []
+    finished: list[tuple[int, int, int, int]] = []
     while len(heap) + len(finished) < count:
         _, box = heapq.heappop(heap)
         if not _is_splittable(*box, min_region_size):
@@ -284,7 +284,7 @@ def _mean(rows: Sequence[dict[str, Any]], name: str, key: str) -> float:
 def summarize_demand(rows: Sequence[dict[str, Any]], settings: dict[str, Any]) -> list[dict[str, Any]]:
     """Means over the images for each way of choosing the number of tokens."""
     measured = [row["demand"] for row in rows]
-    results = []
+    results: list[dict[str, Any]] = []
     for name in measured[0]:
         scores = sorted(row[name]["psnr"] for row in measured)
         entry = {

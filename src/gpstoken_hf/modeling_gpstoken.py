@@ -441,13 +441,15 @@ class GPSTokenModel(GPSTokenPreTrainedModel):
             partition = NestedPartition(splits, size)
 
         def encode(rows: list[int], counts: list[int]) -> GPSTokenEncoderOutput:
-            if partition is None:
+            if tile_size is not None:
                 weights = None if importance is None else importance[rows]
                 return self._encode_tiles(pixel_values[rows], counts, weights, tile_size, **kwargs)
+            assert partition is not None
             layout = partition.layout(rows, counts, config.sigma_scale, config.align_corners)
             return self._encode_layout(pixel_values[rows], layout.to(pixel_values.device), **kwargs)
 
         def decode(encoded: GPSTokenEncoderOutput) -> torch.Tensor:
+            assert encoded.layout is not None
             mask = encoded.attention_mask if encoded.layout.is_padded else None
             return self.decode(encoded.tokens, size, mask, decode_tile_size).sample
 
@@ -455,6 +457,7 @@ class GPSTokenModel(GPSTokenPreTrainedModel):
             if partition is None:
                 raise ValueError("fast must be False for an image that is encoded in tiles, got True")
             weights = config.quality_predictor
+            assert weights is not None
             counts = predicted_counts(partition, pixel_values, config.image_size**2, high, weights, goal.value)
             return encode(list(range(len(counts))), counts)
         return encode_to_target(pixel_values, goal, (low, min(usual, high), high), encode, decode)

@@ -19,7 +19,7 @@ import torch
 
 from .layout import GaussianLayout
 from .metrics import psnr, ssim
-from .regions import sort_regions
+from .regions import Box, sort_regions
 
 # A reconstruction must exceed its target by this much, relative to the target. Rounding depends on how images are
 # batched and padded, and moves a PSNR of 30 dB by about 1e-5 dB.
@@ -60,22 +60,26 @@ class NestedPartition:
         height, width = image_size
         corners = boxes.numpy()[:, :, :2]
         batch_size, self.max_tokens = corners.shape[:2]
-        whole = np.array([0, 0, width - 1, height - 1])
-        # Row k: the region that split k halves, its row, and its two halves.
+        # Row k: the row of the region that split k halves, and its two halves.
         self.parents = np.zeros((batch_size, self.max_tokens), np.int64)
         self.halves = np.zeros((batch_size, self.max_tokens, 2, 4), np.int64)
         for image in range(batch_size):
-            current = np.tile(whole, (self.max_tokens, 1))
-            for k in range(1, self.max_tokens):
-                x, y = corners[image, k]
-                x0, y0, x1, y1 = current[:k].T
-                (parent,) = np.flatnonzero((x0 <= x) & (x <= x1) & (y0 <= y) & (y <= y1))
-                first, second = current[parent].copy(), current[parent].copy()
+            nodes: list[Box] = [(0, 0, width - 1, height - 1)]
+            rows = [0]
+            first_child: dict[int, int] = {}  # the second child comes next
+            for k, (x, y) in enumerate(corners[image, 1:].tolist(), 1):
+                node = 0  # the region that holds (x, y) now
+                while node in first_child:
+                    node = first_child[node]
+                    x0, y0, _, _ = nodes[node + 1]
+                    node += x >= x0 and y >= y0
+                x0, y0, x1, y1 = nodes[node]
                 # The second half begins at (x, y), so the axis that was halved is the one on which this is no corner.
-                axis = 0 if first[0] != x else 1
-                second[axis], first[axis + 2] = corners[image, k, axis], corners[image, k, axis] - 1
-                current[parent], current[k] = first, second
-                self.parents[image, k], self.halves[image, k] = parent, (first, second)
+                halves = ((x0, y0, x - 1, y1), (x, y0, x1, y1)) if x != x0 else ((x0, y0, x1, y - 1), (x0, y, x1, y1))
+                first_child[node] = len(nodes)
+                nodes += halves
+                rows += [rows[node], k]
+                self.parents[image, k], self.halves[image, k] = rows[node], halves
 
     def boxes(self, image: int, count: int) -> np.ndarray:
         """The `count` regions of one image, `(count, 4)` int64, in the order of the splits."""
@@ -142,7 +146,7 @@ class NestedPartition:
         return np.stack([np.ones_like(flat), flat, finer, density, size, flat * density, density**2], axis=1)
 
 
-def predict_psnr(features: np.ndarray, weights: Sequence[float]) -> np.ndarray:
+def predict_psnr(features: np.ndarray, weights: Sequence[float] | np.ndarray) -> np.ndarray:
     """The PSNR in dB that a model is expected to reach, from `NestedPartition.features` and its fitted weights."""
     return features @ np.asarray(weights)
 

@@ -17,7 +17,7 @@ import torch
 
 from .gaussians import NUM_GAUSSIAN_PARAMS, boxes_to_gaussians, check_gaussians
 from .layout import GaussianLayout
-from .regions import halve, sort_regions
+from .regions import Box, halve, sort_regions
 from .tiling import Tile, gaussians_to_frame, tiles_of_image
 
 # Values of `sigma_scale` that are tried for a layout of an unknown model: the authors' and the paper's.
@@ -136,7 +136,8 @@ def _describe_tree(boxes: torch.Tensor, size: tuple[int, int], splits: list[int]
 def _read_tree(count: int, size: tuple[int, int], splits: list[int], directions: list[int]) -> torch.Tensor:
     """The `count` regions of the next tree, in Morton order. Takes its halvings off the ends of the lists."""
     height, width = size
-    pending, boxes = [(0, 0, width - 1, height - 1)], []
+    pending: list[Box] = [(0, 0, width - 1, height - 1)]
+    boxes: list[Box] = []
     while pending:
         x0, y0, x1, y1 = box = pending.pop()
         if len(boxes) + len(pending) >= count:
