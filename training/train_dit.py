@@ -175,7 +175,9 @@ class GeneratorTask(TrainingTask):
             self.model.enable_gradient_checkpointing()
         self.modules = {"model": Denoising(self.model, self.scheduler)}
 
-    def loader(self, first_batch: int, accelerator: Accelerator) -> Iterable[dict[str, torch.Tensor]]:
+    def loader(
+        self, first_batch: int, accelerator: Accelerator, place: dict[str, Any] | None = None
+    ) -> Iterable[dict[str, torch.Tensor]]:
         options = self.options
         return FixedBatches(
             self.train_data, options.train_batch_size, first_batch, options.seed, accelerator.process_index

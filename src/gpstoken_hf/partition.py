@@ -299,7 +299,7 @@ def token_counts(num_tokens: int | Sequence[int] | torch.Tensor, batch_size: int
         if isinstance(num_tokens, _TRACED_INTEGERS):
             counts = num_tokens
         elif not isinstance(num_tokens, list | tuple) and np.ndim(num_tokens) == 0:
-            counts = operator.index(num_tokens)  # type: ignore[arg-type]
+            counts = operator.index(num_tokens)
         else:
             counts = [operator.index(count) for count in num_tokens]  # type: ignore[union-attr]
     except TypeError:
