@@ -299,9 +299,9 @@ def token_counts(num_tokens: int | Sequence[int] | torch.Tensor, batch_size: int
         if isinstance(num_tokens, _TRACED_INTEGERS):
             counts = num_tokens
         elif not isinstance(num_tokens, list | tuple) and np.ndim(num_tokens) == 0:
-            counts = operator.index(num_tokens)
+            counts = operator.index(num_tokens)  # type: ignore[arg-type]
         else:
-            counts = [operator.index(count) for count in num_tokens]  # type: ignore[union-attr]
+            counts = [operator.index(count) for count in num_tokens]
     except TypeError:
         raise ValueError(f"num_tokens must be an integer or one integer per image, got {num_tokens!r}") from None
     if isinstance(counts, list) and len(counts) != batch_size:
