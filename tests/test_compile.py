@@ -127,7 +127,7 @@ def test_the_whole_autoencoder(dynamic):
     compiled = compile_one_graph(vae, dynamic)
     for shape in ((2, 32, 40), (3, 48, 56))[: 1 + dynamic]:
         images = make_images(*shape)
-        assert max_error(compiled(images).sample, vae(images).sample) <= 1e-6
+        assert max_error(compiled(images).sample, vae(images).sample) <= 1e-5
 
 
 @torch.no_grad()
