@@ -120,6 +120,7 @@ class MapAttention(nn.Module, AttentionModuleMixin):
 
     _default_processor_cls = MapAttnProcessor
     _available_processors = [MapAttnProcessor]  # noqa: RUF012
+    fused_projections: bool = False
 
     def __init__(self, channels: int, num_groups: int):
         super().__init__()
