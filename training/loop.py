@@ -405,7 +405,7 @@ class _Run:
                 model.train()
         if self.accelerator.is_main_process:
             for name, value in values.items():
-                if math.isnan(value):
+                if math.isnan(value) or (math.isinf(value) and name.endswith("loss")):
                     raise self._not_finite(f"validation/{name}", value, self.state.step)
             self._write({f"validation/{name}": value for name, value in values.items()})
             pictures = sorted(self.output_dir.glob(f"images/step-{self.state.step:07d}*.png"))
