@@ -29,7 +29,7 @@ from pipelines.shared.programs import (
 )
 
 PIPELINES = Path(__file__).resolve().parents[1] / "pipelines"
-PROGRAMS = sorted(path.stem for path in PIPELINES.glob("*.py") if path.name != "__init__.py")
+PROGRAMS = sorted(path.stem for path in PIPELINES.glob("*.py") if "\ndef main(" in path.read_text())
 
 
 def fail_with(error):
