@@ -87,6 +87,7 @@ class AutoencoderGPSToken(StrictDiffusersMixin, ModelMixin, AutoencoderMixin, Co
             sigma_scale, align_corners, tile_decode: as in [`GPSTokenConfig`].
         texture_target_mean, texture_target_std (`list[float]`, *optional*): `latents_mean` and `latents_std` of
             [`GPSTokenConfig`].
+        quality_predictor (`list[float]`, *optional*): as in [`GPSTokenConfig`].
         latents_channel_mean, latents_channel_std (`list[float]`, *optional*): 5 + C statistics each of
             `[logit(g), texture]`, by which latents are standardised. Measure them with
             [`~AutoencoderGPSToken.measure_statistics`]. Without them latents are not scaled.
@@ -143,6 +144,7 @@ class AutoencoderGPSToken(StrictDiffusersMixin, ModelMixin, AutoencoderMixin, Co
         tile_decode: str = "merged",
         texture_target_mean: Sequence[float] | None = None,
         texture_target_std: Sequence[float] | None = None,
+        quality_predictor: Sequence[float] | None = None,
         latents_channel_mean: Sequence[float] | None = None,
         latents_channel_std: Sequence[float] | None = None,
         latent_channels: int | None = None,
