@@ -129,7 +129,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             error = check(path, part, example)
             print(f"{path.name}: {path.stat().st_size / 1e6:.1f} MB, largest difference from the model {error:.1e}")
         shutil.copyfile(run_exported.__file__, folder / "run_exported.py")
-        np.savez(folder / "example.npz", **example)
+        np.savez(folder / "example.npz", **example)  # type: ignore[arg-type]
         save_picture(example["decode.output"], folder / "example.png")
     print(f"wrote {args.output}; run it with: python {args.output / 'run_exported.py'}")
 

@@ -137,6 +137,7 @@ def verify_gpstoken(model: GPSTokenModel, arrays: dict[str, torch.Tensor]) -> li
         min_region_size=config.min_region_size,
         sigma_scale=config.sigma_scale,
     )
+    assert partition.boxes is not None
     orders = [match_regions(ours, expected) for ours, expected in zip(partition.boxes, boxes)]
     different = sum(order is None for order in orders)
     results = [Comparison("images with other regions", different, 0)]

@@ -130,7 +130,9 @@ def compare_on_cpu(
     expected: list[np.ndarray] = []
     memory = peak_extra_memory(lambda: partition_images(batch, tokens))
     plain_memory = peak_extra_memory(lambda: expected.append(reference(image, tokens)))
-    if as_set(expected[0]) != as_set(partition_images(batch, tokens).boxes[0].numpy()):
+    boxes = partition_images(batch, tokens).boxes
+    assert boxes is not None
+    if as_set(expected[0]) != as_set(boxes[0].numpy()):
         raise ProgramError(f"the regions differ from the plain algorithm's at {side} x {side} with {tokens} tokens")
     plain: list[float] = []
     ours: list[float] = []
