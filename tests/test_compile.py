@@ -10,7 +10,8 @@ from test_transformer_sit import make_model as make_sit
 
 from gpstoken_hf import partition_images
 
-# Compiled with inductor. Without it ("aot_eager") both sides run the same kernels and agree exactly.
+# Without inductor both sides run the same kernels. With it, operations are fused.
+SAME = 1e-6
 CLOSE = 1e-4
 
 
@@ -72,19 +73,19 @@ def test_encode_of_an_image_and_decode_with_fixed_sizes(model):
     encode, decode = (compile_one_graph(function, dynamic=False) for function in (model.encode, model.decode))
     expected = model.encode(images, 6)
     compiled = encode(images, 6)
-    assert torch.equal(compiled.tokens, expected.tokens)
+    assert max_error(compiled.tokens, expected.tokens) <= SAME
     assert torch.equal(compiled.layout.boxes, expected.layout.boxes)
     sample = decode(expected.tokens, (32, 40)).sample
-    assert max_error(sample, model.decode(expected.tokens, (32, 40)).sample) <= 1e-6
+    assert max_error(sample, model.decode(expected.tokens, (32, 40)).sample) <= SAME
 
 
 def test_encode_with_a_layout_and_with_several_counts(model):
     images = make_images(2, 32, 40)
     layout = partition_images(images, 5)
     encode = compile_one_graph(model.encode, dynamic=False, backend="eager")
-    assert torch.equal(encode(images, layout=layout).tokens, model.encode(images, layout=layout).tokens)
+    assert max_error(encode(images, layout=layout).tokens, model.encode(images, layout=layout).tokens) <= SAME
     compiled, expected = encode(images, [6, 3]), model.encode(images, [6, 3])
-    assert torch.equal(compiled.tokens, expected.tokens)
+    assert max_error(compiled.tokens, expected.tokens) <= SAME
     assert torch.equal(compiled.attention_mask, expected.attention_mask)
 
 
@@ -100,7 +101,7 @@ def test_the_whole_tokenizer_with_open_sizes(model):
         images = make_images(*shape)
         with torch.compiler.set_stance(stance):
             output = compiled(images, num_tokens)
-        assert max_error(output.sample, model(images, num_tokens).sample) <= 1e-6
+        assert max_error(output.sample, model(images, num_tokens).sample) <= SAME
 
 
 @torch.no_grad()
@@ -113,7 +114,7 @@ def test_compile_repeated_blocks_of_the_tokenizer(make):
     assert all(layer._compiled_call_impl is not None for layer in layers)
     frames = torch._dynamo.utils.counters["stats"]
     frames.clear()
-    assert max_error(model(images).sample, expected) <= 1e-6
+    assert max_error(model(images).sample, expected) <= SAME
     assert frames["unique_graphs"] == 1  # for all layers
 
 
@@ -127,7 +128,7 @@ def test_the_whole_autoencoder(dynamic):
     compiled = compile_one_graph(vae, dynamic)
     for shape in ((2, 32, 40), (3, 48, 56))[: 1 + dynamic]:
         images = make_images(*shape)
-        assert max_error(compiled(images).sample, vae(images).sample) <= 1e-5
+        assert max_error(compiled(images).sample, vae(images).sample) <= SAME
 
 
 @torch.no_grad()
@@ -138,7 +139,7 @@ def test_sit(dynamic):
     inputs = make_inputs()
     for count in (3, 2)[: 1 + dynamic]:
         part = {name: value[:count] for name, value in inputs.items()}
-        assert max_error(compiled(**part).sample, model(**part).sample) <= 1e-6
+        assert max_error(compiled(**part).sample, model(**part).sample) <= SAME
 
 
 @torch.no_grad()
@@ -148,7 +149,7 @@ def test_compile_repeated_blocks_of_sit():
     model.compile_repeated_blocks(backend="aot_eager", fullgraph=True)
     frames = torch._dynamo.utils.counters["stats"]
     frames.clear()
-    assert max_error(model(**inputs).sample, expected) <= 1e-6
+    assert max_error(model(**inputs).sample, expected) <= SAME
     assert frames["unique_graphs"] == 1
 
 

@@ -84,9 +84,9 @@ class GPSTokenRegionFeatures(nn.Module):
         image_index = image_index[:, None, None].expand(batch_size, num_tokens, 1)
         rois = torch.cat([image_index, corners], dim=2).flatten(0, 1)  # (B L, 5)
         with torch.autocast(features.device.type, enabled=False):
-            regions = roi_align(
-                features.float(), rois, self.roi_size, spatial_scale=1.0, sampling_ratio=-1, aligned=True
-            )
+            # As a pair: in a compiled program a number may be open, and older versions cannot trace a pair made of it.
+            size = (self.roi_size, self.roi_size)
+            regions = roi_align(features.float(), rois, size, spatial_scale=1.0, sampling_ratio=-1, aligned=True)
         projected = self.projection(regions.to(get_parameter_dtype(self.projection)))  # (B L, D, R, R)
         return projected.flatten(2).unflatten(0, (batch_size, num_tokens))
 

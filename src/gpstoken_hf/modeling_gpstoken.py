@@ -16,7 +16,6 @@ from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import nn
 from transformers import PreTrainedModel
 from transformers import initialization as init
-from transformers.integrations import use_kernel_forward_from_hub
 from transformers.processing_utils import Unpack
 from transformers.utils import ModelOutput, TransformersKwargs
 from transformers.utils.output_capturing import capture_outputs
@@ -99,13 +98,16 @@ class GPSTokenOutput(ModelOutput):
     attentions: tuple[torch.FloatTensor, ...] | None = None
 
 
-@use_kernel_forward_from_hub("GaussianSplat")
 class GPSTokenRenderer(nn.Module):
     """Splats Gaussians into a map. transformers' `use_kernels=True` puts a kernel that the user maps in its place.
 
     Attributes:
         backend (`str`, defaults to `"auto"`): `backend` of [`splat_gaussians`].
     """
+
+    # Marks the layer for `kernelize`. The decorator of transformers marks nothing beside a version of
+    # kernels that it does not take.
+    kernel_layer_name = "GaussianSplat"
 
     def __init__(self) -> None:
         super().__init__()

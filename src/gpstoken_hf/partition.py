@@ -30,8 +30,11 @@ from .numba_support import is_available as numba_is_available
 from .regions import choose_regions, max_regions, region_tree, sort_regions
 from .triton_support import is_available as triton_is_available
 
-# `operator.index` would read the value of a SymInt, and so fix the number of tokens of a traced program.
+# Tuples, not unions of types: the oldest supported PyTorch cannot trace those. `operator.index` would read the value
+# of a SymInt, and so fix the number of tokens of a traced program.
 _TRACED_INTEGERS = (int, torch.SymInt)
+_INTEGERS = (int, np.integer)
+_SEQUENCES = (list, tuple)
 
 BACKENDS = ("auto", "numba", "torch", "triton")
 
@@ -298,7 +301,7 @@ def token_counts(num_tokens: int | Sequence[int] | torch.Tensor, batch_size: int
     try:
         if isinstance(num_tokens, _TRACED_INTEGERS):
             counts = num_tokens
-        elif not isinstance(num_tokens, list | tuple) and np.ndim(num_tokens) == 0:
+        elif not isinstance(num_tokens, _SEQUENCES) and np.ndim(num_tokens) == 0:
             counts = operator.index(num_tokens)  # type: ignore[arg-type]
         else:
             counts = [operator.index(count) for count in num_tokens]
@@ -314,7 +317,7 @@ def token_counts(num_tokens: int | Sequence[int] | torch.Tensor, batch_size: int
 
 def check_min_region_size(min_region_size: int) -> None:
     """Raise a ValueError unless `min_region_size` is an integer of at least 1."""
-    if not (isinstance(min_region_size, int | np.integer) and min_region_size >= 1):
+    if not (isinstance(min_region_size, _INTEGERS) and min_region_size >= 1):
         raise ValueError(f"min_region_size must be an integer of at least 1 pixel, got {min_region_size!r}")
 
 
