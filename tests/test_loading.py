@@ -369,8 +369,9 @@ def test_a_config_may_not_claim_more_than_the_files_hold(copied, kind, loading):
 @pytest.mark.parametrize("kind", MODELS)
 def test_the_weights_of_another_model_are_refused(healthy, kind):
     cls = KINDS[kind][0]
-    for other in KINDS:
-        if other != kind and (healthy / other / "config.json").is_file():
+    # An autoencoder wraps a saved tokenizer.
+    for other in KINDS.keys() - {kind} - ({"tokenizer"} if kind == "autoencoder" else set()):
+        if (healthy / other / "config.json").is_file():
             with pytest.raises((ValueError, OSError)) as caught:
                 cls.from_pretrained(healthy / other)
             assert str(healthy / other) in str(caught.value)
