@@ -23,6 +23,7 @@ import json
 import shlex
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -261,7 +262,7 @@ def benchmark(sides: Sequence[dict[str, Any]], args: argparse.Namespace) -> list
                 "tokens": side["tokens"],
                 "parameters": num_parameters([side["transformer"]]),
                 "other_parameters": num_parameters(side["others"]),
-                "multiply_adds": multiply_adds(lambda side=side: side["forward"](1)),
+                "multiply_adds": multiply_adds(partial(side["forward"], 1)),
                 "peak_bytes": None,
             }
         )

@@ -23,6 +23,7 @@ import shlex
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -205,8 +206,8 @@ def benchmark(contestants: Sequence[Contestant], args: argparse.Namespace) -> li
         try:
             with torch.no_grad():
                 latents = one.encode(images[:1])
-            encode = multiply_adds(lambda one=one: one.encode(images[:1]))
-            decode = multiply_adds(lambda one=one, latents=latents: one.decode(latents))
+            encode = multiply_adds(partial(one.encode, images[:1]))
+            decode = multiply_adds(partial(one.decode, latents))
         except (RuntimeError, ValueError) as error:
             side = f"{args.resolution} x {args.resolution}"
             raise ProgramError(f"{one.name} does not take images of {side} pixels: {one_line(error)}") from error
