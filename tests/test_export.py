@@ -51,8 +51,9 @@ def test_onnx_of_decode(model_folder, tmp_path):
     assert float(line.split()[-1]) <= 1e-4
     example = np.load(folder / "example.npz")
     height, width = example["decode.canvas"].shape
-    assert Image.open(folder / "decode.onnx.png").size == (width, height)
-    assert Image.open(folder / "example.png").size == (width, height)
+    for name in ("decode.onnx.png", "example.png"):
+        with Image.open(folder / name) as picture:
+            assert picture.size == (width, height)
 
     import onnxruntime
 
