@@ -509,6 +509,7 @@ def test_several_images_per_label():
             pipeline([1], num_images_per_label=number)
 
 
+@pytest.mark.filterwarnings("ignore:__array:DeprecationWarning")  # diffusers with NumPy 2
 @pytest.mark.parametrize(
     "scheduler", [FlowMatchSDEScheduler, FlowMatchEulerDiscreteScheduler, DPMSolverMultistepScheduler]
 )
