@@ -23,7 +23,7 @@ from gpstoken_hf.configuration_gpstoken import PRESETS, GPSTokenConfig
 from gpstoken_hf.modeling_gpstoken import GPSTokenModel
 from gpstoken_hf.transformer_sit import SiTTransformer1DModel
 
-from .benchmark_sampling import clock
+from .shared.costs import clock
 from .shared.outputs import atomic_directory
 from .shared.programs import make_parser, positive_int, run_program
 

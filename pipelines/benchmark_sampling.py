@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import median
@@ -30,6 +29,7 @@ from gpstoken_hf.pipeline_gpstoken import GPSTokenPipeline
 from gpstoken_hf.scheduling_flow_match_sde import FlowMatchSDEScheduler
 from gpstoken_hf.transformer_sit import SiTTransformer1DModel
 
+from .shared.costs import clock
 from .shared.outputs import atomic_directory
 from .shared.programs import ProgramError, make_parser, positive_float, positive_int, run_program
 
@@ -71,13 +71,6 @@ class TimedPipeline(GPSTokenPipeline):
         for hook in hooks:
             hook.remove()
         return result
-
-
-def clock(device: torch.device) -> float:
-    """The time in seconds, after the work of the device is done."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()
 
 
 def main(argv: Sequence[str] | None = None) -> int:

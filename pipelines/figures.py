@@ -20,7 +20,6 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import PIL.Image
 import PIL.ImageDraw
@@ -256,11 +255,9 @@ class RecordingPipeline(GPSTokenPipeline):
 
     generated: torch.Tensor | None = None  # (B, L, 5)
 
-    def _to_tokens(self, transformer: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
-        tokens = super()._to_tokens(transformer, *args, **kwargs)
-        if transformer is self.layout_transformer:
-            self.generated = tokens[..., :5]
-        return tokens
+    def _calibrate(self, gaussians: torch.Tensor) -> GaussianLayout:
+        self.generated = gaussians
+        return super()._calibrate(gaussians)
 
 
 def draw_generation(args: argparse.Namespace) -> tuple[PIL.Image.Image, str]:

@@ -34,8 +34,8 @@ from gpstoken_hf.partition import split_sequence
 from gpstoken_hf.quality import FINER, NestedPartition, predict_psnr
 from gpstoken_hf.regions import max_regions
 
-from .evaluate_reconstruction import ImageSet
 from .shared.checkpoints import DEFAULT_MODEL, load_tokenizer, weights_fingerprint
+from .shared.image_sets import ImageSet
 from .shared.outputs import atomic_file, own_directory
 from .shared.programs import make_parser, positive_int, printable, run_program
 from .shared.score_log import ScoreLog

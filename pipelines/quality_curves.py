@@ -46,8 +46,8 @@ from gpstoken_hf.regions import halve, is_splittable, sort_regions
 from gpstoken_hf.token_file import read_tokens, write_tokens
 from gpstoken_hf.visualization import tensor_to_pil
 
-from .evaluate_reconstruction import ImageSet
 from .shared.checkpoints import DEFAULT_MODEL, load_tokenizer, weights_fingerprint
+from .shared.image_sets import ImageSet
 from .shared.outputs import atomic_file, own_directory
 from .shared.programs import make_parser, positive_float, positive_int, printable, run_program
 from .shared.score_log import ScoreLog

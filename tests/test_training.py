@@ -194,7 +194,7 @@ def test_programs_import_no_other_program():
     }
     assert programs == {
         *("train_tokenizer", "train_sit", "cache_tokens", "make_digits", "profile_training"),
-        *("ablate_training", "compare_recipes", "compare_stages"),
+        *("ablate_training", "compare_recipes", "compare_stages", "train_dit"),
     }
     for name, tree in sources.items():
         for node in ast.walk(tree):

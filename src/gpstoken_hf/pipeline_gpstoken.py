@@ -416,9 +416,12 @@ class GPSTokenPipeline(CheckedPipelineMixin, HubDownloadMixin, GPSTokenLoraMixin
         if isinstance(source, str):
             latents, _ = self._sample("layout", labels, None, layout_latents, num_steps, generator)
             assert self.layout_transformer is not None  # checked by choose_source
-            return calibrated(tokens_of(latents, self.layout_transformer, self.vae.config, None), self.vae.config)
+            return self._calibrate(tokens_of(latents, self.layout_transformer, self.vae.config, None))
         layout = borrow_layout(source, self.vae.config, self.image_processor, labels.device)
         return spread(layout, len(labels), num_images_per_label)
+
+    def _calibrate(self, gaussians: torch.Tensor) -> GaussianLayout:
+        return calibrated(gaussians, self.vae.config)
 
     # -- checks
 
