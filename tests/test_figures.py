@@ -31,7 +31,7 @@ def test_figures_of_a_tokenizer(run, tmp_path, capsys):
     made = {path.name for path in (tmp_path / "drawn").iterdir()}
     assert made == {"figure4.png", "figure5.png", "figure6.png", "report.md", "report.html", ".gpstoken.json"}
     page = (tmp_path / "drawn/report.md").read_text()
-    assert "2 images with [2, 4, 8, 16] tokens" in page
+    assert "2 images with 2, 4, 8, 16 tokens" in page
     assert "the box 8,8,23,23 with weight 30" in page
     sizes = {name: PIL.Image.open(tmp_path / "drawn" / name).size for name in made if name.endswith(".png")}
     side = 32 * 7  # enlarged to 224 pixels
