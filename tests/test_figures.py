@@ -33,7 +33,11 @@ def test_figures_of_a_tokenizer(run, tmp_path, capsys):
     page = (tmp_path / "drawn/report.md").read_text()
     assert "2 images with 2, 4, 8, 16 tokens" in page
     assert "the box 8,8,23,23 with weight 30" in page
-    sizes = {name: PIL.Image.open(tmp_path / "drawn" / name).size for name in made if name.endswith(".png")}
+    sizes = {}
+    for name in made:
+        if name.endswith(".png"):
+            with PIL.Image.open(tmp_path / "drawn" / name) as picture:
+                sizes[name] = picture.size
     side = 32 * 7  # enlarged to 224 pixels
     assert sizes["figure6.png"][0] >= 5 * side  # the image and four numbers of tokens
     assert sizes["figure4.png"][1] >= 4 * side  # two rows for each image
@@ -66,8 +70,8 @@ def test_the_reconstruction_is_in_the_figure(run, tmp_path):
 def test_figure_of_a_pipeline(run, tmp_path, mode, columns):
     make_pipeline(mode).save_pretrained(tmp_path / "pipeline")
     assert run("--pipeline", "pipeline", "--classes", "dog", 7, "--steps", 2, "--layout_steps", 2) == 0
-    sheet = PIL.Image.open(tmp_path / "drawn/figure8.png")
-    assert columns * 224 <= sheet.width < (columns + 1) * 224 + 100
+    with PIL.Image.open(tmp_path / "drawn/figure8.png") as sheet:
+        assert columns * 224 <= sheet.width < (columns + 1) * 224 + 100
     page = (tmp_path / "drawn/report.md").read_text()
     assert "for classes 1, 7; 2 steps" in page
     assert ("calibrated" in page) == (mode == "generated")

@@ -29,6 +29,7 @@ from training_helpers import (
 from gpstoken_hf import GaussianLayout, GPSTokenImageProcessor, GPSTokenModel, SiTTransformer1DModel
 from pipelines.shared.programs import run_program
 from training import cache_tokens, make_digits, train_sit, train_tokenizer
+from training import digits as digits_data
 from training.checkpoints import checkpoints_of
 from training.records import read_metrics
 from training.token_cache import STATISTICS
@@ -396,20 +397,20 @@ def test_generator_dry_run(tokens, tmp_path, capsys):
 
 def test_digit_images_keep_their_pixels():
     pytest.importorskip("sklearn")
-    digits, labels = make_digits.load_digit_images()
-    assert len(digits) == len(labels) == make_digits.NUM_IMAGES
-    images = make_digits.upscale(digits[:50])
+    digits, labels = digits_data.load_digit_images()
+    assert len(digits) == len(labels) == digits_data.NUM_IMAGES
+    images = digits_data.upscale(digits[:50])
     assert images.shape == (50, 32, 32, 3)
     # The cubic filter smooths: worst mean error seen 0.9 of 16 levels.
-    assert np.abs(make_digits.downscale(images) - digits[:50].reshape(50, 64)).mean() < 1.5
+    assert np.abs(digits_data.downscale(images) - digits[:50].reshape(50, 64)).mean() < 1.5
 
 
 def test_nearest_distances():
     rng = np.random.default_rng(0)
     queries, references = rng.normal(size=(5, 3)), rng.normal(size=(9, 3))
     expected = [min(np.linalg.norm(query - reference) for reference in references) for query in queries]
-    np.testing.assert_allclose(make_digits.nearest_distances(queries, references), expected, rtol=1e-9)
-    assert make_digits.nearest_distances(references[:2], references).max() < 1e-6
+    np.testing.assert_allclose(digits_data.nearest_distances(queries, references), expected, rtol=1e-9)
+    assert digits_data.nearest_distances(references[:2], references).max() < 1e-6
 
 
 @pytest.mark.slow

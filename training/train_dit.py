@@ -5,7 +5,7 @@
 
 `<output_dir>/gpstoken/model` is a DiTPipeline whose vae is an AutoencoderGPSToken. `<output_dir>/grid/model` is the
 baseline: the same network and training on a grid of patches, with as many numbers (see `training.patch_basis`). Both
-are loaded again, sampled and judged by the classifier of `training.make_digits`. The same command resumes a run.
+are loaded again, sampled and judged by the classifier of `training.digits`. The same command resumes a run.
 
 Shapes: N images, B batch, F channels of a latent, h x w cells.
 """
@@ -30,8 +30,7 @@ from gpstoken_hf.metrics import psnr
 from pipelines.shared.outputs import atomic_file
 from pipelines.shared.programs import ProgramError, non_negative_float, run_program
 from pipelines.shared.programs import positive_int as positive
-from training.loop import TrainingTask, run_training
-from training.make_digits import (
+from training.digits import (
     CLASS_NAMES,
     IMAGE_SIZE,
     NUM_CLASSES,
@@ -40,6 +39,7 @@ from training.make_digits import (
     save_sheet,
     split_digits,
 )
+from training.loop import TrainingTask, run_training
 from training.options import (
     add_optimizer_options,
     add_program_options,
