@@ -204,12 +204,20 @@ def _build_photo_tab(gr: Any, model: GPSTokenModel, model_name: str) -> None:
                 with gr.Row():
                     samples = [gr.Button(name, size="sm", min_width=60) for name in state.SAMPLES]
             tokens = gr.Slider(1, state.MAX_TOKENS, value=256, step=1, label="Tokens", elem_id="tokens")
+            quality = gr.Slider(
+                *(0, state.MAX_PSNR),
+                value=0,
+                step=0.5,
+                label="PSNR to reach, in dB",
+                info="with as few tokens as possible; 0: all of the tokens above",
+                elem_id="quality",
+            )
             side = gr.Radio(state.SIDES, value=default_side, label="Longer side, in pixels", elem_id="side")
             strength = gr.Slider(0, 500, value=100, step=1, label="Strength of the paint", elem_id="strength")
         with gr.Column(scale=3, min_width=320):
             stage = _stage(gr, "photo")
     photo_state = gr.State(None, time_to_live=MEMORY_SECONDS)
-    settings = [tokens, side, strength]
+    settings = [tokens, side, strength, quality]
 
     @_spoken(1)
     def open_file(path: str | None, *values: Any) -> Any:
@@ -235,10 +243,12 @@ def _build_photo_tab(gr: Any, model: GPSTokenModel, model_name: str) -> None:
         return state.encode(photo, model, *values), photo
 
     @_spoken(1)
-    def paint(photo: state.Photo | None, number: int, size: int, weight: float, event: gr.EventData) -> Any:
+    def paint(
+        photo: state.Photo | None, number: int, size: int, weight: float, target: float, event: gr.EventData
+    ) -> Any:
         photo = _given(photo)
         state.paint(photo, getattr(event, "mask", None))
-        return state.encode(photo, model, number, size, weight), photo
+        return state.encode(photo, model, number, size, weight, target), photo
 
     @_spoken(1)
     def edit(photo: state.Photo | None, event: gr.EventData) -> Any:
@@ -251,15 +261,15 @@ def _build_photo_tab(gr: Any, model: GPSTokenModel, model_name: str) -> None:
         return state.undo_edits(photo, model), photo
 
     @_spoken(0)
-    def download(photo: state.Photo | None) -> Any:
-        return state.pack(_given(photo), model_name)
+    def download(photo: state.Photo | None, event: gr.EventData) -> Any:
+        return state.pack(_given(photo), model, model_name, str(getattr(event, "suffix", None)))
 
     outputs = [stage, photo_state]
     opened = upload.upload(open_file, [upload, *settings], outputs, **EVENT)
     opened.then(lambda: None, None, upload, **EVENT)  # the box is free for the next file, also after a bad one
     for sample in samples:
         sample.click(open_sample, [sample, *settings], outputs, **EVENT)
-    for change in (tokens.input, side.input, strength.input):
+    for change in (tokens.input, side.input, strength.input, quality.release):
         change(encode_again, [photo_state, *settings], outputs, trigger_mode="always_last", **EVENT)
     stage.paint(paint, [photo_state, *settings], outputs, **STAGE_EVENT)
     stage.edit(edit, [photo_state], outputs, **STAGE_EVENT)

@@ -92,7 +92,10 @@ if (CAN_PAINT) {
   }, { "data-action": "backdrop" });
 }
 const undo = button("Undo edits", () => { select(null); send("undo", {}); }, { "data-action": "undo" });
-if (CAN_PAINT) button("Download tokens", () => send("download", {}), { "data-action": "download" });
+if (CAN_PAINT) {
+  button("Download tokens", () => send("download", { suffix: ".safetensors" }), { "data-action": "download" });
+  button("as .gpst", () => send("download", { suffix: ".gpst" }), { "data-action": "download-gpst" });
+}
 
 // ---- Talking to the server: one event at a time, and of each kind only the last
 

@@ -37,13 +37,16 @@ from gpstoken_hf.visualization import colors_of, pixel_errors, tensor_to_pil
 
 from .shared.photographs import read_photograph, reduced_size, sample_photograph
 from .shared.programs import ProgramError
-from .shared.token_files import load_tokens, save_tokens
+from .shared.token_files import load_token_file, load_tokens, save_token_file, save_tokens
 
 MAX_UPLOAD_BYTES = 20 * 2**20
 MAX_UPLOAD_PIXELS = 50_000_000
 MAX_MASK_CHARACTERS = 4 * 2**20
 MAX_TOKENS = 1024  # the page draws two ellipses for each
 MAX_STEPS = 250
+MAX_PSNR = 40
+# Token files that anybody can read, and smaller ones for the same model.
+TOKEN_SUFFIXES = (".safetensors", ".gpst")
 # A photograph is kept at this size, so that a larger side of the image can be chosen later.
 KEPT_SIDE = 1024
 SIDES = (64, 128, 256, 384, 512)
@@ -71,6 +74,7 @@ class Photo:
         encoded (`torch.Tensor` of shape `(1, L, 5 + C)`, *optional*): the tokens of the encoder.
         tokens (`torch.Tensor` of shape `(1, L, 5 + C)`, *optional*): the same after the visitor's edits.
         importance (`np.ndarray` of shape `(h, w)`, *optional*): what the visitor has painted, in [0, 1].
+        target (`str`, *optional*): whether the encoder's tokens reach the quality that was asked for, in words.
     """
 
     name: str
@@ -81,6 +85,7 @@ class Photo:
     encoded: torch.Tensor | None = None
     tokens: torch.Tensor | None = None
     importance: np.ndarray | None = None
+    target: str | None = None
 
 
 @dataclass
@@ -105,7 +110,7 @@ def open_upload(path: Path, model: GPSTokenModel) -> Photo:
     """Read a photograph, or tokens that the page has offered for download.
 
     Args:
-        path (`Path`): the uploaded file; one that ends in `.safetensors` holds tokens.
+        path (`Path`): the uploaded file; one that ends in `.safetensors` or `.gpst` holds tokens.
         model ([`GPSTokenModel`]): decodes the tokens.
 
     Raises:
@@ -114,13 +119,15 @@ def open_upload(path: Path, model: GPSTokenModel) -> Photo:
     size = path.stat().st_size
     if size > MAX_UPLOAD_BYTES:
         raise ProgramError(f"the file must be at most {MAX_UPLOAD_BYTES / 2**20:g} MB, got {size / 2**20:.1f} MB")
-    if path.suffix.lower() == ".safetensors":
+    if path.suffix.lower() in TOKEN_SUFFIXES:
         return _read_tokens(path, model)
     try:
         with PIL.Image.open(path) as header:
             width, height = header.size
     except (OSError, ValueError, SyntaxError, PIL.Image.DecompressionBombError) as error:
-        raise ProgramError(f"the file must be a photograph or tokens (.safetensors), got {path.name}") from error
+        raise ProgramError(
+            f"the file must be a photograph or tokens (.safetensors, .gpst), got {path.name}"
+        ) from error
     if width * height > MAX_UPLOAD_PIXELS:
         limit = MAX_UPLOAD_PIXELS // 10**6
         raise ProgramError(f"the photograph must have at most {limit} million pixels, got {width} x {height}")
@@ -139,13 +146,14 @@ def open_sample(name: str) -> Photo:
 
 def _read_tokens(path: Path, model: GPSTokenModel) -> Photo:
     """Tokens of a file, decoded at most at the largest side that the page offers."""
-    stored = load_tokens(path, model.config.token_channels)
+    is_packed = path.suffix.lower() == ".gpst"
+    stored = load_token_file(path, model) if is_packed else load_tokens(path, model.config.token_channels)
     tokens = stored.tokens[stored.attention_mask == 1][None]
     count = tokens.shape[1]
     if not 1 <= count <= MAX_TOKENS:
         raise ProgramError(f"the file must hold 1 to {MAX_TOKENS} tokens, got {count}")
     check_gaussians(tokens[..., :NUM_GAUSSIAN_PARAMS], "the Gaussians of the file")
-    initial = load_file(path).get("init_gaussians")
+    initial = None if is_packed else load_file(path).get("init_gaussians")
     if initial is None or tuple(initial.shape) != (*stored.tokens.shape[:2], NUM_GAUSSIAN_PARAMS):
         gaussians = tokens[..., :NUM_GAUSSIAN_PARAMS]
     else:
@@ -158,16 +166,22 @@ def _read_tokens(path: Path, model: GPSTokenModel) -> Photo:
 
 
 @torch.inference_mode()
-def encode(photo: Photo, model: GPSTokenModel, num_tokens: int, side: int, strength: float) -> Patch:
+def encode(
+    photo: Photo, model: GPSTokenModel, num_tokens: int, side: int, strength: float, target_psnr: float = 0
+) -> Patch:
     """Encode the photograph. What was painted adds `strength` times its opacity to the importance of a pixel.
 
+    Above 0, `target_psnr` in dB asks for the fewest tokens that reach it, `num_tokens` at most.
+
     Raises:
-        ValueError: if the image cannot be split into so many tokens.
+        ValueError: if a setting is out of its range, or the image cannot be split into so many tokens.
     """
     if photo.original is None:
         raise ProgramError("the number of tokens and the size must be those of the file for uploaded tokens")
     if not 1 <= num_tokens <= MAX_TOKENS or side not in SIDES:
         raise ProgramError(f"tokens must be from 1 to {MAX_TOKENS} and the side one of {SIDES}")
+    if not 0 <= target_psnr <= MAX_PSNR:
+        raise ProgramError(f"the PSNR to reach must be from 0 to {MAX_PSNR} dB, got {target_psnr}")
     pixel_values = read_photograph(photo.original, side).pixel_values
     size = (pixel_values.shape[-2], pixel_values.shape[-1])
     importance = None
@@ -176,9 +190,12 @@ def encode(photo: Photo, model: GPSTokenModel, num_tokens: int, side: int, stren
         importance = strength * torch.from_numpy(np.array(mask)).clamp(0, 1)[None]
     encoded = model.encode(
         pixel_values.to(model.device),
-        num_tokens=num_tokens,
         importance=None if importance is None else importance.to(model.device),
+        **({"target_psnr": target_psnr, "max_tokens": num_tokens} if target_psnr else {"num_tokens": num_tokens}),
     )
+    photo.target = None
+    if target_psnr:
+        photo.target = f"{'reaches' if bool(encoded.reached[0]) else 'falls short of'} {target_psnr:g} dB"
     tokens = encoded.tokens.float().cpu()
     photo.pixel_values, photo.size = pixel_values, size
     photo.layout, photo.encoded, photo.tokens = encoded.layout.to("cpu"), tokens, tokens.clone()
@@ -211,11 +228,14 @@ def _decoded(photo: Photo, model: GPSTokenModel) -> Patch:
     (height, width), floats = photo.size, count * channels
     words = [f"{photo.name}: {width} × {height}", f"{count} tokens"]
     words.append(f"{floats} numbers ({floats / (3 * height * width):.1%} of the image's)")
+    is_edited = not torch.equal(photo.tokens, photo.encoded)
+    if photo.target is not None and not is_edited:
+        words.append(photo.target)
     patch: Patch = {
         "serial": next(_serials),
         "refined": _listed(photo.tokens[0]),
         "decoded": data_address(tensor_to_pil(sample[0])),
-        "edited": not torch.equal(photo.tokens, photo.encoded),
+        "edited": is_edited,
         "error_map": None,
         "error_scale": None,
         "score": None,
@@ -284,18 +304,27 @@ def paint(photo: Photo, mask: str | None) -> None:
     photo.importance = opacity if opacity.any() else None
 
 
-def pack(photo: Photo, model_name: str) -> Patch:
-    """A patch that lets the page offer the tokens as a file, which `open_upload` and `decode` read."""
+def pack(photo: Photo, model: GPSTokenModel, model_name: str, suffix: str) -> Patch:
+    """A patch that lets the page offer the tokens as a file, which `open_upload` and `decode` read.
+
+    Args:
+        suffix (`str`): one of `TOKEN_SUFFIXES`. A `.gpst` file is smaller and is read by this model only.
+    """
     if photo.tokens is None:
         raise ProgramError("a photograph must be encoded before its tokens are downloaded")
+    if suffix not in TOKEN_SUFFIXES:
+        raise ProgramError(f"token files must end in one of {TOKEN_SUFFIXES}, got {suffix!r}")
     mask = torch.ones(photo.tokens.shape[:2], dtype=torch.int64)
     encoded = SimpleNamespace(tokens=photo.tokens, layout=photo.layout, attention_mask=mask)
     with tempfile.TemporaryDirectory(prefix="gpstoken-") as folder:  # readable by this user only
-        path = Path(folder, "tokens.safetensors")
-        save_tokens(path, encoded, photo.size, None, model_name)
+        path = Path(folder, f"tokens{suffix}")
+        if suffix == ".gpst":
+            save_token_file(path, encoded, photo.size, model, None, None)
+        else:
+            save_tokens(path, encoded, photo.size, None, model_name)
         data = base64.b64encode(path.read_bytes()).decode("ascii")
     stem = Path(photo.name).stem or "photo"
-    return {"serial": next(_serials), "problem": None, "download": {"name": f"{stem}.safetensors", "data": data}}
+    return {"serial": next(_serials), "problem": None, "download": {"name": f"{stem}{suffix}", "data": data}}
 
 
 # ------------------------------------------------------------------------------------------------------- generation

@@ -161,7 +161,7 @@ def test_edits_that_no_page_sends_are_refused(model, photo, index, gaussian, mes
 
 def test_the_last_edits_come_back_from_a_downloaded_file(model, photo, tmp_path):
     state.edit(photo, model, 2, [0.3, 0.2, -0.5, 0.1, 0.1])
-    patch = state.pack(photo, "tiny")
+    patch = state.pack(photo, model, "tiny", ".safetensors")
     assert patch["download"]["name"] == "a.safetensors"
     path = tmp_path / patch["download"]["name"]
     path.write_bytes(base64.b64decode(patch["download"]["data"]))
@@ -174,6 +174,40 @@ def test_the_last_edits_come_back_from_a_downloaded_file(model, photo, tmp_path)
     assert shown["photo"] is shown["score"] is shown["error_map"] is None
     with pytest.raises(ValueError, match="must be those of the file"):
         state.encode(again, model, 8, 64, 0)
+
+
+def test_a_packed_file_comes_back_bit_for_bit_and_to_its_model_only(model, photo, tmp_path):
+    state.edit(photo, model, 2, [0.3, 0.2, -0.5, 0.1, 0.1])
+    patch = state.pack(photo, model, "tiny", ".gpst")
+    assert patch["download"]["name"] == "a.gpst"
+    path = tmp_path / "a.gpst"
+    path.write_bytes(base64.b64decode(patch["download"]["data"]))
+    again = state.open_upload(path, model)
+    assert torch.equal(again.tokens, photo.tokens)
+    assert state.show(again, model)["decoded"] == state.show(photo, model)["decoded"]
+    with pytest.raises(ValueError, match="model"):
+        state.open_upload(path, make_vae(seed=1))
+    path.write_bytes(path.read_bytes()[:-9])
+    with pytest.raises(ValueError):  # noqa: PT011 - whatever read_tokens says
+        state.open_upload(path, model)
+    with pytest.raises(ValueError, match="must end in one of"):
+        state.pack(photo, model, "tiny", ".zip")
+
+
+def test_a_quality_takes_as_few_tokens_as_reach_it(model, photo):
+    full = state.encode(photo, model, 64, 64, 0)
+    best = float(full["score"].split()[1])
+    patch = state.encode(photo, model, 64, 64, 0, 1.0)
+    assert "reaches 1 dB" in patch["message"]
+    assert photo.tokens.shape[1] < 64
+    patch = state.encode(photo, model, 64, 64, 0, 40.0)
+    assert best < 40
+    assert "falls short of 40 dB" in patch["message"]
+    assert "40 dB" not in state.edit(photo, model, 0, [0.3, 0.2, -0.5, 0.1, 0.1])["message"]
+    assert "falls short of 40 dB" in state.undo_edits(photo, model)["message"]
+    assert " dB" not in state.encode(photo, model, 16, 64, 0)["message"]
+    with pytest.raises(ValueError, match="PSNR to reach must be from 0 to 40 dB, got 41"):
+        state.encode(photo, model, 16, 64, 0, 41)
 
 
 def test_tokens_of_reconstruct_can_be_uploaded(model, tmp_path):
@@ -278,7 +312,11 @@ def test_settings_that_no_page_sends_are_refused(model, photo):
     with pytest.raises(ValueError, match="num_tokens"):  # more than such an image has regions
         state.encode(state.photo_of("s.png", picture(8, 8)), model, 512, 64, 0)
     fresh = state.photo_of("a.png", picture())
-    for call in (state.undo_edits, lambda one, model: state.edit(one, model, 0, [0] * 5), state.pack):
+    for call in (
+        state.undo_edits,
+        lambda one, model: state.edit(one, model, 0, [0] * 5),
+        lambda one, model: state.pack(one, model, "tiny", ".gpst"),
+    ):
         with pytest.raises(ValueError, match="must be encoded before"):
             call(fresh, model)
 
@@ -391,7 +429,7 @@ def test_a_checkpoint_that_is_none_is_one_line(capsys):
 
 def test_files_on_the_disk_are_only_written_to_be_read_back(photo, tmp_path, monkeypatch):
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    packed = state.pack(photo, "tiny")["download"]["data"]
+    packed = state.pack(photo, model, "tiny", ".safetensors")["download"]["data"]
     assert list(tmp_path.iterdir()) == []
     path = tmp_path / "again.safetensors"
     path.write_bytes(base64.b64decode(packed))

@@ -296,7 +296,7 @@ def test_tokens_are_downloaded_and_uploaded_again(visitors, folder, tmp_path):
 def test_bad_files_are_one_sentence(visitors, folder):
     visitor = visitors()
     visitor.upload(folder / "notes.txt")
-    assert visitor.line() == "The file must be a photograph or tokens (.safetensors), got notes.txt"
+    assert visitor.line() == "The file must be a photograph or tokens (.safetensors, .gpst), got notes.txt"
     assert visitor.part(".gps-problem").is_visible()
     visitor.upload(folder / "one.png")
     assert visitor.part(".gps-problem").count() == 0
