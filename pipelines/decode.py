@@ -4,9 +4,9 @@
     python -m pipelines.decode tokens/photo.safetensors --output pictures/
     python -m pipelines.decode tokens/*.safetensors --size 512 --output pictures/
 
-The files are those of `encode` and `reconstruct`; `photo.safetensors` becomes `photo.png`. A picture appears only when
-it is complete. Pictures that this program has written are decoded again; any other file is never replaced. The exit
-code is 0 if every file was decoded and 2 if any was not.
+The files are those of `encode` and `reconstruct`; `photo.safetensors` or `photo.gpst` becomes `photo.png`. A picture
+appears only when it is complete. Pictures that this program has written are decoded again; any other file is never
+replaced. The exit code is 0 if every file was decoded and 2 if any was not.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from .shared.programs import (
     run_program,
 )
 from .shared.tiles import decode_in_tiles
-from .shared.token_files import MAX_STORED_PIXELS, load_tokens
+from .shared.token_files import MAX_STORED_PIXELS, load_token_file, load_tokens
 
 PROGRAM = "pipelines.decode"
 
@@ -88,7 +88,8 @@ def _names_of(file: Path) -> list[str]:
 def _decode_file(model: GPSTokenModel, path: Path, name: str, folder: OwnDirectory, args: argparse.Namespace) -> None:
     if name not in folder.files and os.path.lexists(folder.path / name):
         raise ProgramError(f"the output {args.output / name} must not exist or be written by {PROGRAM}")
-    stored = load_tokens(path, model.config.token_channels)
+    is_packed = path.suffix.lower() == ".gpst"
+    stored = load_token_file(path, model) if is_packed else load_tokens(path, model.config.token_channels)
     if args.size is not None:
         scale = args.size / max(stored.size)
         height, width = (max(1, round(side * scale)) for side in stored.size)

@@ -3,10 +3,12 @@
 
     python -m pipelines.encode photo.jpg more.png folder/ --tokens 256 --output tokens/
     python -m pipelines.encode photo.jpg --focus 120,40,260,200 --output tokens/
+    python -m pipelines.encode photo.jpg --target_psnr 24 --format gpst --output tokens/
 
 For `photo.jpg` the output folder gets
 
-    photo.safetensors     tokens, initial Gaussians and regions; `decode` turns them into a picture
+    photo.safetensors     tokens, initial Gaussians and regions; `decode` turns them into a picture; with --format gpst
+                          a smaller token file in its place, photo.gpst
     photo.png             the refined Gaussians over the photograph, one sigma
     photo.json            size, number of tokens and floats, settings
 
@@ -32,7 +34,16 @@ import gpstoken_hf
 from gpstoken_hf.modeling_gpstoken import GPSTokenModel
 from gpstoken_hf.visualization import draw_gaussians, tensor_to_pil
 
-from .reconstruct import DRAWN_SIDE, Source, collect_sources, default_num_tokens, importance_map, read_mask
+from .reconstruct import (
+    DRAWN_SIDE,
+    Source,
+    check_step,
+    check_target,
+    collect_sources,
+    default_num_tokens,
+    importance_map,
+    read_mask,
+)
 from .shared.checkpoints import DEFAULT_MODEL, load_tokenizer, weights_fingerprint
 from .shared.outputs import OutputError, OwnDirectory, atomic_file, own_directory
 from .shared.photographs import file_digest, read_photograph
@@ -45,19 +56,22 @@ from .shared.programs import (
     non_negative_int,
     one_line,
     pixel_box,
+    positive_float,
     positive_int,
     printable,
     progress,
     run_program,
 )
 from .shared.tiles import choose_tile_size, num_tiles, tile_bar
-from .shared.token_files import save_tokens
+from .shared.token_files import save_token_file, save_tokens
 
 PROGRAM = "pipelines.encode"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = _parse(argv)
+    check_target(args)
+    check_step(args.step, "--format gpst", args.format == "gpst")
     sources = collect_sources(args.images, args.output)
     mask = None if args.importance is None else read_mask(args.importance)
     model = load_tokenizer(args.model, args.device)
@@ -71,6 +85,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         "importance": args.importance and file_digest(args.importance),
         "tile_size": args.tile_size,
         "max_side": args.max_side,
+        "target_psnr": args.target_psnr,
+        "max_tokens": args.max_tokens,
+        "format": args.format,
+        "step": args.step,
     }
     failures = []
     with own_directory(args.output, PROGRAM) as folder:
@@ -92,6 +110,23 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("images", nargs="+", type=Path, help="image files, and folders that are searched recursively")
     parser.add_argument(
         "--tokens", type=positive_int, help="tokens per image; default: as many per pixel as in training"
+    )
+    parser.add_argument(
+        "--target_psnr", type=positive_float, metavar="DB", help="the fewest tokens that reach this PSNR, in dB"
+    )
+    parser.add_argument(
+        "--max_tokens", type=positive_int, help="most tokens with --target_psnr; default: four times as in training"
+    )
+    parser.add_argument(
+        "--format",
+        choices=("safetensors", "gpst"),
+        default="safetensors",
+        help="gpst: smaller files, which only the same weights read",
+    )
+    parser.add_argument(
+        "--step",
+        type=positive_float,
+        help="round the values of a .gpst file to this many standard deviations; default: lossless",
     )
     parser.add_argument(
         "--focus",
@@ -133,9 +168,9 @@ def _encode_source(
     folder: OwnDirectory,
     args: argparse.Namespace,
 ) -> None:
-    names = {kind: f"{source.folder}.{kind}" for kind in ("safetensors", "png", "json")}
+    names = {kind: f"{source.folder}.{kind}" for kind in (args.format, "png", "json")}
     settings = {**settings, "source": source.digest()}
-    if not args.overwrite and _is_done(folder.path, names, settings):
+    if not args.overwrite and _is_done(folder.path, names, args.format, settings):
         tqdm.write(f"{source.label}: done before, skipped (--overwrite replaces it)")
         return
     for name in names.values():
@@ -150,13 +185,17 @@ def _encode_source(
     with tile_bar(model.encoder, num_parts, f"encode {source.label}"), torch.inference_mode():
         encoded = model.encode(
             photograph.pixel_values.to(model.device),
-            num_tokens=count,
+            num_tokens=count if args.target_psnr is None else None,
+            target_psnr=args.target_psnr,
+            max_tokens=args.max_tokens,
             importance=None if importance is None else importance.to(model.device),
             tile_size=tile_size,
         )
     height, width = photograph.size
     num_tokens = int(encoded.attention_mask.sum())
     facts = {"width": width, "height": height, "tokens": num_tokens, "floats": num_tokens * encoded.tokens.shape[-1]}
+    if args.target_psnr is not None:
+        facts["reached"] = bool(encoded.reached[0])
     picture = draw_gaussians(
         tensor_to_pil(photograph.pixel_values[0]),
         encoded.tokens[0, :, :5].cpu(),
@@ -165,28 +204,31 @@ def _encode_source(
         align_corners=model.config.align_corners,
     )
     folder.expect(names.values())
-    with atomic_file(folder.path / names["safetensors"]) as staging:
-        save_tokens(staging, encoded, photograph.size, tile_size, args.model)
+    tokens_file = folder.path / names[args.format]
+    if args.format == "gpst":
+        save_token_file(tokens_file, encoded, photograph.size, model, tile_size, args.step)
+    else:
+        with atomic_file(tokens_file) as staging:
+            save_tokens(staging, encoded, photograph.size, tile_size, args.model)
     with atomic_file(folder.path / names["png"]) as staging:
         picture.save(staging)
     # The last file: where it is, the others are.
     with atomic_file(folder.path / names["json"]) as staging:
         staging.write_text(json.dumps({**facts, "settings": settings}, indent=2) + "\n", encoding="utf-8")
-    stored = (folder.path / names["safetensors"]).stat().st_size
-    tqdm.write(
-        f"{source.label}: {width} x {height}, {num_tokens} tokens, {facts['floats']} floats, {stored} bytes -> "
-        f"{printable(args.output / names['safetensors'])}"
-    )
+    words = f"{width} x {height}, {num_tokens} tokens, {facts['floats']} floats, {tokens_file.stat().st_size} bytes"
+    if not facts.get("reached", True):
+        words += f", short of {args.target_psnr:g} dB"
+    tqdm.write(f"{source.label}: {words} -> {printable(args.output / names[args.format])}")
 
 
-def _is_done(folder: Path, names: dict[str, str], settings: dict[str, Any]) -> bool:
+def _is_done(folder: Path, names: dict[str, str], kind: str, settings: dict[str, Any]) -> bool:
     """Whether an earlier run has written the results of these settings.
 
     Raises:
         ProgramError: If it has written results of other settings.
     """
     path = folder / names["json"]
-    if not path.is_file() or not (folder / names["safetensors"]).is_file():
+    if not path.is_file():
         return False
     try:
         same = json.loads(path.read_text(encoding="utf-8"))["settings"] == json.loads(json.dumps(settings))
@@ -194,7 +236,7 @@ def _is_done(folder: Path, names: dict[str, str], settings: dict[str, Any]) -> b
         same = False
     if not same:
         raise ProgramError(f"{path} is of other settings; choose another --output, or --overwrite")
-    return True
+    return (folder / names[kind]).is_file()
 
 
 if __name__ == "__main__":

@@ -116,7 +116,10 @@ def main(argv: Sequence[str] | None = None) -> int:
                 "tokens as they were stored"
             )
         return _decode_files(args)
-    _check_targets(args)
+    check_target(args)
+    check_step(args.step, "--to_file", args.to_file is not None)
+    if args.to_file and args.to_file.suffix != ".gpst":
+        raise ProgramError(f"--to_file must end in .gpst, got {args.to_file}")
 
     sources = collect_sources(args.images, args.output)
     if args.to_file and len(sources) > 1:
@@ -155,18 +158,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     return _report(failures, len(sources), "images not reconstructed")
 
 
-def _check_targets(args: argparse.Namespace) -> None:
-    """Refuse options that do not go together."""
+def check_target(args: argparse.Namespace) -> None:
+    """Refuse options for the number of tokens that do not go together."""
     if args.target_psnr is not None and args.tokens is not None:
         raise ProgramError("--tokens must not come with --target_psnr, which chooses their number (see --max_tokens)")
     if args.max_tokens is not None and args.target_psnr is None:
         raise ProgramError("--max_tokens must come with --target_psnr; --tokens sets their number")
-    if args.step is not None and args.to_file is None:
-        raise ProgramError("--step must come with --to_file, whose values it rounds")
-    if args.step is not None and not MIN_STEP <= args.step <= MAX_STEP:
-        raise ProgramError(f"--step must be from {MIN_STEP} to {MAX_STEP}, got {args.step}")
-    if args.to_file and args.to_file.suffix != ".gpst":
-        raise ProgramError(f"--to_file must end in .gpst, got {args.to_file}")
+
+
+def check_step(step: float | None, option: str, writes_token_file: bool) -> None:
+    """Refuse a `--step` out of its range, or without the `option` that writes a `.gpst` file."""
+    if step is not None and not writes_token_file:
+        raise ProgramError(f"--step must come with {option}, whose values it rounds")
+    if step is not None and not MIN_STEP <= step <= MAX_STEP:
+        raise ProgramError(f"--step must be from {MIN_STEP} to {MAX_STEP}, got {step}")
 
 
 def _run_batch(

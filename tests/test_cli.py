@@ -192,6 +192,39 @@ def test_a_focus_draws_tokens(photos, model_folder, tmp_path):
     assert in_corner("focus") > in_corner("plain") + 4
 
 
+def test_token_files_and_a_quality(photos, model_folder, tmp_path, capsys):
+    options = ("--model", model_folder, "--device", "cpu")
+    kinds = {"safetensors": (), "gpst": ("--format", "gpst"), "rounded": ("--format", "gpst", "--step", 0.5)}
+    for kind, more in kinds.items():
+        output = tmp_path / kind
+        assert gpstoken("encode", photos / "a.png", "--tokens", 12, *more, "--output", output, *options) == 0
+        assert gpstoken("encode", photos / "a.png", "--tokens", 12, *more, "--output", output, *options) == 0
+        assert "done before" in capsys.readouterr().out
+        name = "a.safetensors" if kind == "safetensors" else "a.gpst"
+        assert gpstoken("decode", output / name, "--output", tmp_path / f"{kind}.pictures", *options) == 0
+    pictures = [(tmp_path / f"{kind}.pictures" / "a.png").read_bytes() for kind in kinds]
+    assert pictures[0] == pictures[1] != pictures[2]
+    assert (tmp_path / "rounded/a.gpst").stat().st_size < (tmp_path / "gpst/a.gpst").stat().st_size
+
+    command = ("encode", photos / "a.png", "--output", tmp_path / "quality", *options, "--max_tokens", 16)
+    assert gpstoken(*command, "--target_psnr", 1) == 0
+    facts = json.loads((tmp_path / "quality/a.json").read_text())
+    assert facts["reached"] is True
+    assert facts["tokens"] < 16
+    assert gpstoken(*command, "--target_psnr", 90, "--overwrite") == 0
+    assert "short of 90 dB" in capsys.readouterr().out
+    assert json.loads((tmp_path / "quality/a.json").read_text())["reached"] is False
+    for bad in (
+        ("--target_psnr", 9, "--tokens", 4),
+        ("--max_tokens", 4),
+        ("--step", 1),
+        ("--format", "gpst", "--step", 99),
+    ):
+        assert gpstoken("encode", photos / "a.png", *bad, "--output", tmp_path / "bad", *options) == 2
+        assert capsys.readouterr().err.count("\n") == 1
+    assert not (tmp_path / "bad").exists()
+
+
 @pytest.mark.parametrize("command", ["encode", "decode"])
 def test_one_bad_file_does_not_stop_the_others(command, photos, model_folder, tmp_path, capsys):
     options = ["--model", model_folder, "--device", "cpu"]
