@@ -41,6 +41,13 @@ def run_without_this_package(folder):
     return [line for line in result.stdout.splitlines() if ".onnx" in line or ".pt2" in line]
 
 
+# What the program then says is in test_a_version_that_cannot_export_is_one_line.
+needs_newer_torch = pytest.mark.skipif(
+    torch.__version__.startswith("2.7."), reason="torch 2.7 cannot export this part"
+)
+
+
+@needs_newer_torch
 def test_onnx_of_decode(model_folder, tmp_path):
     for package in ("onnx", "onnxscript", "onnxruntime"):
         pytest.importorskip(package, reason=f"the package {package} is not installed")
@@ -69,6 +76,7 @@ def test_onnx_of_decode(model_folder, tmp_path):
             assert np.abs(output - model.decode(tokens, size).sample.numpy()).max() <= 1e-4
 
 
+@needs_newer_torch
 def test_torch_export_of_every_part(model_folder, tmp_path):
     folder = tmp_path / "exported"
     parts = ("decode", "encode_regions", "encode")

@@ -9,7 +9,12 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 
 @pytest.mark.parametrize("row", FAMILIES, ids=lambda row: row.name)
 def test_the_table_says_what_is_measured(row):
-    line = measure(row)
+    try:
+        line = measure(row)
+    except RuntimeError as error:  # what diffusers raises for a pipeline that needs a newer transformers
+        if not isinstance(error.__cause__, ImportError):
+            raise
+        pytest.skip(f"this version of transformers lacks what the pipeline needs: {error.__cause__}")
     assert line in table_of_page(), "run python tests/foreign_pipelines.py"
 
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any
 
 import torch
@@ -73,15 +72,10 @@ def latent_grid(num_tokens: int, image_size: int) -> LatentGrid:
     )
 
 
-@lru_cache(maxsize=64)
-def _cells_in_order(height: int, width: int) -> tuple[int, ...]:
-    rows, columns = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
-    return tuple(morton_code(columns.flatten(), rows.flatten()).argsort().tolist())
-
-
 def cell_order(height: int, width: int) -> torch.Tensor:
     """The cells of a grid along the Z-curve, as tokens come in: `(h w,)` int64 of row by row indices."""
-    return torch.tensor(_cells_in_order(height, width))
+    rows, columns = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
+    return morton_code(columns.flatten(), rows.flatten()).argsort()
 
 
 def tokens_to_logits(tokens: torch.Tensor) -> torch.Tensor:

@@ -299,8 +299,12 @@ def _add_code(folder: Path) -> str:
     config = read_json(folder / CONFIG_FILE)
     if config.get("model_type") == "gpstoken":
         classes = TOKENIZER_CLASSES | PROCESSOR_CLASSES
-        for name in module_closure(module for module, _ in classes.values()):
-            (folder / f"{name}.py").write_text(_source(name), encoding="utf-8")
+        entries = {module for module, _ in classes.values()}
+        for name in module_closure(entries):
+            source = _source(name)
+            if name in entries:
+                source += _import_all(name)
+            (folder / f"{name}.py").write_text(source, encoding="utf-8")
         _write_json(folder / CONFIG_FILE, config | {"auto_map": _auto_map(TOKENIZER_CLASSES)})
         processor = folder / PROCESSOR_CONFIG
         if not processor.is_file():
@@ -312,6 +316,12 @@ def _add_code(folder: Path) -> str:
     (folder / f"{module}.py").write_text(_one_file(module, class_name), encoding="utf-8")
     _write_json(folder / CONFIG_FILE, config | {"auto_map": _auto_map({"AutoModel": (module, class_name)})})
     return class_name
+
+
+def _import_all(name: str) -> str:
+    """Lines that import every module that a module needs: transformers 5.4 copies no others out of a folder."""
+    needed = [other for other in module_closure([name]) if other != name]
+    return "".join(["\n", *(f"from .{other} import __name__ as _  # noqa: E402, F401\n" for other in needed)])
 
 
 def _auto_map(classes: dict[str, tuple[str, str]]) -> dict[str, str]:
