@@ -266,6 +266,22 @@ class Inputs:
         program(reconstruct, [*command, "--device", "cpu", "--output", str(folder / "out")])
         shutil.copy(folder / "out" / "photo0" / "tokens.safetensors", folder / "tokens.safetensors")
 
+    def make_packed(self, folder: Path) -> None:
+        from pipelines import encode
+
+        for step, name in ((None, "photo1"), (0.5, "photo2")):
+            options = [
+                "--format",
+                "gpst",
+                *(("--step", step) if step else ()),
+                "--model",
+                self["model"],
+                "--tokens",
+                8,
+            ]
+            program(encode, [self["photos"] / f"{name}.png", *options, "--device", "cpu", "--output", folder / name])
+            shutil.copy(folder / name / f"{name}.gpst", folder)
+
     def make_parquet(self, folder: Path) -> None:
         from training_helpers import write_images
 
@@ -373,6 +389,15 @@ def _from_tokens(inputs: Inputs, output: Path, scratch: Path) -> list[Any]:
     return ["--from_tokens", tokens, "--model", inputs["model"], "--device", "cpu", "--output", output]
 
 
+def _encode(inputs: Inputs, output: Path, scratch: Path) -> list[Any]:
+    return _reconstruct(inputs, output, scratch)
+
+
+def _decode(inputs: Inputs, output: Path, scratch: Path) -> list[Any]:
+    files = [inputs["tokens"] / "tokens.safetensors", inputs["packed"] / "photo1.gpst"]
+    return [*files, "--model", inputs["model"], "--device", "cpu", "--output", output]
+
+
 def _generate(inputs: Inputs, output: Path, scratch: Path) -> list[Any]:
     return [
         *("--pipeline", inputs["pipeline"], "--classes", 1, 2, "--count", 3, "--steps", 2, "--layout_steps", 2),
@@ -451,6 +476,8 @@ PROGRAMS = {
     "convert_sit": Program("conversion.convert_sit", _convert_sit),
     "convert_layout_bank": Program("conversion.convert_layout_bank", _convert_bank),
     "convert_pipeline": Program("conversion.convert_pipeline", _convert_pipeline),
+    "encode": Program("pipelines.encode", _encode, overwrite=("--overwrite",)),
+    "decode": Program("pipelines.decode", _decode),
     "reconstruct --from_tokens": Program("pipelines.reconstruct", _from_tokens, overwrite=("--overwrite",)),
 }
 
@@ -570,6 +597,11 @@ def _decode_good_and_bad(campaign: Campaign, folder: Path) -> list[Any]:
     return ["--from_tokens", bad, good, "--model", campaign.inputs["model"], "--device", "cpu"]
 
 
+def _decode_packed(campaign: Campaign, folder: Path) -> list[Any]:
+    good = shutil.copy(campaign.inputs["packed"] / "photo1.gpst", folder / "good.gpst")
+    return [*sorted((folder / "in").glob("*.gpst")), good, "--model", campaign.inputs["model"], "--device", "cpu"]
+
+
 def _loads(use: Callable[[Path], Any]) -> Any:
     return lambda campaign, folder: call(partial(use, folder / "in"), folder)
 
@@ -687,6 +719,7 @@ class FileKind:
 
 RECONSTRUCT = ("pipelines.reconstruct", _reconstruct_good_and_bad, "out/photo1/scores.json")
 DECODE = ("pipelines.reconstruct", _decode_good_and_bad, "out/good-from-tokens/reconstruction.png")
+UNPACK = ("pipelines.decode", _decode_packed, "out/pictures/good.png")
 PICKLE = "layouts4.pickle"
 CONVERT_TOKENIZER = ("conversion.convert_gpstoken", "--num_tokens", 16, "--image_size", 64)
 CONVERT_SIT = ("conversion.convert_sit", "--num_attention_heads", 4)
@@ -699,6 +732,7 @@ def _converter(options: Sequence[Any], file: str) -> Any:
 FILE_KINDS = (
     FileKind("image for reconstruct", "photos", "photo[02-7].*", _program_case(*RECONSTRUCT), 3),
     FileKind("tokens for reconstruct", "tokens", "tokens.safetensors", _program_case(*DECODE), 3),
+    FileKind("token file for decode", "packed", "*.gpst", _program_case(*UNPACK), 3),
     FileKind("GPSTokenModel", "model", "*.*", _loads(use_model), 5),
     FileKind("AutoencoderGPSToken", "autoencoder", "*.*", _loads(use_autoencoder), 3),
     FileKind("SiTTransformer1DModel", "pipeline/transformer", "*.*", _loads(use_sit), 4),
@@ -1011,11 +1045,11 @@ class Area:
 AREAS = {
     "files": Area("corrupted files", files_case, 1000),
     "configs": Area("hostile configurations", configs_case, 100),
-    "kills": Area("kills at random moments", kills_case, 52),
-    "disk": Area("a full disk", disk_case, 26),
-    "readonly": Area("outputs that cannot be written", readonly_case, 52),
+    "kills": Area("kills at random moments", kills_case, 60),
+    "disk": Area("a full disk", disk_case, 30),
+    "readonly": Area("outputs that cannot be written", readonly_case, 60),
     "names": Area("odd file names", names_case, 2 * len(ODD_NAMES)),
-    "twice": Area("two runs at once in one output", twice_case, 13),
+    "twice": Area("two runs at once in one output", twice_case, 15),
     "half": Area("half-precision reconstructions", half_case, 50, weight=IMAGES_OF_A_CASE),
     "concurrency": Area("threads and DataLoader workers", concurrency_case, 3),
 }
