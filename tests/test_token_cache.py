@@ -7,7 +7,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipelines.shared.programs import ProgramError
-from training.token_cache import load_token_dataset
+from training.token_cache import STATISTICS, load_token_dataset, read_statistics
 
 
 @pytest.fixture
@@ -35,4 +35,12 @@ def test_a_damaged_shard_is_one_line_that_names_the_cache(cache, damage, monkeyp
     with pytest.raises(ProgramError, match="cannot read the token cache") as caught:
         load_token_dataset(cache)
     assert str(cache) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("content", ["[" * 100000, "[1, 2]", "{", ""])
+def test_a_damaged_description_is_one_line_that_names_it(cache, content):
+    (cache / STATISTICS).write_text(content)
+    with pytest.raises(ValueError, match=STATISTICS) as caught:
+        read_statistics(str(cache))
     assert "\n" not in str(caught.value)

@@ -6,13 +6,13 @@ Shapes: B images, L tokens, C texture channels.
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
+from gpstoken_hf.file_checks import read_json
 from gpstoken_hf.gaussians import NUM_GAUSSIAN_PARAMS, gaussians_to_logits
 from pipelines.shared.programs import ProgramError, one_line
 
@@ -79,6 +79,7 @@ def read_statistics(tokens_dir: str) -> tuple[dict[str, Any], Path]:
 
     Raises:
         ProgramError: If there is no finished token cache.
+        ValueError: If its description is damaged.
     """
     directory = Path(tokens_dir)
     if not directory.is_dir():
@@ -92,7 +93,7 @@ def read_statistics(tokens_dir: str) -> tuple[dict[str, Any], Path]:
     path = directory / STATISTICS
     if not path.is_file():
         raise ProgramError(f"{directory} holds no finished token cache ({STATISTICS} is missing): run cache_tokens")
-    return json.loads(path.read_text(encoding="utf-8")), directory
+    return read_json(path), directory
 
 
 def load_token_dataset(directory: Path) -> Any:
