@@ -30,42 +30,36 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-import gpstoken_hf
 from gpstoken_hf.modeling_gpstoken import GPSTokenModel
 from gpstoken_hf.visualization import draw_gaussians, tensor_to_pil
 
-from .reconstruct import (
-    DRAWN_SIDE,
+from .shared.checkpoints import load_tokenizer, weights_fingerprint
+from .shared.encoding import (
     Source,
+    add_encoding_options,
     check_step,
     check_target,
     collect_sources,
-    default_num_tokens,
-    importance_map,
+    encode_photograph,
+    encoding_settings,
     read_mask,
 )
-from .shared.checkpoints import DEFAULT_MODEL, load_tokenizer, weights_fingerprint
 from .shared.outputs import OutputError, OwnDirectory, atomic_file, own_directory
-from .shared.photographs import file_digest, read_photograph
+from .shared.photographs import read_photograph
 from .shared.programs import (
     EXIT_BAD_INPUT,
     FILE_ERRORS,
     ProgramError,
     make_parser,
-    non_negative_float,
-    non_negative_int,
     one_line,
-    pixel_box,
-    positive_float,
-    positive_int,
     printable,
     progress,
     run_program,
 )
-from .shared.tiles import choose_tile_size, num_tiles, tile_bar
 from .shared.token_files import save_token_file, save_tokens
 
 PROGRAM = "pipelines.encode"
+DRAWN_SIDE = 512  # small images are drawn enlarged, to about this many pixels
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -75,21 +69,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     sources = collect_sources(args.images, args.output)
     mask = None if args.importance is None else read_mask(args.importance)
     model = load_tokenizer(args.model, args.device)
-    settings = {
-        "version": gpstoken_hf.__version__,
-        "model": args.model,
-        "weights": weights_fingerprint(model),
-        "tokens": args.tokens,
-        "focus": args.focus,
-        "focus_weight": args.focus_weight,
-        "importance": args.importance and file_digest(args.importance),
-        "tile_size": args.tile_size,
-        "max_side": args.max_side,
-        "target_psnr": args.target_psnr,
-        "max_tokens": args.max_tokens,
-        "format": args.format,
-        "step": args.step,
-    }
+    settings = {**encoding_settings(args), "weights": weights_fingerprint(model), "format": args.format}
     failures = []
     with own_directory(args.output, PROGRAM) as folder:
         for source in progress(sources, "images"):
@@ -108,55 +88,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = make_parser(PROGRAM, __doc__)
     parser.add_argument("images", nargs="+", type=Path, help="image files, and folders that are searched recursively")
-    parser.add_argument(
-        "--tokens", type=positive_int, help="tokens per image; default: as many per pixel as in training"
-    )
-    parser.add_argument(
-        "--target_psnr", type=positive_float, metavar="DB", help="the fewest tokens that reach this PSNR, in dB"
-    )
-    parser.add_argument(
-        "--max_tokens", type=positive_int, help="most tokens with --target_psnr; default: four times as in training"
-    )
+    add_encoding_options(parser, output=Path("out/tokens"))
     parser.add_argument(
         "--format",
         choices=("safetensors", "gpst"),
         default="safetensors",
         help="gpst: smaller files, which only the same weights read",
     )
-    parser.add_argument(
-        "--step",
-        type=positive_float,
-        help="round the values of a .gpst file to this many standard deviations; default: lossless",
-    )
-    parser.add_argument(
-        "--focus",
-        type=pixel_box,
-        action="append",
-        default=[],
-        metavar="x0,y0,x1,y1",
-        help="spend more tokens in this box of the original image, inclusive pixels; may be repeated",
-    )
-    parser.add_argument(
-        "--importance", metavar="MASK", help="image of the photograph's size; more tokens where it is white"
-    )
-    parser.add_argument(
-        "--focus_weight",
-        type=non_negative_float,
-        default=30.0,
-        help="importance per pixel of a focus box or a white mask",
-    )
-    parser.add_argument("--output", type=Path, default=Path("out/tokens"))
-    parser.add_argument(
-        "--model", default=DEFAULT_MODEL, help=f"folder or Hub repository; default: the bundled {DEFAULT_MODEL}"
-    )
-    parser.add_argument(
-        "--tile_size", type=positive_int, help="side of the tiles, in pixels; default: tiles for large images only"
-    )
-    parser.add_argument(
-        "--max_side", type=non_negative_int, default=640, help="reduce larger images to this side, in pixels; 0: never"
-    )
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--overwrite", action="store_true", help="replace results of this program")
     return parser.parse_args(argv)
 
 
@@ -168,7 +106,7 @@ def _encode_source(
     folder: OwnDirectory,
     args: argparse.Namespace,
 ) -> None:
-    names = {kind: f"{source.folder}.{kind}" for kind in (args.format, "png", "json")}
+    names = {kind: f"{source.name}.{kind}" for kind in (args.format, "png", "json")}
     settings = {**settings, "source": source.digest()}
     if not args.overwrite and _is_done(folder.path, names, args.format, settings):
         tqdm.write(f"{source.label}: done before, skipped (--overwrite replaces it)")
@@ -178,19 +116,7 @@ def _encode_source(
             raise ProgramError(f"the output {args.output / name} must not exist or be written by {PROGRAM}")
 
     photograph = read_photograph(source.read(), args.max_side)
-    importance = importance_map(photograph, mask, args.focus, args.focus_weight)
-    count = args.tokens or default_num_tokens(model, photograph.size)
-    tile_size = args.tile_size or choose_tile_size(model, photograph.size, count)
-    num_parts = 1 if tile_size is None else num_tiles(photograph.size, tile_size)
-    with tile_bar(model.encoder, num_parts, f"encode {source.label}"), torch.inference_mode():
-        encoded = model.encode(
-            photograph.pixel_values.to(model.device),
-            num_tokens=count if args.target_psnr is None else None,
-            target_psnr=args.target_psnr,
-            max_tokens=args.max_tokens,
-            importance=None if importance is None else importance.to(model.device),
-            tile_size=tile_size,
-        )
+    encoded, tile_size = encode_photograph(model, photograph, mask, args, source.label)
     height, width = photograph.size
     num_tokens = int(encoded.attention_mask.sum())
     facts = {"width": width, "height": height, "tokens": num_tokens, "floats": num_tokens * encoded.tokens.shape[-1]}

@@ -35,7 +35,6 @@ import os
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -45,20 +44,26 @@ import torch
 from tqdm import tqdm
 
 import gpstoken_hf
-from gpstoken_hf.image_processing_gpstoken import GPSTokenImageProcessor, open_image
 from gpstoken_hf.metrics import SSIM_WINDOW, psnr, ssim
 from gpstoken_hf.modeling_gpstoken import GPSTokenModel
-from gpstoken_hf.token_file import MAX_STEP, MIN_STEP
 from gpstoken_hf.visualization import contact_sheet, draw_boxes, draw_error_map, draw_gaussians, panel, tensor_to_pil
 
-from .shared.checkpoints import DEFAULT_MODEL, load_tokenizer, weights_fingerprint
+from .shared.checkpoints import load_tokenizer, weights_fingerprint
+from .shared.encoding import (
+    Source,
+    add_encoding_options,
+    check_step,
+    check_target,
+    collect_sources,
+    encode_photograph,
+    encoding_settings,
+    read_mask,
+)
 from .shared.outputs import BusyError, OutputError, atomic_directory, atomic_file, claim_file, plan_names
 from .shared.photographs import (
     Photograph,
     file_digest,
-    find_photographs,
     read_photograph,
-    sample_photograph,
 )
 from .shared.programs import (
     EXIT_BAD_INPUT,
@@ -66,17 +71,12 @@ from .shared.programs import (
     PixelBox,
     ProgramError,
     make_parser,
-    non_negative_float,
-    non_negative_int,
     one_line,
-    pixel_box,
-    positive_float,
-    positive_int,
     printable,
     progress,
     run_program,
 )
-from .shared.tiles import choose_tile_size, decode_in_tiles, num_tiles, tile_bar
+from .shared.tiles import decode_in_tiles
 from .shared.token_files import (
     StoredTokens,
     check_replaceable_token_file,
@@ -87,22 +87,11 @@ from .shared.token_files import (
 )
 
 PROGRAM = "pipelines.reconstruct"
-SAMPLES = ("astronaut", "chelsea", "coffee", "rocket")
 TOKENS_FILE, SCORES_FILE, OVERVIEW_FILE = "tokens.safetensors", "scores.json", "overview.png"
 DRAWN_SIDE = 512  # small images are drawn enlarged, to about this many pixels
 MAX_PANELS_IN_OVERVIEW = 16
 WAIT_SECONDS = 0.5
 SSIM_BAND_ROWS = 128
-
-
-@dataclass
-class Source:
-    """One image to reconstruct, and the folder for its results, relative to the output."""
-
-    label: str
-    folder: str
-    read: Callable[[], PIL.Image.Image]
-    digest: Callable[[], str]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -121,23 +110,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.to_file and args.to_file.suffix != ".gpst":
         raise ProgramError(f"--to_file must end in .gpst, got {args.to_file}")
 
-    sources = collect_sources(args.images, args.output)
+    sources = collect_sources(args.images, args.output, [OVERVIEW_FILE])
     if args.to_file and len(sources) > 1:
         raise ProgramError(f"--to_file must come with one image, got {len(sources)}")
-    settings = {
-        "version": gpstoken_hf.__version__,
-        "model": args.model,
-        "tokens": args.tokens,
-        "focus": args.focus,
-        "focus_weight": args.focus_weight,
-        "importance": args.importance and file_digest(args.importance),
-        "tile_size": args.tile_size,
-        "max_side": args.max_side,
-        "target_psnr": args.target_psnr,
-        "max_tokens": args.max_tokens,
-        "to_file": args.to_file and printable(args.to_file),
-        "step": args.step,
-    }
+    settings = {**encoding_settings(args), "to_file": args.to_file and printable(args.to_file)}
     mask = None if args.importance is None else read_mask(args.importance)
     model = load_tokenizer(args.model, args.device)
     settings["weights"] = weights_fingerprint(model)
@@ -149,29 +125,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     done, failures = _run_batch(sources, "images", [source.label for source in sources], work)
     if len(done) > 1:
-        _write_overview(args.output, [args.output / source.folder for source, _ in done])
+        _write_overview(args.output, [args.output / source.name for source, _ in done])
         scores = [scores for _, scores in done]
         print(
             f"{len(done)} images: mean PSNR {_mean(scores, 'psnr'):.2f} dB, mean SSIM {_mean(scores, 'ssim'):.4f}, "
             f"see {printable(args.output / OVERVIEW_FILE)}"
         )
     return _report(failures, len(sources), "images not reconstructed")
-
-
-def check_target(args: argparse.Namespace) -> None:
-    """Refuse options for the number of tokens that do not go together."""
-    if args.target_psnr is not None and args.tokens is not None:
-        raise ProgramError("--tokens must not come with --target_psnr, which chooses their number (see --max_tokens)")
-    if args.max_tokens is not None and args.target_psnr is None:
-        raise ProgramError("--max_tokens must come with --target_psnr; --tokens sets their number")
-
-
-def check_step(step: float | None, option: str, writes_token_file: bool) -> None:
-    """Refuse a `--step` out of its range, or without the `option` that writes a `.gpst` file."""
-    if step is not None and not writes_token_file:
-        raise ProgramError(f"--step must come with {option}, whose values it rounds")
-    if step is not None and not MIN_STEP <= step <= MAX_STEP:
-        raise ProgramError(f"--step must be from {MIN_STEP} to {MAX_STEP}, got {step}")
 
 
 def _run_batch(
@@ -214,145 +174,22 @@ def _report(failures: Sequence[str], count: int, what: str) -> int:
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = make_parser(PROGRAM, __doc__)
     parser.add_argument("images", nargs="*", type=Path, help="image files, and folders that are searched recursively")
-    parser.add_argument(
-        "--tokens", type=positive_int, help="tokens per image; default: as many per pixel as in training"
-    )
-    parser.add_argument(
-        "--focus",
-        type=pixel_box,
-        action="append",
-        default=[],
-        metavar="x0,y0,x1,y1",
-        help="spend more tokens in this box of the original image, inclusive pixels; may be repeated",
-    )
-    parser.add_argument(
-        "--importance", metavar="MASK", help="image of the photograph's size; more tokens where it is white"
-    )
-    parser.add_argument(
-        "--focus_weight",
-        type=non_negative_float,
-        default=30.0,
-        help="importance per pixel of a focus box or a white mask; far larger values also split flat parts",
-    )
-    parser.add_argument("--output", type=Path, default=Path("out"))
-    parser.add_argument(
-        "--model", default=DEFAULT_MODEL, help=f"folder or Hub repository; default: the bundled {DEFAULT_MODEL}"
-    )
-    parser.add_argument(
-        "--tile_size",
-        type=positive_int,
-        help="side of the tiles, in pixels; default: one pass, tiles for large images",
-    )
-    parser.add_argument(
-        "--max_side", type=non_negative_int, default=640, help="reduce larger images to this side, in pixels; 0: never"
-    )
-    parser.add_argument(
-        "--target_psnr", type=positive_float, metavar="DB", help="the fewest tokens that reach this PSNR, in dB"
-    )
-    parser.add_argument(
-        "--max_tokens", type=positive_int, help="most tokens with --target_psnr; default: four times as in training"
-    )
+    add_encoding_options(parser, output=Path("out"))
     parser.add_argument("--to_file", type=Path, metavar="X.gpst", help="also write the tokens as a small file")
-    parser.add_argument(
-        "--step",
-        type=positive_float,
-        help="round the values of --to_file to this step, in standard deviations of a channel, for example 0.5; "
-        "default: lossless",
-    )
     parser.add_argument("--from_file", type=Path, nargs="+", metavar="X.gpst", help="decode files of --to_file")
     parser.add_argument(
         "--from_tokens", type=Path, nargs="+", metavar=TOKENS_FILE, help="decode stored tokens instead of images"
     )
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--overwrite", action="store_true", help="replace results of this program")
     return parser.parse_args(argv)
-
-
-# ---------------------------------------------------------------------------------------------------------- inputs
-
-
-def collect_sources(paths: Sequence[Path], output: Path) -> list[Source]:
-    """Plan a source, with its own output folder, for each file and for each image of a folder.
-
-    `photo.jpg` goes to `photo`, or to `photo.jpg` where another result would share, contain or lie in that folder, or
-    to `photo.jpg-<hash of its path>` where even that is taken.
-
-    Raises:
-        ProgramError: If a path does not exist, or if a folder holds no image.
-    """
-    if not paths:
-        return [
-            Source(f"sample {name}", name, partial(sample_photograph, name), partial(str, f"skimage.data.{name}"))
-            for name in SAMPLES
-        ]
-    root = os.path.abspath(output)
-    files: dict[str, Path] = {}  # one source for each file, however often and by which way it was named
-    names: dict[str, Path] = {}
-    for file, name in find_photographs(paths):
-        key = os.path.abspath(file)
-        files.setdefault(key, file)
-        names[key] = min(name, names.get(key, name), key=lambda path: (len(path.parts), path))
-    inputs = [Path(key).relative_to(root).as_posix() for key in files if Path(key).is_relative_to(root)]
-    folders = plan_names({key: _result_names(name) for key, name in names.items()}, [*inputs, OVERVIEW_FILE])
-    return [
-        Source(printable(file), folders[key], partial(open_image, file), partial(file_digest, file))
-        for key, file in files.items()
-    ]
-
-
-def _result_names(name: Path) -> list[str]:
-    stem = name.name.removesuffix(name.suffix)
-    shared = [] if stem in ("", ".", "..") else [(name.parent / stem).as_posix()]
-    return [*shared, name.as_posix()]
-
-
-def read_mask(path: str) -> torch.Tensor:
-    """Read a mask as (1, H, W) in [0, 1], the mean of its channels."""
-    mask = GPSTokenImageProcessor(do_normalize=False)(open_image(path), return_tensors="pt").pixel_values
-    return mask.mean(dim=1)
-
-
-def importance_map(
-    photograph: Photograph, mask: torch.Tensor | None, boxes: Sequence[PixelBox], weight: float
-) -> torch.Tensor | None:
-    """Turn a mask and boxes, in pixels of the original, into importance (1, H, W) at the size of the model's input.
-
-    Raises:
-        ProgramError: If the mask has another size than the original, or if a box reaches beyond it.
-    """
-    height, width = photograph.original_size
-    total = torch.zeros(1, height, width)
-    if mask is not None:
-        if mask.shape != total.shape:
-            raise ProgramError(
-                f"--importance must have the image's {width} x {height} pixels, got {mask.shape[2]} x {mask.shape[1]}"
-            )
-        total += weight * mask
-    for x0, y0, x1, y1 in boxes:
-        if x1 >= width or y1 >= height:
-            raise ProgramError(
-                f"--focus must lie inside the image's {width} x {height} pixels, got {x0},{y0},{x1},{y1}"
-            )
-        total[:, y0 : y1 + 1, x0 : x1 + 1] += weight
-    if mask is None and not boxes:
-        return None
-    if photograph.size != photograph.original_size:
-        total = torch.nn.functional.interpolate(total[None], photograph.size, mode="area")[0]
-    return total
 
 
 # -------------------------------------------------------------------------------------------------- reconstruction
 
 
-def default_num_tokens(model: GPSTokenModel, size: tuple[int, int]) -> int:
-    """The number of tokens that gives an image as many tokens per pixel as in training."""
-    return max(1, round(model.config.num_tokens * size[0] * size[1] / model.config.image_size**2))
-
-
 def _reconstruct_source(
     model: GPSTokenModel, source: Source, mask: torch.Tensor | None, settings: dict, args: argparse.Namespace
 ) -> dict[str, Any]:
-    folder = args.output / source.folder
+    folder = args.output / source.name
     settings = {**settings, "source": source.digest()}
     known = _done_before(folder, settings, source.label, args.overwrite)
     if known is not None and (args.to_file is None or args.to_file.is_file()):
@@ -363,30 +200,9 @@ def _reconstruct_source(
         check_replaceable_token_file(args.to_file, args.overwrite)
 
     photograph = read_photograph(source.read(), args.max_side)
-    if photograph.size != photograph.original_size:
-        (old_h, old_w), (new_h, new_w) = photograph.original_size, photograph.size
-        tqdm.write(f"{source.label}: reduced from {old_w} x {old_h} to {new_w} x {new_h} (--max_side {args.max_side})")
-    importance = importance_map(photograph, mask, args.focus, args.focus_weight)
-    num_tokens = args.tokens or default_num_tokens(model, photograph.size)
-    tile_size = args.tile_size or choose_tile_size(model, photograph.size, num_tokens)
-    if tile_size is not None and args.tile_size is None:
-        height, width = photograph.size
-        tqdm.write(
-            f"{source.label}: {width} x {height} pixels are too many for one pass: encoded in "
-            f"{num_tiles(photograph.size, tile_size)} tiles of {tile_size} pixels (--tile_size chooses another side)"
-        )
-    num_parts = 1 if tile_size is None else num_tiles(photograph.size, tile_size)
     pixel_values = photograph.pixel_values.to(model.device)
     with atomic_directory(folder, args.overwrite, PROGRAM) as staging:
-        with tile_bar(model.encoder, num_parts, f"encode {source.label}"), torch.inference_mode():
-            encoded = model.encode(
-                pixel_values,
-                num_tokens=num_tokens if args.target_psnr is None else None,
-                importance=None if importance is None else importance.to(model.device),
-                tile_size=tile_size,
-                target_psnr=args.target_psnr,
-                max_tokens=args.max_tokens,
-            )
+        encoded, tile_size = encode_photograph(model, photograph, mask, args, source.label)
         reconstruction = decode_in_tiles(
             model, encoded.tokens, encoded.attention_mask, photograph.size, tile_size, source.label
         )
@@ -404,7 +220,7 @@ def _reconstruct_source(
                 for x0, y0, x1, y1 in boxes
             ]
         images = pixel_values[0].cpu(), reconstruction[0].cpu()
-        _write_pictures(staging, printable(source.folder), *images, encoded, scores, boxes)
+        _write_pictures(staging, printable(source.name), *images, encoded, scores, boxes)
         save_tokens(staging / TOKENS_FILE, encoded, photograph.size, tile_size, args.model)
         (staging / SCORES_FILE).write_text(json.dumps({**scores, "settings": settings}, indent=2) + "\n")
     tqdm.write(f"{source.label}: {_in_words(scores)} -> {printable(folder)}")

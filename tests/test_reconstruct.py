@@ -24,6 +24,7 @@ from gpstoken_hf.configuration_gpstoken import GPSTokenConfig
 from gpstoken_hf.modeling_gpstoken import GPSTokenModel
 from pipelines import reconstruct
 from pipelines.shared import outputs, tiles
+from pipelines.shared.encoding import SAMPLES
 from pipelines.shared.outputs import MARKER
 from pipelines.shared.programs import run_program
 
@@ -163,8 +164,8 @@ def test_focus_and_mask_bring_tokens(run, tmp_path, capsys):
 def test_samples_without_an_argument(run, tmp_path, capsys, monkeypatch):
     pytest.importorskip("skimage")
     assert run("--tokens", 8, "--max_side", 48) == 0
-    assert {entry.name for entry in (tmp_path / "out").iterdir()} == {*reconstruct.SAMPLES, "overview.png", MARKER}
-    for name in reconstruct.SAMPLES:
+    assert {entry.name for entry in (tmp_path / "out").iterdir()} == {*SAMPLES, "overview.png", MARKER}
+    for name in SAMPLES:
         assert {file.name for file in (tmp_path / "out" / name).iterdir()} == OUTPUTS
     assert "4 images: mean PSNR" in capsys.readouterr().out
 
