@@ -59,7 +59,15 @@ from .shared.encoding import (
     encoding_settings,
     read_mask,
 )
-from .shared.outputs import BusyError, OutputError, atomic_directory, atomic_file, claim_file, plan_names
+from .shared.outputs import (
+    BusyError,
+    OutputError,
+    atomic_directory,
+    atomic_file,
+    claim_file,
+    plan_names,
+    remove_left_over,
+)
 from .shared.photographs import (
     Photograph,
     file_digest,
@@ -242,6 +250,7 @@ def _done_before(folder: Path, settings: dict[str, Any], label: str, overwrite: 
         same = False
     if not same:
         raise ProgramError(f"{folder} holds the outputs of other settings; choose another --output, or --overwrite")
+    remove_left_over(folder)
     tqdm.write(f"{label}: done before, skipped (--overwrite replaces it): {printable(folder)}")
     return known
 

@@ -29,6 +29,7 @@ from pipelines.shared.outputs import (
     own_directory,
     plan_names,
     read_marker,
+    remove_left_over,
 )
 from pipelines.shared.programs import ProgramError
 
@@ -488,6 +489,39 @@ def test_leftovers_of_a_killed_run_are_removed_by_the_next(tmp_path, kind):
     assert not list((tmp_path / "there").rglob("half"))
     assert (tmp_path / "there" / ".gpstoken-mine" / "work").exists()
     assert (tmp_path / "there" / ".out.abc123").exists()
+
+
+def test_the_next_run_removes_leftovers_of_results_that_it_does_not_write_again(tmp_path):
+    """A run can be killed after its result is in place and before its staging folder is gone."""
+    with own_directory(tmp_path / "out", "mine") as folder:
+        folder.expect(["first", "a/photo", "a/old/result"])
+        (folder.path / "first").touch()
+    with start(tmp_path, "file", tmp_path / "out" / "a" / "photo") as process:
+        staging = next((tmp_path / "out" / "a").iterdir())
+        with own_directory(tmp_path / "out", "mine"):
+            assert staging.exists()  # its run lives
+        process.kill()
+    # Another was killed between the two moves that replace a folder.
+    with atomic_file(tmp_path / "out" / "a" / "old") as other:
+        other.touch()
+        place = other.parent.parent
+    (tmp_path / "out" / "a" / "old").unlink()
+    (place / "old").mkdir(parents=True)
+    (place / "old" / "result").touch()
+    (place / MARKER).write_text(json.dumps({"staging_of": "old", "format": 1}))
+    with own_directory(tmp_path / "out", "mine"):
+        assert not staging.exists()
+        assert names_below(tmp_path / "out" / "a") == ["old", "old/result"]
+
+
+def test_leftovers_beside_a_whole_result_are_removed(tmp_path):
+    with start(tmp_path, "folder", tmp_path / "out") as process:
+        remove_left_over(tmp_path / "out")
+        assert list(tmp_path.glob(".gpstoken-*"))
+        process.kill()
+    (tmp_path / ".gpstoken-mine").mkdir()
+    remove_left_over(tmp_path / "out")
+    assert [path.name for path in tmp_path.glob(".gpstoken-*")] == [".gpstoken-mine"]
 
 
 def test_something_else_with_the_name_of_a_staging_folder_is_not_removed(tmp_path):

@@ -365,6 +365,7 @@ def own_directory(path: str | os.PathLike[str], program: str) -> Iterator[OwnDir
         with _staging(path / MARKER, shown=path) as staging:
             folder = OwnDirectory(path, program, staging, is_temporary=is_new)
             folder.expect(())
+            _sweep(path)
             try:
                 with _disk_errors(path):
                     yield folder
@@ -391,6 +392,7 @@ def claim_file(path: Path, program: str) -> None:
     """
     marker = read_marker(path.parent)
     if marker is not None and marker.program == program and path.name in marker.files:
+        remove_left_over(path.parent / MARKER)
         return
     if marker is not None and marker.program != program:
         raise ProgramError(f"the output {path.parent} must not be another program's, got one of {marker.program}")
@@ -411,17 +413,15 @@ def _move_listed(source: Path, target: Path, files: Iterable[str]) -> None:
 
 
 def _delete_listed(folder: Path, files: Iterable[str]) -> None:
-    """Delete files by name, then the folders that this leaves empty, and staging that killed runs have left."""
+    """Delete staging that killed runs have left, files by name, then the folders that this leaves empty."""
+    _sweep(folder)
     listed = frozenset(files)
     for entry in list(_entries(folder)):  # what is there, so that no name can lead out of the folder
         if entry in listed and not entry.endswith("/"):
             (folder / entry).unlink()
     places = []
     for parent, folders, _ in os.walk(folder):
-        staging = [name for name in folders if _is_staging(Path(parent) / name)]
-        for name in staging:
-            _remove_left_over(Path(parent) / name)
-        folders[:] = [name for name in folders if name not in staging]
+        folders[:] = [name for name in folders if not _is_staging(Path(parent) / name)]
         places += [Path(parent) / name for name in folders]
     for place in reversed(places):
         with suppress(OSError):  # not empty, or a symbolic link
@@ -431,11 +431,30 @@ def _delete_listed(folder: Path, files: Iterable[str]) -> None:
 # ----------------------------------------------------------------------------------------------------------- staging
 
 
+def remove_left_over(path: Path) -> None:
+    """Remove what a killed run has left beside `path`, for a result that is whole and not written again."""
+    path = Path(os.path.realpath(path))
+    if _is_staging(_staging_folder(path)):
+        _remove_left_over(_staging_folder(path))
+
+
+def _sweep(folder: Path) -> None:
+    """Remove what killed runs have left anywhere in `folder`."""
+    for parent, folders, _ in os.walk(folder):
+        for name in [name for name in folders if _is_staging(Path(parent) / name)]:
+            folders.remove(name)
+            _remove_left_over(Path(parent) / name)
+
+
+def _staging_folder(target: Path) -> Path:
+    return target.parent / f"{STAGING_PREFIX}{_name_hash(target.name)}"
+
+
 @contextmanager
 def _staging(target: Path, shown: Path | None = None) -> Iterator[Path]:
     """Hold the staging folder of `target`, empty but for its marker and a folder `new`; remove it afterwards."""
     shown = target if shown is None else shown
-    folder = target.parent / f"{STAGING_PREFIX}{_name_hash(target.name)}"
+    folder = _staging_folder(target)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         lock = _take(folder, target, shown)
@@ -488,9 +507,19 @@ def _take(folder: Path, target: Path, shown: Path) -> IO[bytes]:
 
 def _remove_left_over(folder: Path) -> None:
     """Remove a staging folder unless a process holds it, this one included."""
-    with suppress(FileNotFoundError), (folder / MARKER).open("r+b") as lock:
+    with suppress(OSError), (folder / MARKER).open("r+b") as lock:
         if _try_lock(lock) and _is_at(lock, folder / MARKER):
-            _discard(folder, None)
+            _discard(folder, _target_of(folder))
+
+
+def _target_of(staging: Path) -> Path | None:
+    """What a staging folder was made for, by its marker."""
+    try:
+        name = json.loads((staging / MARKER).read_bytes())["staging_of"]
+    except (OSError, ValueError, LookupError, TypeError, RecursionError):
+        return None
+    target = staging.parent / name if isinstance(name, str) else None
+    return target if target is not None and _staging_folder(target) == staging else None
 
 
 def _is_staging(folder: Path) -> bool:
