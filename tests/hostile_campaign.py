@@ -846,8 +846,11 @@ def kills_case(campaign: Campaign, number: int, folder: Path) -> tuple[str, str 
 
 
 def _go_on(campaign: Campaign, name: str, folder: Path, *more: str) -> str | None:
-    """What the same command does wrong after an interrupted one. Where all is done, it may refuse to do it again."""
-    done = _left_over(campaign, name, folder) is None
+    """What the same command does wrong after an interrupted one. Where all is done, it may refuse to do it again.
+
+    Either way nothing of the interrupted run is left behind.
+    """
+    done = campaign.reference(name)[0] <= tree(folder / "area") and find_broken(folder / "area") is None
     ended = campaign.start(name, folder, *more).wait(SECONDS * 3)
     return ended.problem((0, 2) if done else (0,)) or _left_over(campaign, name, folder)
 
