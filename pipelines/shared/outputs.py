@@ -365,7 +365,7 @@ def own_directory(path: str | os.PathLike[str], program: str) -> Iterator[OwnDir
         with _staging(path / MARKER, shown=path) as staging:
             folder = OwnDirectory(path, program, staging, is_temporary=is_new)
             folder.expect(())
-            _sweep(path)
+            sweep(path)
             try:
                 with _disk_errors(path):
                     yield folder
@@ -414,7 +414,7 @@ def _move_listed(source: Path, target: Path, files: Iterable[str]) -> None:
 
 def _delete_listed(folder: Path, files: Iterable[str]) -> None:
     """Delete staging that killed runs have left, files by name, then the folders that this leaves empty."""
-    _sweep(folder)
+    sweep(folder)
     listed = frozenset(files)
     for entry in list(_entries(folder)):  # what is there, so that no name can lead out of the folder
         if entry in listed and not entry.endswith("/"):
@@ -438,7 +438,7 @@ def remove_left_over(path: Path) -> None:
         _remove_left_over(_staging_folder(path))
 
 
-def _sweep(folder: Path) -> None:
+def sweep(folder: Path) -> None:
     """Remove what killed runs have left anywhere in `folder`."""
     for parent, folders, _ in os.walk(folder):
         for name in [name for name in folders if _is_staging(Path(parent) / name)]:
