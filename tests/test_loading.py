@@ -548,12 +548,26 @@ def test_adapters_are_never_pickles(copied, tmp_path, monkeypatch):
     refused(lambda: model.load_adapter(str(tmp_path / "adapter")), "adapter_model.safetensors")
     shutil.copytree(tmp_path / "adapter", folder, dirs_exist_ok=True)
     refused(lambda: GPSTokenModel.from_pretrained(folder), "adapter_model.safetensors")
-    transformer = tiny_pipeline.make_texture_transformer()
-    plant(tmp_path / "adapter" / "pytorch_lora_weights.bin", tmp_path / "unpickled")
-    refused(lambda: transformer.load_lora_adapter(tmp_path / "adapter", use_safetensors=False), "use_safetensors")
-    with pytest.raises(OSError, match=r"pytorch_lora_weights\.safetensors|safetensors"):
-        transformer.load_lora_adapter(tmp_path / "adapter")
+    lora = "pytorch_lora_weights.bin"
+    plant(tmp_path / "adapter" / lora, tmp_path / "unpickled")
+    for model in (
+        tiny_pipeline.make_texture_transformer(),
+        AutoencoderGPSToken.from_gpstoken(make_model(num_tokens=16)),
+    ):
+        refused(lambda: model.load_lora_adapter(tmp_path / "adapter", use_safetensors=False), "use_safetensors")
+        refused(lambda: model.load_lora_adapter(tmp_path / "adapter", weight_name=lora), "weight_name must end in")
+        with pytest.raises(OSError, match=r"pytorch_lora_weights\.safetensors|safetensors"):
+            model.load_lora_adapter(tmp_path / "adapter")
     assert not (tmp_path / "unpickled").exists()
+
+
+@pytest.mark.parametrize("kind", [*MODELS, "pipeline"])
+def test_no_pickle_is_written(healthy, tmp_path, kind):
+    """What is never loaded is not written: asked for pickles, our classes write safetensors, as transformers does."""
+    cls = KINDS[kind][0]
+    cls.from_pretrained(healthy / kind).save_pretrained(tmp_path, safe_serialization=False)
+    assert not [path for path in tmp_path.rglob("*") if path.suffix in (".bin", ".pt", ".pth")]
+    cls.from_pretrained(tmp_path)
 
 
 # -- layout banks and layouts

@@ -19,7 +19,6 @@ import torch
 import torch.nn.functional as F
 from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
-from diffusers.loaders import PeftAdapterMixin
 from diffusers.models.attention import AttentionMixin
 from diffusers.models.autoencoders.vae import AutoencoderMixin, DecoderOutput, DiagonalGaussianDistribution
 from diffusers.models.modeling_outputs import AutoencoderKLOutput
@@ -51,7 +50,7 @@ from .latent_grid import (
     tokens_to_cells,
     window,
 )
-from .loading import StrictDiffusersMixin
+from .loading import SafetensorsAdapterMixin, StrictDiffusersMixin
 from .modeling_gpstoken import GPSTokenModel
 from .partition import check_images
 from .tiling import Tile, TileGrid, decode_in_windows, gaussians_to_padded_frame, map_size_of
@@ -66,7 +65,7 @@ WINDOW_OVERLAP = 0.25
 
 
 class AutoencoderGPSToken(
-    StrictDiffusersMixin, ModelMixin, AttentionMixin, AutoencoderMixin, PeftAdapterMixin, ConfigMixin
+    StrictDiffusersMixin, ModelMixin, AttentionMixin, AutoencoderMixin, SafetensorsAdapterMixin, ConfigMixin
 ):
     r"""A [`GPSTokenModel`] with the interface of diffusers' `AutoencoderKL`, for pipelines of image latents.
 

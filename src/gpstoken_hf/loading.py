@@ -22,6 +22,7 @@ from typing import Any, ClassVar, get_type_hints
 import diffusers
 import torch
 from diffusers import ModelMixin
+from diffusers.loaders import PeftAdapterMixin
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import cached_file
@@ -375,6 +376,22 @@ class StrictDiffusersMixin(CheckedConfigMixin, StrictLoadingMixin):
         config = cls.check_config_file(config_file)
         with refusing(config_file):
             return cls.from_config(config, **_constructor_arguments(cls, kwargs))  # type: ignore[attr-defined]
+
+
+class SafetensorsAdapterMixin(PeftAdapterMixin):
+    """LoRAs of a model of diffusers, from safetensors files only."""
+
+    def load_lora_adapter(self, pretrained_model_name_or_path_or_dict: Any, *args: Any, **kwargs: Any) -> Any:
+        """Load a LoRA as diffusers does, but never from a pickle.
+
+        Raises:
+            ValueError: if the file is a pickle.
+        """
+        only_safetensors(kwargs)
+        name = kwargs.get("weight_name")
+        if name is not None and not name.endswith(".safetensors"):
+            raise ValueError(f"weight_name must end in .safetensors (pickles are never loaded), got {shown(name)}")
+        return super().load_lora_adapter(pretrained_model_name_or_path_or_dict, *args, **kwargs)
 
 
 def _with_variant(name: str, variant: str | None) -> str:

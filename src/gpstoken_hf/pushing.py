@@ -155,7 +155,8 @@ class PushWithCardMixin:
             subfolder (`str`, *optional*): folder of the repository to upload to, without a card.
             tags (`Sequence[str]`, *optional*): more tags of a new card.
             details ([`~model_cards.CardDetails`], *optional*): training, scores, licence and limits for a new card.
-            save_arguments: `max_shard_size`, `safe_serialization` or `variant` of `save_pretrained`.
+            save_arguments: `max_shard_size` or `variant` of `save_pretrained`. `safe_serialization` may be given, but
+                weights are always written to safetensors files.
 
         Returns:
             `huggingface_hub.CommitInfo`: the commit.
@@ -172,7 +173,7 @@ class PushWithCardMixin:
 
 
 def save_with_card(library_save: Callable[..., Any]) -> Callable[..., Any]:
-    """A `save_pretrained` that does as the library's, but pushes as [`PushWithCardMixin`] does.
+    """A `save_pretrained` that does as the library's, but pushes as [`PushWithCardMixin`] does and writes no pickles.
 
     Args:
         library_save (`Callable`): `save_pretrained` of the base class. Its signature, which diffusers reads, is kept.
@@ -182,8 +183,10 @@ def save_with_card(library_save: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(library_save)
     def save_pretrained(self: Any, save_directory: Any, *args: Any, **kwargs: Any) -> Any:
         bound = signature.bind(self, save_directory, *args, **kwargs)
+        # Pickles are never loaded, so none is written. transformers writes none either.
+        bound.arguments.pop("safe_serialization", None)
         if not bound.arguments.pop("push_to_hub", False):
-            return library_save(self, save_directory, *args, **kwargs)
+            return library_save(*bound.args, **bound.kwargs)
         given = bound.arguments.setdefault("kwargs", {})
         names = set(inspect.signature(upload).parameters) - {"folder", "ignore"}
         push = {name: given.pop(name) for name in names & set(given)}

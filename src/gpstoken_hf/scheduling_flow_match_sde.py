@@ -165,9 +165,11 @@ class FlowMatchSDEScheduler(PushWithCardMixin, CheckedConfigMixin, SchedulerMixi
                 "prediction_type and use_flow_sigmas must be 'flow_prediction' and True, "
                 f"got {prediction_type!r} and {use_flow_sigmas}"
             )
-        # `from_config` of another class drops values that are marked as defaults. Multistep solvers need two of them,
-        # and a config that is saved and loaded has no such marks.
-        self.register_to_config(_use_default_values=[])
+        # `from_config` of another class drops values that are marked as defaults. Multistep solvers need two of them.
+        # A config that was loaded has no such marks, and gets none.
+        if "_use_default_values" in self.config:
+            defaults = set(self.config["_use_default_values"]) - {"prediction_type", "use_flow_sigmas"}
+            self.register_to_config(_use_default_values=sorted(defaults))
         self.num_inference_steps: int | None = None
         self._step_index: int | None = None
         self._begin_index: int | None = None

@@ -21,7 +21,6 @@ from typing import Any, TypeVar
 import torch
 import torch.nn.functional as F
 from diffusers.configuration_utils import ConfigMixin, register_to_config
-from diffusers.loaders import PeftAdapterMixin
 from diffusers.models._modeling_parallel import ContextParallelInput, ContextParallelOutput
 from diffusers.models.attention import AttentionMixin, AttentionModuleMixin, FeedForward
 from diffusers.models.attention_dispatch import _AttentionBackendRegistry, dispatch_attention_fn
@@ -32,9 +31,9 @@ from diffusers.models.modeling_utils import ModelMixin
 from diffusers.utils import USE_PEFT_BACKEND, scale_lora_layers, unscale_lora_layers
 from torch import nn
 
-from .file_checks import check_number, check_statistics, only_safetensors
+from .file_checks import check_number, check_statistics
 from .gaussians import NUM_GAUSSIAN_PARAMS, gaussians_to_logits, join_tokens, logits_to_gaussians, split_tokens
-from .loading import StrictDiffusersMixin
+from .loading import SafetensorsAdapterMixin, StrictDiffusersMixin
 
 # SiT-S makes layouts, SiT-XL textures (paper App. B). Parameters for 128 tokens of 21 channels, 1000 classes.
 SIT_PRESETS: dict[str, dict[str, int]] = {
@@ -272,7 +271,7 @@ def register_blocks() -> None:
 
 
 class SiTTransformer1DModel(
-    StrictDiffusersMixin, ModelMixin, ConfigMixin, AttentionMixin, PeftAdapterMixin, CacheMixin
+    StrictDiffusersMixin, ModelMixin, ConfigMixin, AttentionMixin, SafetensorsAdapterMixin, CacheMixin
 ):
     r"""A SiT with patch size 1 over a sequence of tokens (paper Sec. 3.3, App. B).
 
@@ -425,11 +424,6 @@ class SiTTransformer1DModel(
         if kwargs.get("low_cpu_mem_usage") is False:
             del kwargs["low_cpu_mem_usage"]
         return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
-
-    def load_lora_adapter(self, pretrained_model_name_or_path_or_dict: Any, *args: Any, **kwargs: Any) -> Any:
-        """Load a LoRA as diffusers does, but never from a pickle."""
-        only_safetensors(kwargs)
-        return super().load_lora_adapter(pretrained_model_name_or_path_or_dict, *args, **kwargs)
 
     @property
     def null_class(self) -> int:
