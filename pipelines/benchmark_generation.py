@@ -115,7 +115,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             folder,
             "What generation costs",
             [
-                Text(f"Batches of {args.batch_size}, {args.dtype}, random weights, on {protocol['device']}."),
+                Text(
+                    f"Batches of {args.batch_size}, {args.dtype}, on {protocol['device']}. Weights are random, except "
+                    "those of a --pipeline."
+                ),
                 Table(header, rows),
                 Text(
                     "Times are medians with the smallest and the largest in brackets. Multiply-adds are of one image."

@@ -270,7 +270,10 @@ def tables(results: Sequence[dict[str, Any]], protocol: dict[str, Any], args: ar
     """Sizes, then times for every batch size."""
     side = args.resolution
     blocks: list[Block] = [
-        Text(f"Images of {side} x {side} pixels, {args.dtype}, random weights, on {protocol['device']}."),
+        Text(
+            f"Images of {side} x {side} pixels, {args.dtype}, on {protocol['device']}. Weights are random, except "
+            "those of checkpoints."
+        ),
         Table(
             ("model", "floats", "parameters (M)", "encoder (M)", "decoder (M)", "encode (GMAC)", "decode (GMAC)"),
             [

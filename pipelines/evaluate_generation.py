@@ -100,7 +100,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     moments, reference = read_reference(args)
     sources = make_sources(args, device)
     network = load_feature_network(args.feature_network, args.feature_weights_file).to(device)
-    protocol = make_protocol(args, reference, len(next(iter(sources.values()))), describe_network(network))
+    count = len(next(iter(sources.values())))
+    protocol = make_protocol(args, moments is not None, reference, count, describe_network(network))
     settings = {
         "version": gpstoken_hf.__version__,
         **{name: value for name, value in protocol.items() if name != "images"},
@@ -254,17 +255,18 @@ def make_sources(args: argparse.Namespace, device: str | torch.device) -> dict[s
 
 
 def make_protocol(
-    args: argparse.Namespace, reference: ImageSet | None, count: int, features: dict[str, Any]
+    args: argparse.Namespace, has_moments: bool, images: ImageSet | None, count: int, features: dict[str, Any]
 ) -> dict[str, Any]:
-    """How the numbers are measured."""
-    if reference is not None and len(reference) < 2:
-        raise ProgramError(f"--reference must hold at least 2 images, got {len(reference)}")
+    """How the numbers are measured, against the images of `--reference` or the statistics that it holds."""
+    if images is not None and len(images) < 2:
+        raise ProgramError(f"--reference must hold at least 2 images, got {len(images)}")
     return {
         "task": "generation",
         "images": count,
         "reference": [printable(path.name) for path in args.reference],
-        "reference_checksum": reference.checksum() if reference is not None else file_digest(args.reference[0]),
-        "reference_images": len(reference) if reference is not None else "statistics",
+        # Of the whole file where it holds statistics, as they need not be those of its images.
+        "reference_checksum": file_digest(args.reference[0]) if images is None or has_moments else images.checksum(),
+        "reference_images": len(images) if images is not None else "statistics",
         "resolution": args.resolution,
         "crop": "centre, after the shortest side is resized" if args.resolution else None,
         "resize": args.resample if args.resolution else None,
@@ -413,22 +415,28 @@ def write_results(
 
 def draw_sweep(args: argparse.Namespace, results: Sequence[dict[str, Any]], key: str, title: str) -> bool:
     """The distance over the first option with several values, a curve for each combination of the others."""
-    axes = [name for name in ("guidance_scale", "steps") if args.pipeline and len(getattr(args, name)) > 1]
-    if not axes:
+    options = ("guidance_scale", "steps", "guidance_interval", "scheduler")
+    swept = [name for name in options if args.pipeline and len(set(getattr(args, name))) > 1]
+    if not swept:
         return False
+    axis, others = swept[0], swept[1:]
+    # Intervals and schedulers have no order: each has a place along the axis.
+    is_number = axis in ("guidance_scale", "steps")
+    names = [] if is_number else list(dict.fromkeys(_shown(entry[axis]) for entry in results))
     groups: dict[str, list[tuple[float, float | None]]] = {}
-    others = ("guidance_scale", "guidance_interval", "steps", "scheduler")
     for entry in results:
-        rest = [
-            f"{name.replace('_', ' ')} {entry[name]}"
-            for name in others
-            if name != axes[0] and len(getattr(args, name)) > 1
-        ]
-        groups.setdefault(", ".join(rest) or args.pipeline, []).append((float(entry[axes[0]]), entry[key]))
+        label = ", ".join(f"{name.replace('_', ' ')} {_shown(entry[name])}" for name in others) or args.pipeline
+        x = entry[axis] if is_number else names.index(_shown(entry[axis]))
+        groups.setdefault(label, []).append((float(x), entry[key]))
     curves = [Curve(label, points) for label, points in groups.items()]
-    label = axes[0].replace("_", " ")
-    draw_curves(args.output / "sweep.png", curves, label, title, f"{results[0]['images']} images")
+    label = axis.replace("_", " ")
+    draw_curves(args.output / "sweep.png", curves, label, title, f"{results[0]['images']} images", names=names)
     return True
+
+
+def _shown(value: Any) -> str:
+    """A value of an option, as a person would write it."""
+    return f"{value[0]:g} to {value[1]:g}" if isinstance(value, list) else str(value)
 
 
 def draw_samples(path: Path, features: dict[str, FeatureFolder], sources: dict[str, Source]) -> None:

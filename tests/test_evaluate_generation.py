@@ -208,6 +208,22 @@ def test_a_sweep_over_guidance_and_schedulers(run, saved, folders, tmp_path):
     assert np.abs(np.asarray(PIL.Image.open(path)).astype(int) - image).max() <= 1
 
 
+@pytest.mark.parametrize(
+    ("sweep", "rows"),
+    [
+        (("--guidance_interval", "0,1", "0.5,1"), 2),
+        (("--scheduler", "euler", "heun", "--guidance_interval", "0,1", "0.5,1"), 4),
+        (("--guidance_scale", 1.5, 1.5), 1),
+    ],
+)
+def test_a_sweep_over_what_is_no_number_is_drawn(run, saved, folders, tmp_path, sweep, rows):
+    short = ["--steps", 2, "--layout_steps", 2, "--num_images", 2]
+    assert run("--pipeline", saved, "--reference", folders[1], *short, *sweep) == 0
+    assert len(read_result(tmp_path / "results/results.json")["results"]) == rows
+    assert (tmp_path / "results/sweep.png").is_file() == (rows > 1)
+    assert ("sweep.png" in (tmp_path / "results/report.md").read_text()) == (rows > 1)
+
+
 def test_a_killed_run_goes_on_and_more_images_add_to_it(run, saved, folders, tmp_path, monkeypatch, capsys):
     arguments = ["--pipeline", saved, "--reference", folders[1], *SHORT]
     assert run(*arguments, "--output", "whole") == 0
@@ -246,6 +262,22 @@ def test_what_is_missing_is_planned_in_batches(tmp_path):
     assert folder.missing(10, 3) == [range(2), range(4, 6), range(9, 10)]
     assert folder.missing(3, 3) == [range(2)]
     assert folder.read(range(3, 8), ("pool",))["pool"].flatten().tolist() == [3, 6, 7]
+
+
+def test_the_checksum_of_a_reference_is_of_what_is_compared(tmp_path):
+    """Of ADM's statistics, if the file holds them and they count, and not of the images beside them."""
+    images = np.random.default_rng(0).integers(0, 256, (3, 8, 8, 3), dtype=np.uint8)
+    found = {}
+    for scale in (1, 2):
+        path = tmp_path / f"{scale}.npz"
+        np.savez(path, arr_0=images, mu=np.zeros(3), sigma=scale * np.eye(3))
+        for network in ("inception", NETWORK):
+            args = program._parse(["--samples", "made", "--reference", str(path), "--feature_network", network])
+            moments, reference = program.read_reference(args)
+            protocol = program.make_protocol(args, moments is not None, reference, 3, {})
+            found[scale, network] = protocol["reference_checksum"]
+    assert found[1, "inception"] != found[2, "inception"]
+    assert found[1, NETWORK] == found[2, NETWORK]
 
 
 # ----------------------------------------------------------------------------------------------------------- errors

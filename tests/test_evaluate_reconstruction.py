@@ -5,11 +5,13 @@ import io
 import json
 import math
 import os
+import struct
 
 import numpy as np
 import PIL.Image
 import pytest
 import torch
+from safetensors import safe_open
 
 from gpstoken_hf.configuration_gpstoken import GPSTokenConfig
 from gpstoken_hf.evaluation_results import compare, read_result
@@ -255,6 +257,7 @@ def test_standard_error():
         ),
         (["cut.png"], "cannot read cut.png"),
         (["bytes.parquet"], "row 0 must hold a readable image"),
+        (["bomb.parquet"], "row 0 must hold a readable image"),
     ],
 )
 def test_one_line_and_exit_code_2(run, folder, tmp_path, capsys, arguments, message):
@@ -266,10 +269,15 @@ def test_one_line_and_exit_code_2(run, folder, tmp_path, capsys, arguments, mess
     (tmp_path / "text.parquet").write_text("not parquet")
     whole = (folder / "0.png").read_bytes()
     (tmp_path / "cut.png").write_bytes(whole[: len(whole) // 2])
-    if "bytes.parquet" in arguments:
-        pyarrow = pytest.importorskip("pyarrow")
-        table = pyarrow.table({"image": [{"bytes": io.BytesIO(whole[:50]).getvalue(), "path": None}]})
-        pytest.importorskip("pyarrow.parquet").write_table(table, tmp_path / "bytes.parquet")
+    # A file that is cut off, and one that claims to be of 60,000 x 60,000 pixels.
+    bomb = io.BytesIO()
+    PIL.Image.new("RGB", (1, 1)).save(bomb, "BMP")
+    bomb = bomb.getvalue()[:18] + struct.pack("<ii", 60_000, 60_000) + bomb.getvalue()[26:]
+    for name, content in (("bytes.parquet", whole[:50]), ("bomb.parquet", bomb)):
+        if name in arguments:
+            pyarrow = pytest.importorskip("pyarrow")
+            table = pyarrow.table({"image": [{"bytes": content, "path": None}]})
+            pytest.importorskip("pyarrow.parquet").write_table(table, tmp_path / name)
     assert run(*arguments) == 2
     errors = capsys.readouterr().err.splitlines()
     assert len(errors) == 1
@@ -489,6 +497,32 @@ def test_network_metrics_resume_with_equal_numbers(run, folder, tmp_path, monkey
     (tmp_path / "killed/statistics.safetensors").write_bytes(b"cut off")
     assert run(folder, *options, "--output", "killed") == 0
     assert read_result(tmp_path / "killed/results.json")["results"] == whole["results"]
+
+
+def test_a_resumed_run_with_another_batch_size_counts_every_image_once(run, folder, tmp_path, monkeypatch):
+    """Killed after a batch of three of five images, whose statistics were written; batches of two do the rest."""
+    timm = pytest.importorskip("timm", reason="needs timm")
+    torch.save(timm.create_model("test_efficientnet").state_dict(), tmp_path / "weights.pth")
+    options = [folder, "--tokens", 4, "--feature_network", "timm/test_efficientnet"]
+    options += ["--feature_weights_file", tmp_path / "weights.pth"]
+    assert run(*options, "--batch_size", 2) == 0
+    whole = read_result(tmp_path / "results/results.json")
+    real = scoring.Evaluation.score_batch
+
+    def killed(self, images, places):
+        if places.start:
+            raise KeyboardInterrupt
+        return real(self, images, places)
+
+    monkeypatch.setattr(scoring, "SAVE_STATISTICS_S", -1.0)
+    monkeypatch.setattr(scoring.Evaluation, "score_batch", killed)
+    assert run(*options, "--batch_size", 3, "--output", "killed") == 130
+    monkeypatch.setattr(scoring.Evaluation, "score_batch", real)
+    assert run(*options, "--batch_size", 2, "--output", "killed") == 0
+    for row in compare(whole, read_result(tmp_path / "killed/results.json")):
+        assert row["second"] == pytest.approx(row["first"], rel=1e-5), row
+    with safe_open(tmp_path / "killed/statistics.safetensors", "pt") as file:
+        assert {file.get_tensor(key).item() for key in file.keys() if key.endswith(".count")} == {5}  # noqa: SIM118
 
 
 def test_results_of_other_protocols_are_not_compared(run, folder, tmp_path):

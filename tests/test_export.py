@@ -1,6 +1,7 @@
 # Copyright 2026 The gpstoken-hf authors. Licensed under the Apache License, Version 2.0.
 """Exported programs: written by the program, run without this package, equal to the model at other sizes."""
 
+import shutil
 import subprocess
 import sys
 
@@ -74,6 +75,38 @@ def test_onnx_of_decode(model_folder, tmp_path):
         (output,) = session.run(None, dict(zip(("tokens", "attention_mask", "canvas"), inputs)))
         with torch.no_grad():
             assert np.abs(output - model.decode(tokens, size).sample.numpy()).max() <= 1e-4
+
+
+def test_programs_whose_packages_are_missing_are_skipped(tmp_path):
+    """One line for each; a program that cannot be compared is no success."""
+    folder = tmp_path / "exported"
+    folder.mkdir()
+    shutil.copy(export_model.run_exported.__file__, folder)
+    for name in ("decode.onnx", "encode_regions.pt2", "decode.pt2"):
+        (folder / name).touch()
+    np.savez(folder / "example.npz")
+    hide = "import sys\nfor name in ('onnxruntime', 'torch', 'torchvision'):\n    sys.modules[name] = None\n"
+    command = [sys.executable, "-c", hide + RUN, str(folder / "run_exported.py")]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    assert (result.returncode, result.stderr) == (1, "")
+    assert result.stdout.splitlines() == [
+        "decode.onnx: skipped, it needs onnxruntime >= 1.20, not installed here",
+        "decode.pt2: skipped, it needs torch >= 2.7, not installed here",
+        "encode_regions.pt2: skipped, it needs torch >= 2.7 and torchvision >= 0.22, not installed here",
+    ]
+
+
+@needs_newer_torch
+def test_a_program_that_gives_nan_is_no_success(model_folder, tmp_path):
+    folder = tmp_path / "exported"
+    assert export(model_folder, folder, "--parts", "decode", "--formats", "torch") == 0
+    example = dict(np.load(folder / "example.npz"))
+    example["decode.output"][0, 0, 0, 0] = np.nan
+    np.savez(folder / "example.npz", **example)
+    command = [sys.executable, "-c", RUN, str(folder / "run_exported.py")]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    assert result.returncode == 1
+    assert "largest difference from the model nan" in result.stdout
 
 
 @needs_newer_torch

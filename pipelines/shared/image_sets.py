@@ -18,7 +18,7 @@ import PIL.Image
 import torch
 
 from gpstoken_hf.feature_statistics import DAMAGED, read_array_header
-from gpstoken_hf.image_processing_gpstoken import GPSTokenImageProcessor, open_image
+from gpstoken_hf.image_processing_gpstoken import PILLOW_READ_ERRORS, GPSTokenImageProcessor, open_image
 
 from .photographs import find_photographs
 from .programs import ProgramError, one_line, printable
@@ -158,10 +158,11 @@ class ParquetRows:
 
     def image(self, row: int) -> PIL.Image.Image:
         """The image of a row."""
+        content = self.content(row)
         try:
-            image = PIL.Image.open(BytesIO(self.content(row)))
+            image = PIL.Image.open(BytesIO(content))
             image.load()
-        except (OSError, SyntaxError, EOFError) as error:
+        except PILLOW_READ_ERRORS as error:
             raise ProgramError(f"{self.path}: row {row} must hold a readable image: {error}") from error
         return image
 

@@ -56,7 +56,12 @@ def add_options(parser: argparse.ArgumentParser, output: Path) -> None:
     """The options of every program that scores reconstructions; `output` is the default folder."""
     parser.add_argument("paths", nargs="*", type=Path, metavar="data", help="the same as --data")
     parser.add_argument(
-        "--data", nargs="+", type=Path, default=[], help="parquet files, image files, and folders of images"
+        "--data",
+        "--dataset",
+        nargs="+",
+        type=Path,
+        default=[],
+        help="parquet files, .npz files of images, image files, and folders of images",
     )
     parser.add_argument("--image_column", default="image", help="column of the parquet files")
     parser.add_argument("--resolution", type=positive_int, default=64)
@@ -320,9 +325,10 @@ def _open_progress(
             counted = 0
             (folder.path / STATISTICS_FILE).unlink()
             statistics.load(folder.path / STATISTICS_FILE)
-        rows = rows[:counted]
-    # Whole batches, as another batch changes the last digits.
-    rows = rows if len(rows) == settings["images"] else rows[: len(rows) // args.batch_size * args.batch_size]
+        rows = rows[:counted]  # the end of a batch, which need not be one of today's --batch_size
+    elif len(rows) < settings["images"]:
+        # Whole batches, as another batch changes the last digits.
+        rows = rows[: len(rows) // args.batch_size * args.batch_size]
     folder.expect(outputs)
     with atomic_file(path) as staging:
         lines = [json.dumps(settings), *map(json.dumps, rows)]

@@ -145,9 +145,18 @@ class Curve:
 
 
 def draw_curves(
-    path: Path, curves: Sequence[Curve], x_label: str, y_label: str, title: str, is_log: bool = False
+    path: Path,
+    curves: Sequence[Curve],
+    x_label: str,
+    y_label: str,
+    title: str,
+    is_log: bool = False,
+    names: Sequence[str] = (),
 ) -> None:
-    """Draw curves into a PNG file. Without matplotlib a line on the terminal says what is missing."""
+    """Draw curves into a PNG file. Without matplotlib a line on the terminal says what is missing.
+
+    With `names` the places 0, 1, ... along x stand for things with these names.
+    """
     try:
         from matplotlib.figure import Figure
     except ImportError:
@@ -167,6 +176,8 @@ def draw_curves(
         chosen = _spread(sorted(ticks))
         axes.set_xticks(chosen, [f"{tick:g}" for tick in chosen])
         axes.minorticks_off()
+    if names:
+        axes.set_xticks(range(len(names)), [printable(name) for name in names])
     axes.set_xlabel(x_label)
     axes.set_ylabel(y_label)
     axes.set_title(printable(title))

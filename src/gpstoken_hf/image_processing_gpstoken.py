@@ -32,7 +32,7 @@ from .pushing import PushWithCardMixin, save_with_card
 # How long a server may stay silent.
 DOWNLOAD_SECONDS = 30
 # All that Pillow raises for a file that it cannot read.
-_PILLOW_READ_ERRORS = (OSError, SyntaxError, ValueError, EOFError, PIL.Image.DecompressionBombError)
+PILLOW_READ_ERRORS = (OSError, SyntaxError, ValueError, EOFError, PIL.Image.DecompressionBombError)
 
 
 def open_image(source: str | os.PathLike) -> PIL.Image.Image:
@@ -57,7 +57,7 @@ def open_image(source: str | os.PathLike) -> PIL.Image.Image:
             return PIL.ImageOps.exif_transpose(image)
     except FileNotFoundError as error:
         raise ValueError(f"image must be a readable file, got no such file: {shown}") from error
-    except _PILLOW_READ_ERRORS as error:
+    except PILLOW_READ_ERRORS as error:
         raise ValueError(f"image must be a readable file; cannot read {shown}: {error}") from error
 
 
