@@ -121,9 +121,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.to_file and args.to_file.suffix != ".gpst":
         raise ProgramError(f"--to_file must end in .gpst, got {args.to_file}")
 
-    sources = collect_sources(args.images, args.output)
+    sources = collect_sources(args.images, args.output, [OVERVIEW_FILE])
     if args.to_file and len(sources) > 1:
         raise ProgramError(f"--to_file must come with one image, got {len(sources)}")
+    if args.to_file:
+        folder = args.output / sources[0].folder
+        if Path(os.path.realpath(args.to_file)).is_relative_to(os.path.realpath(folder)):
+            raise ProgramError(f"--to_file must lie outside of {folder}, which is written whole, got {args.to_file}")
     settings = {
         "version": gpstoken_hf.__version__,
         "model": args.model,
@@ -271,11 +275,13 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
 # ---------------------------------------------------------------------------------------------------------- inputs
 
 
-def collect_sources(paths: Sequence[Path], output: Path) -> list[Source]:
-    """Plan a source, with its own output folder, for each file and for each image of a folder.
+def collect_sources(
+    paths: Sequence[Path], output: Path, reserved: Sequence[str] = (), suffixes: Sequence[str] = ("",)
+) -> list[Source]:
+    """Plan a source, with a name for its results, for each file and for each image of a folder.
 
     `photo.jpg` goes to `photo`, or to `photo.jpg` where another result would share, contain or lie in that folder, or
-    to `photo.jpg-<hash of its path>` where even that is taken.
+    to `photo.jpg-<hash of its path>` where even that is taken. `reserved` and `suffixes` are those of `plan_names`.
 
     Raises:
         ProgramError: If a path does not exist, or if a folder holds no image.
@@ -293,7 +299,8 @@ def collect_sources(paths: Sequence[Path], output: Path) -> list[Source]:
         files.setdefault(key, file)
         names[key] = min(name, names.get(key, name), key=lambda path: (len(path.parts), path))
     inputs = [Path(key).relative_to(root).as_posix() for key in files if Path(key).is_relative_to(root)]
-    folders = plan_names({key: _result_names(name) for key, name in names.items()}, [*inputs, OVERVIEW_FILE])
+    candidates = {key: _result_names(name) for key, name in names.items()}
+    folders = plan_names(candidates, [*inputs, *reserved], suffixes)
     return [
         Source(printable(file), folders[key], partial(open_image, file), partial(file_digest, file))
         for key, file in files.items()

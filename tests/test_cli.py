@@ -178,6 +178,22 @@ def test_encode_skips_what_is_done_and_refuses_other_settings(photos, model_fold
     assert load_file(tmp_path / "tokens" / "a.safetensors")["tokens"].shape[1] == 9
 
 
+def test_every_photograph_gets_files_of_its_own(photos, model_folder, tmp_path):
+    (photos / "sub.png").mkdir()
+    long = "x" * 250 + ".png"
+    for name in ("sub.jpg", "sub.png/inner.png", long, ".gpstoken.png"):
+        shutil.copy(photos / "a.png", photos / name)
+    command = ["encode", photos, "--tokens", 4, "--output", photos / "tokens", "--model", model_folder]
+    assert gpstoken(*command) == 0
+    written = sorted(path for path in (photos / "tokens").rglob("*.safetensors"))
+    assert len(written) == 6  # the two of the folder, and these
+    assert gpstoken(*command) == 0  # its own pictures are no photographs
+    assert sorted(path for path in (photos / "tokens").rglob("*.safetensors")) == written
+    command = ["--output", tmp_path / "pictures", "--model", model_folder]
+    assert gpstoken("decode", *written, *command) == 0
+    assert len([*(tmp_path / "pictures").rglob("*.png")]) == 6
+
+
 def test_a_focus_draws_tokens(photos, model_folder, tmp_path):
     flat = PIL.Image.new("RGB", (64, 64), (90, 90, 90))
     flat.save(photos / "flat.png")
