@@ -88,18 +88,18 @@ def plan_names(
         used = Counter(_comparable(name) for group in names.values() for name in group)
         parents = {path[:length] for path in used for length in range(1, len(path))}
 
-        def clashes(name: str, path: tuple[str, ...]) -> bool:
-            return (
-                used[path] > 1
-                or path in parents
-                or path in taken_parents
-                or any(path[:length] in taken for length in range(1, len(path) + 1))
-                or any(path[:length] in used for length in range(1, len(path)))
-                or any(len(os.fsencode(part)) > MAX_NAME_BYTES for part in name.split("/"))
-            )
-
-        clashing = [key for key, group in names.items() if any(clashes(name, _comparable(name)) for name in group)]
-        clashing = [key for key in clashing if levels[key] + 1 < len(choices[key])]
+        clashing = {
+            key
+            for key, group in names.items()
+            for name, path in zip(group, map(_comparable, group))
+            if used[path] > 1
+            or path in parents
+            or path in taken_parents
+            or any(path[:length] in taken for length in range(1, len(path) + 1))
+            or any(path[:length] in used for length in range(1, len(path)))
+            or any(len(os.fsencode(part)) > MAX_NAME_BYTES for part in name.split("/"))
+        }
+        clashing = {key for key in clashing if levels[key] + 1 < len(choices[key])}
         if not clashing:
             return {key: choices[key][level] for key, level in levels.items()}
         for key in clashing:
