@@ -41,19 +41,20 @@ from .shared.tiles import decode_in_tiles
 from .shared.token_files import MAX_STORED_PIXELS, load_token_file, load_tokens
 
 PROGRAM = "pipelines.decode"
+SUFFIX = ".png"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = _parse(argv)
     files = {os.path.abspath(path): path for path in args.tokens}
-    names = plan_names({key: _names_of(Path(key)) for key in files})
+    names = plan_names({key: _names_of(Path(key)) for key in files}, suffixes=[SUFFIX])
     model = load_tokenizer(args.model, args.device)
     failures = []
     with own_directory(args.output, PROGRAM) as folder:
         for key in progress(list(files), "files"):
             label = printable(files[key])
             try:
-                _decode_file(model, files[key], names[key], folder, args)
+                _decode_file(model, files[key], names[key] + SUFFIX, folder, args)
             except OutputError:  # the disk is full or read-only, so every other file would fail too
                 raise
             except FILE_ERRORS as error:
@@ -80,14 +81,12 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def _names_of(file: Path) -> list[str]:
     """Names for a picture, in order of preference. `reconstruct` makes a folder for each photograph."""
-    if file.name == "tokens.safetensors" and file.parent.name:
-        return [f"{file.parent.name}.png", f"{file.name}.png"]
-    return [f"{file.stem}.png", f"{file.name}.png"]
+    is_in_own_folder = file.name == "tokens.safetensors" and file.parent.name
+    return [file.parent.name if is_in_own_folder else file.stem, file.name]
 
 
 def _decode_file(model: GPSTokenModel, path: Path, name: str, folder: OwnDirectory, args: argparse.Namespace) -> None:
-    if name not in folder.files and os.path.lexists(folder.path / name):
-        raise ProgramError(f"the output {args.output / name} must not exist or be written by {PROGRAM}")
+    folder.check_free([name])
     is_packed = path.suffix.lower() == ".gpst"
     stored = load_token_file(path, model) if is_packed else load_tokens(path, model.config.token_channels)
     if args.size is not None:

@@ -21,7 +21,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -66,7 +65,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = _parse(argv)
     check_target(args)
     check_step(args.step, "--format gpst", args.format == "gpst")
-    sources = collect_sources(args.images, args.output)
+    sources = collect_sources(args.images, args.output, suffixes=[f".{kind}" for kind in kinds_of(args.format)])
     mask = None if args.importance is None else read_mask(args.importance)
     model = load_tokenizer(args.model, args.device)
     settings = {**encoding_settings(args), "weights": weights_fingerprint(model), "format": args.format}
@@ -83,6 +82,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     if failures and len(sources) > 1:
         print(f"{len(failures)} of {len(sources)} images not encoded: {', '.join(failures)}", file=sys.stderr)
     return EXIT_BAD_INPUT if failures else 0
+
+
+def kinds_of(token_format: str) -> tuple[str, ...]:
+    """The endings of the files of one photograph, in the order in which they are written."""
+    return token_format, "png", "json"
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -106,14 +110,12 @@ def _encode_source(
     folder: OwnDirectory,
     args: argparse.Namespace,
 ) -> None:
-    names = {kind: f"{source.name}.{kind}" for kind in (args.format, "png", "json")}
+    names = {kind: f"{source.name}.{kind}" for kind in kinds_of(args.format)}
     settings = {**settings, "source": source.digest()}
     if not args.overwrite and _is_done(folder.path, names, args.format, settings):
         tqdm.write(f"{source.label}: done before, skipped (--overwrite replaces it)")
         return
-    for name in names.values():
-        if name not in folder.files and os.path.lexists(folder.path / name):
-            raise ProgramError(f"the output {args.output / name} must not exist or be written by {PROGRAM}")
+    folder.check_free(names.values())
 
     photograph = read_photograph(source.read(), args.max_side)
     encoded, tile_size = encode_photograph(model, photograph, mask, args, source.label)

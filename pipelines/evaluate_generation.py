@@ -58,7 +58,7 @@ from gpstoken_hf.visualization import contact_sheet
 from .shared.checkpoints import load_pipeline, weights_fingerprint
 from .shared.feature_files import FeatureFolder, FileSource, PipelineSource, Source, extract
 from .shared.image_sets import RESAMPLES, ImageSet
-from .shared.outputs import OwnDirectory, atomic_file, own_directory
+from .shared.outputs import OwnDirectory, atomic_file, claim_file, own_directory
 from .shared.photographs import file_digest
 from .shared.programs import (
     ProgramError,
@@ -97,6 +97,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = _parse(argv)
     state = PartialState(cpu=args.device == "cpu")
     device = args.device or state.device
+    if args.save_reference is not None and state.is_main_process:
+        claim_file(args.save_reference, PROGRAM)
     moments, reference = read_reference(args)
     sources = make_sources(args, device)
     network = load_feature_network(args.feature_network, args.feature_weights_file).to(device)
@@ -175,10 +177,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--save_reference", type=Path, help="write the statistics of the reference, as ADM does")
     parser.add_argument("--output", type=Path, default=Path("out/evaluate_generation"))
     parser.add_argument("--overwrite", action="store_true", help="replace results of this program")
-    args = parser.parse_args(argv)
-    if args.save_reference is not None and args.save_reference.exists() and not args.overwrite:
-        raise ProgramError(f"--save_reference must not exist yet, got {args.save_reference}")
-    return args
+    return parser.parse_args(argv)
 
 
 def interval(text: str) -> tuple[float, float]:

@@ -53,11 +53,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     settings = {
         "version": gpstoken_hf.__version__,
         "data": [printable(path.name) for path in args.data],
+        "checksum": sets[resolutions[0]].checksum(),
         "images": len(sets[resolutions[0]]),
         "model": args.model,
         "weights": weights_fingerprint(model),
         "resolutions": resolutions,
         "samples": args.samples,
+        "batch_size": args.batch_size,  # a row of the file is a batch
     }
     with own_directory(args.output, PROGRAM) as folder:
         log = ScoreLog(folder, ROWS_FILE, settings, OUTPUTS, args.overwrite)

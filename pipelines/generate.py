@@ -178,13 +178,17 @@ def read_layout(source: str) -> str | GaussianLayout | PIL.Image.Image:
         return source
     if not source.endswith(".safetensors"):
         return open_image(source)
-    try:
-        tensors = load_file(source)
-    except SafetensorError as error:
-        raise ValueError(f"expected a safetensors file, cannot read {source}: {error}") from error
+    tensors = _read_tensors(source)
     if "layout" not in tensors:
         raise ValueError(f"expected a tensor 'layout' in {source}, got {sorted(tensors)}")
     return GaussianLayout(tensors["layout"][None])
+
+
+def _read_tensors(path: str | Path) -> dict[str, torch.Tensor]:
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise ValueError(f"expected a safetensors file, cannot read {path}: {error}") from error
 
 
 def _layout_setting(source: str | None) -> str | None:
@@ -267,9 +271,9 @@ def draw_sheets(pipeline: GPSTokenPipeline, labels: Sequence[int], count: int, o
     jobs = [Job(label, index) for label in labels[:SHEET_ROWS] for index in range(columns)]
     pictures, layouts, titles = [], [], []
     for job in jobs:
-        image = PIL.Image.open(output / job.image_file).convert("RGB")
+        image = open_image(output / job.image_file).convert("RGB")
         zoom = -(-DRAWN_SIDE // max(image.size))
-        tensors = load_file(output / job.layout_file)
+        tensors = _read_tensors(output / job.layout_file)
         gaussians = tensors["layout"] if "layout" in tensors else tensors["tokens"][:, :5]
         pictures.append(image.resize((image.width * zoom, image.height * zoom), PIL.Image.Resampling.NEAREST))
         layouts.append(draw_gaussians(image, gaussians, zoom=zoom))

@@ -22,7 +22,7 @@ from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalEntryNotFoundError
 
 import gpstoken_hf
-from gpstoken_hf.file_checks import read_json
+from gpstoken_hf.file_checks import read_json, refusing
 from gpstoken_hf.transformer_sit import SiTTransformer1DModel
 
 from .shared.checkpoints import find_checkpoint, quiet_loading
@@ -70,9 +70,9 @@ def describe(name: str) -> Rows:
     source = find_checkpoint(name, "MODEL")
     rows: Rows = [("checkpoint", name)]
     if (index := _file(source, INDEX)) is not None:
-        rows += _describe_pipeline(source, read_json(index))
+        rows += _describe_pipeline(source, index)
     elif (config := _file(source, CONFIG)) is not None:
-        rows += _describe_model(read_json(config), config.parent)
+        rows += _describe_model(config)
     else:
         raise ProgramError(f"MODEL must hold {CONFIG} or {INDEX}, got neither")
     if Path(source).is_dir():
@@ -95,9 +95,17 @@ def _file(source: str, name: str, subfolder: str | None = None) -> Path | None:
         return None
 
 
-def _describe_pipeline(source: str, index: dict[str, Any]) -> Rows:
-    if index.get("_class_name") != "GPSTokenPipeline":
-        raise ProgramError(f"MODEL must be a GPSTokenPipeline or one of its models, got {index.get('_class_name')!r}")
+def _class_name(config: dict[str, Any]) -> Any:
+    """The class that a config names. The remote-code edition names a file and its class."""
+    name = config.get("_class_name")
+    return name[-1] if isinstance(name, list) and name else name
+
+
+def _describe_pipeline(source: str, path: Path) -> Rows:
+    index = read_json(path)
+    if _class_name(index) != "GPSTokenPipeline":
+        raise ProgramError(f"MODEL must be a GPSTokenPipeline or one of its models, got {_class_name(index)!r}")
+    index = gpstoken_hf.GPSTokenPipeline.check_config_file(path)
     rows: Rows = [("class", "GPSTokenPipeline: class label -> layout -> texture -> image")]
     parts = {name: entry for name, entry in index.items() if isinstance(entry, list) and len(entry) == 2 and entry[1]}
     for part, (_, class_name) in parts.items():
@@ -105,7 +113,7 @@ def _describe_pipeline(source: str, index: dict[str, Any]) -> Rows:
         if config is None:
             rows.append((part, str(class_name)))
         else:
-            described = _describe_model(read_json(config), config.parent)
+            described = _describe_model(config)
             rows += [(part if key == "class" else f"  {key}", text) for key, text in described]
     labels = index.get("id2label")
     if isinstance(labels, dict) and labels:
@@ -116,31 +124,34 @@ def _describe_pipeline(source: str, index: dict[str, Any]) -> Rows:
     return rows
 
 
-def _describe_model(config: dict[str, Any], folder: Path) -> Rows:
-    """Rows of one model. `config` is the JSON object of `folder / config.json`."""
+def _describe_model(path: Path) -> Rows:
+    """Rows of the model with this config."""
+    config = read_json(path)
     if config.get("model_type") == "gpstoken":
         with quiet_loading():
-            settings = gpstoken_hf.GPSTokenConfig.from_pretrained(folder)
+            settings = gpstoken_hf.GPSTokenConfig.from_pretrained(path.parent)
             with torch.device("meta"):
                 model = gpstoken_hf.GPSTokenModel(settings)
         return _tokenizer_rows("GPSTokenModel: image <-> tokens", model, settings)
-    class_name = config.get("_class_name")
-    values = {key: value for key, value in config.items() if not key.startswith("_")}
-    if class_name == "AutoencoderGPSToken":
-        with torch.device("meta"):
-            vae = gpstoken_hf.AutoencoderGPSToken(**values)
-        return _tokenizer_rows("AutoencoderGPSToken: image <-> latents on a grid", vae, vae.config)
-    if class_name == "SiTTransformer1DModel":
-        with torch.device("meta"):
-            sit = SiTTransformer1DModel(**values)
-        return _transformer_rows(sit)
-    if class_name == "GaussianLayoutBank":
+    class_name = _class_name(config)
+    for model_class in (gpstoken_hf.AutoencoderGPSToken, SiTTransformer1DModel, gpstoken_hf.GaussianLayoutBank):
+        if class_name == model_class.__name__:
+            values = {key: value for key, value in model_class.check_config_file(path).items() if key[:1] != "_"}
+            with refusing(path), torch.device("meta"):
+                model = model_class(**values)
+            break
+    else:
+        known = "GPSTokenPipeline, GPSTokenModel, AutoencoderGPSToken, SiTTransformer1DModel or GaussianLayoutBank"
+        raise ProgramError(f"MODEL must be a {known}, got {class_name or config.get('model_type')!r}")
+    if isinstance(model, SiTTransformer1DModel):
+        return _transformer_rows(model)
+    if isinstance(model, gpstoken_hf.GaussianLayoutBank):
+        count, total = model.config.num_layouts, model.config.total_tokens
         return [
             ("class", "GaussianLayoutBank: stored layouts per class"),
-            ("layouts", f"{values['num_layouts']} of {values['total_tokens'] / values['num_layouts']:.4g} tokens"),
+            ("layouts", f"{count} of {total / count:.4g} tokens"),
         ]
-    known = "GPSTokenPipeline, GPSTokenModel, AutoencoderGPSToken, SiTTransformer1DModel or GaussianLayoutBank"
-    raise ProgramError(f"MODEL must be a {known}, got {class_name or config.get('model_type')!r}")
+    return _tokenizer_rows("AutoencoderGPSToken: image <-> latents on a grid", model, model.config)
 
 
 def _tokenizer_rows(title: str, model: torch.nn.Module, config: Any) -> Rows:

@@ -69,6 +69,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     settings = {
         "version": gpstoken_hf.__version__,
         "data": [printable(path.name) for path in args.data],
+        "checksum": images.checksum(),
         "images": len(images),
         "model": args.model,
         "weights": weights_fingerprint(model),

@@ -121,6 +121,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     sources = collect_sources(args.images, args.output, [OVERVIEW_FILE])
     if args.to_file and len(sources) > 1:
         raise ProgramError(f"--to_file must come with one image, got {len(sources)}")
+    if args.to_file:
+        folder = args.output / sources[0].name
+        if Path(os.path.realpath(args.to_file)).is_relative_to(os.path.realpath(folder)):
+            raise ProgramError(f"--to_file must lie outside of {folder}, which is written whole, got {args.to_file}")
     settings = {**encoding_settings(args), "to_file": args.to_file and printable(args.to_file)}
     mask = None if args.importance is None else read_mask(args.importance)
     model = load_tokenizer(args.model, args.device)

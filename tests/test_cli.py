@@ -178,6 +178,22 @@ def test_encode_skips_what_is_done_and_refuses_other_settings(photos, model_fold
     assert load_file(tmp_path / "tokens" / "a.safetensors")["tokens"].shape[1] == 9
 
 
+def test_every_photograph_gets_files_of_its_own(photos, model_folder, tmp_path):
+    (photos / "sub.png").mkdir()
+    long = "x" * 250 + ".png"
+    for name in ("sub.jpg", "sub.png/inner.png", long, ".gpstoken.png"):
+        shutil.copy(photos / "a.png", photos / name)
+    command = ["encode", photos, "--tokens", 4, "--output", photos / "tokens", "--model", model_folder]
+    assert gpstoken(*command) == 0
+    written = sorted(path for path in (photos / "tokens").rglob("*.safetensors"))
+    assert len(written) == 6  # the two of the folder, and these
+    assert gpstoken(*command) == 0  # its own pictures are no photographs
+    assert sorted(path for path in (photos / "tokens").rglob("*.safetensors")) == written
+    command = ["--output", tmp_path / "pictures", "--model", model_folder]
+    assert gpstoken("decode", *written, *command) == 0
+    assert len([*(tmp_path / "pictures").rglob("*.png")]) == 6
+
+
 def test_a_focus_draws_tokens(photos, model_folder, tmp_path):
     flat = PIL.Image.new("RGB", (64, 64), (90, 90, 90))
     flat.save(photos / "flat.png")
@@ -302,6 +318,9 @@ def test_info_counts_what_is_there(tmp_path, model_folder):
         ({"model_type": "gpstoken", "image_size": -3}, "image_size"),
         ({"_class_name": "SiTTransformer1DModel", "flux": 1}, "flux"),
         ({"_class_name": "GaussianLayoutBank"}, "num_layouts"),
+        ({"_class_name": "GaussianLayoutBank", "num_layouts": 0, "total_tokens": 8}, "num_layouts must be an integer"),
+        ({"_class_name": "SiTTransformer1DModel", "num_layers": 10**9}, "num_layers must be an integer"),
+        ({"_class_name": ["modeling", "SiTTransformer1DModel"], "num_heads": 1}, "num_heads"),
         ("{", "must be a JSON file"),
     ],
 )
@@ -313,6 +332,22 @@ def test_info_on_what_is_none_of_ours(config, message, tmp_path, capsys):
     assert printed.out == ""
     (line,) = [line for line in printed.err.splitlines() if line.startswith("error: ")]
     assert message in line
+
+
+def test_info_believes_no_index_of_a_pipeline(tmp_path, capsys):
+    make_pipeline().save_pretrained(tmp_path)
+    index = json.loads((tmp_path / "model_index.json").read_text())
+    for field, value in (("vae", 5), ("vae", ["gpstoken_hf", 5]), ("../other", ["a", "b"]), ("id2label", {"0": None})):
+        (tmp_path / "model_index.json").write_text(json.dumps({**index, field: value}))
+        assert gpstoken("info", tmp_path) == 2
+        assert field in capsys.readouterr().err
+    # The edition with remote code names files and their classes.
+    index["_class_name"] = ["pipeline_gpstoken", "GPSTokenPipeline"]
+    (tmp_path / "model_index.json").write_text(json.dumps(index))
+    config = tmp_path / "transformer" / "config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "auto_map": {"AutoModel": "a.b"}}))
+    assert gpstoken("info", tmp_path) == 0
+    assert "SiTTransformer1DModel: generates" in capsys.readouterr().out
 
 
 @pytest.mark.slow

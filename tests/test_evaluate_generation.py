@@ -98,6 +98,12 @@ def test_scores_of_a_folder_are_those_of_its_features(run, folders, weights, tmp
     again = read_result(tmp_path / "moments/results.json")["results"][0]
     assert again["frechet_distance"] == pytest.approx(entry["frechet_distance"], rel=1e-9)
     assert "precision" not in again
+    # The same command may be repeated. A file of somebody else is kept, whatever is asked.
+    assert run("--samples", made, "--reference", real, "--save_reference", "real.npz") == 0
+    (tmp_path / "mine.npz").write_text("mine")
+    assert run("--samples", made, "--reference", real, "--save_reference", "mine.npz", "--overwrite") == 2
+    assert "mine.npz must not exist or be written by" in capsys.readouterr().err
+    assert (tmp_path / "mine.npz").read_text() == "mine"
 
 
 def test_batches_make_no_difference(run, folders, tmp_path):

@@ -45,7 +45,16 @@ def test_weights_are_fitted_written_and_resumed(folder, capsys):
     assert run(folder, "--resolutions", "32", "40") == 0
     again = json.loads((folder / "fit" / "fit.json").read_text())
     np.testing.assert_allclose(again["weights"], fit["weights"], rtol=1e-4, atol=1e-6)
-    assert run(folder, "--resolutions", "32") == 2
+    whole = (folder / "fit" / "rows.jsonl").read_text()
+    (folder / "fit" / "rows.jsonl").write_text(whole.replace("[[", "[{", 1))
+    assert run(folder, "--resolutions", "32", "40") == 2
+    assert "rows.jsonl must hold JSON lines" in capsys.readouterr().err
+    (folder / "fit" / "rows.jsonl").write_text(whole)
+    for other in (["--resolutions", "32"], ["--resolutions", "32", "40", "--batch_size", "4"]):
+        assert run(folder, *other) == 2
+        assert "holds the rows of other settings" in capsys.readouterr().err
+    PIL.Image.new("RGB", (44, 40)).save(folder / "3.png")  # another image of the same name
+    assert run(folder, "--resolutions", "32", "40") == 2
     assert "holds the rows of other settings" in capsys.readouterr().err
     assert run(folder, "--resolutions", "32", "--overwrite") == 0
 

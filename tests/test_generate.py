@@ -243,6 +243,28 @@ def images_in(output: Path) -> list[str]:
     return sorted(path.relative_to(output).as_posix() for path in (output / "images").rglob("*.png"))
 
 
+def test_an_image_of_somebody_else_is_neither_replaced_nor_taken_for_a_result(generate, tmp_path, capsys):
+    assert generate("--classes", 1, "--count", 1) == 0
+    for name in ("images/0001/00001.png", "layouts/0001/00001.safetensors"):
+        place = tmp_path / "out" / name
+        place.write_text("mine")
+        assert generate("--classes", 1, "--count", 2) == 2
+        assert f"{name} must not exist or be written by pipelines.generate" in capsys.readouterr().err
+        assert place.read_text() == "mine"
+        place.unlink()
+
+
+def test_a_damaged_result_is_named(generate, tmp_path, capsys):
+    assert generate("--classes", 1, "--count", 1) == 0
+    for name in ("images/0001/00000.png", "layouts/0001/00000.safetensors"):
+        place = tmp_path / "out" / name
+        before = place.read_bytes()
+        place.write_bytes(bytes(9))
+        assert generate("--classes", 1, "--count", 1) == 2
+        assert name in capsys.readouterr().err
+        place.write_bytes(before)
+
+
 @pytest.mark.parametrize("content", [b"[1, 2]", b"{", b"\xff", b"[" * 100_000, b"5"])
 def test_damaged_settings_are_one_line(generate, tmp_path, capsys, content):
     assert generate("--classes", 1, "--count", 1) == 0

@@ -14,6 +14,7 @@ import subprocess
 import sys
 import time
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import hostile
@@ -554,10 +555,11 @@ def test_adapters_are_never_pickles(copied, tmp_path, monkeypatch):
         tiny_pipeline.make_texture_transformer(),
         AutoencoderGPSToken.from_gpstoken(make_model(num_tokens=16)),
     ):
-        refused(lambda: model.load_lora_adapter(tmp_path / "adapter", use_safetensors=False), "use_safetensors")
-        refused(lambda: model.load_lora_adapter(tmp_path / "adapter", weight_name=lora), "weight_name must end in")
+        load = partial(model.load_lora_adapter, tmp_path / "adapter")
+        refused(partial(load, use_safetensors=False), "use_safetensors")
+        refused(partial(load, weight_name=lora), "weight_name must end in")
         with pytest.raises(OSError, match=r"pytorch_lora_weights\.safetensors|safetensors"):
-            model.load_lora_adapter(tmp_path / "adapter")
+            load()
     assert not (tmp_path / "unpickled").exists()
 
 

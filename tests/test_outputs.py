@@ -100,10 +100,11 @@ def test_long_names_and_bytes_that_are_not_text():
     assert names["/c"] == odd
 
 
-def test_random_plans_hold_no_clash():
+@pytest.mark.parametrize("suffixes", [("",), (".gpst", ".png", ".json")])
+def test_random_plans_hold_no_clash(suffixes):
     """Few different parts, so that nearly every plan begins with clashes."""
     generator = random.Random(0)
-    for _ in range(300):
+    for _ in range(200):
         parts = ["a", "A", "b", "a.png", "b.png", "ä", "a\u0308"]
         chosen = {
             "/".join(generator.choices(parts, k=generator.randint(1, 3))) + generator.choice([".png", ".jpg"])
@@ -111,13 +112,22 @@ def test_random_plans_hold_no_clash():
         }
         candidates = {"/" + path: [path.rpartition(".")[0], path] for path in chosen}
         reserved = ["a", "b/a.png"]
-        names = plan_names(candidates, reserved)
-        used = [outputs._comparable(name) for name in [*names.values(), *reserved, MARKER]]
+        names = plan_names(candidates, reserved, suffixes)
+        files = [name + suffix for name in names.values() for suffix in suffixes]
+        used = [outputs._comparable(name) for name in [*files, *reserved, MARKER]]
         for one, other in itertools.permutations(used, 2):
             assert one != other[: len(one)], (names, one, other)
         keys = list(candidates)
         generator.shuffle(keys)
-        assert plan_names({key: candidates[key] for key in keys}, reserved) == names
+        assert plan_names({key: candidates[key] for key in keys}, reserved, suffixes) == names
+
+
+def test_names_leave_room_for_their_suffixes():
+    long, marker = "x" * 250, MARKER.removesuffix(".json")
+    suffixes = [".safetensors", ".json"]
+    names = plan_names({"/a": [long, long + ".png"], "/b": [marker, "b"]}, suffixes=suffixes)
+    assert len(names["/a"]) == 255 - len(".safetensors")
+    assert names["/b"] == "b"
 
 
 # --------------------------------------------------------------------------------------------- whole or absent
@@ -393,6 +403,20 @@ def test_a_folder_that_grows(tmp_path):
     with own_directory(path, "mine") as folder:
         folder.remove()
     assert not path.exists()
+
+
+def test_what_somebody_has_put_into_a_growing_folder_is_kept(tmp_path):
+    with own_directory(tmp_path, "mine") as folder:
+        folder.expect(["a"])
+        (tmp_path / "a").touch()
+    (tmp_path / "b").write_text("theirs")
+    (tmp_path / "c").symlink_to("nowhere")
+    for name in "bc":
+        with own_directory(tmp_path, "mine") as folder:
+            with pytest.raises(ProgramError, match=f"{name} must not exist or be written by mine"):
+                folder.expect(["a", name])
+            assert folder.files == {"a"}
+    assert (tmp_path / "b").read_text() == "theirs"
 
 
 def test_a_folder_that_another_program_has_left_empty_may_be_taken(tmp_path):

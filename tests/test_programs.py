@@ -4,6 +4,7 @@
 import argparse
 import ast
 import importlib
+import json
 import os
 import re
 import subprocess
@@ -15,6 +16,7 @@ import torch
 from safetensors import SafetensorError
 
 from pipelines.shared.checkpoints import find_checkpoint, quiet_loading, weights_fingerprint
+from pipelines.shared.outputs import MARKER
 from pipelines.shared.photographs import find_photographs
 from pipelines.shared.programs import (
     ProgramError,
@@ -214,6 +216,12 @@ def test_photographs_are_found_by_what_can_be_read(tmp_path):
     assert [name.as_posix() for _, name in found] == ["a.jpg", "b.PNG", "sub/c.webp", "notes.txt"]
     with pytest.raises(ProgramError, match=r"images in the folder .*/folder\.png, found none"):
         find_photographs([tmp_path / "folder.png"])
+    (tmp_path / "out/deep").mkdir(parents=True)
+    for name in ("mine.png", "deep/mine.png", "deep/theirs.png"):
+        (tmp_path / "out" / name).touch()
+    marker = {"program": "mine", "format": 1, "files": ["mine.png", "deep/mine.png"]}
+    (tmp_path / "out" / MARKER).write_text(json.dumps(marker))
+    assert [name.as_posix() for _, name in find_photographs([tmp_path])][2:] == ["out/deep/theirs.png", "sub/c.webp"]
     os.mkfifo(tmp_path / "pipe.png")  # reading it would wait for ever
     with pytest.raises(ProgramError, match="found no such file"):
         find_photographs([tmp_path / "pipe.png"])

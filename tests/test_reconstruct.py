@@ -703,6 +703,9 @@ def test_a_token_file_replaces_nothing_else(run, tmp_path, capsys):
     assert run("photo.png", "--to_file", "x.gpst", "--overwrite") == 2
     assert "x.gpst must be a token file to be replaced" in capsys.readouterr().err
     assert (tmp_path / "x.gpst").read_text() == "a letter"
+    assert run("photo.png", "--to_file", "new/photo/y.gpst", "--output", "new") == 2
+    assert "--to_file must lie outside of new/photo" in capsys.readouterr().err
+    assert not Path("new").exists()
     assert run("photo.png", "--to_file", "y.gpst") == 0
     assert run("photo.png", "--tokens", 3, "--to_file", "y.gpst", "--overwrite") == 0
 

@@ -140,10 +140,12 @@ def encoding_settings(args: argparse.Namespace) -> dict[str, Any]:
 # ----------------------------------------------------------------------------------------------------------- inputs
 
 
-def collect_sources(paths: Sequence[Path], output: Path, others: Sequence[str] = ()) -> list[Source]:
+def collect_sources(
+    paths: Sequence[Path], output: Path, reserved: Sequence[str] = (), suffixes: Sequence[str] = ("",)
+) -> list[Source]:
     """Plan a source, with a name of its own for the results, for each file and for each image of a folder.
 
-    Without paths, the sample photographs. `others` are names that results must not take.
+    Without paths, the sample photographs. `reserved` and `suffixes` are those of `plan_names`.
 
     `photo.jpg` becomes `photo`, or `photo.jpg` where another result would share, contain or lie in that name, or
     `photo.jpg-<hash of its path>` where even that is taken.
@@ -164,7 +166,8 @@ def collect_sources(paths: Sequence[Path], output: Path, others: Sequence[str] =
         files.setdefault(key, file)
         names[key] = min(name, names.get(key, name), key=lambda path: (len(path.parts), path))
     inputs = [Path(key).relative_to(root).as_posix() for key in files if Path(key).is_relative_to(root)]
-    planned = plan_names({key: _result_names(name) for key, name in names.items()}, [*inputs, *others])
+    candidates = {key: _result_names(name) for key, name in names.items()}
+    planned = plan_names(candidates, [*inputs, *reserved], suffixes)
     return [
         Source(printable(file), planned[key], partial(open_image, file), partial(file_digest, file))
         for key, file in files.items()

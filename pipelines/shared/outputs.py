@@ -58,7 +58,9 @@ class BusyError(ProgramError):
 # ---------------------------------------------------------------------------------------------------- planning names
 
 
-def plan_names(candidates: Mapping[str, Sequence[str]], reserved: Iterable[str] = ()) -> dict[str, str]:
+def plan_names(
+    candidates: Mapping[str, Sequence[str]], reserved: Iterable[str] = (), suffixes: Sequence[str] = ("",)
+) -> dict[str, str]:
     """A name for the result of each input, before any work is done.
 
     No two names are equal, not even where case is ignored, and none lies inside another. Names do not depend on the
@@ -70,29 +72,34 @@ def plan_names(candidates: Mapping[str, Sequence[str]], reserved: Iterable[str] 
             For the key of each input (its absolute path) relative paths with `/`, in order of preference.
         reserved (`Iterable[str]`, *optional*, defaults to none):
             Relative paths of files that no result may replace, contain or lie in.
+        suffixes (`Sequence[str]`, *optional*, defaults to `("",)`):
+            Each result is one file or folder for each of these suffixes, all of them with its name.
 
     Returns:
         `dict[str, str]`: For each key the name of its result.
     """
-    choices = {key: [*names, _hashed_name(names[-1], key)] for key, names in candidates.items()}
+    longest = max(len(os.fsencode(suffix)) for suffix in suffixes)
+    choices = {key: [*names, _hashed_name(names[-1], key, longest)] for key, names in candidates.items()}
     levels = dict.fromkeys(choices, 0)
     taken = {_comparable(name) for name in (*reserved, MARKER)}
     taken_parents = {path[:length] for path in taken for length in range(1, len(path))}
     while True:
-        paths = {key: _comparable(choices[key][level]) for key, level in levels.items()}
-        used = Counter(paths.values())
+        names = {key: [choices[key][level] + suffix for suffix in suffixes] for key, level in levels.items()}
+        used = Counter(_comparable(name) for group in names.values() for name in group)
         parents = {path[:length] for path in used for length in range(1, len(path))}
-        clashing = [
+
+        clashing = {
             key
-            for key, path in paths.items()
+            for key, group in names.items()
+            for name, path in zip(group, map(_comparable, group))
             if used[path] > 1
             or path in parents
             or path in taken_parents
             or any(path[:length] in taken for length in range(1, len(path) + 1))
             or any(path[:length] in used for length in range(1, len(path)))
-            or any(len(os.fsencode(part)) > MAX_NAME_BYTES for part in choices[key][levels[key]].split("/"))
-        ]
-        clashing = [key for key in clashing if levels[key] + 1 < len(choices[key])]
+            or any(len(os.fsencode(part)) > MAX_NAME_BYTES for part in name.split("/"))
+        }
+        clashing = {key for key in clashing if levels[key] + 1 < len(choices[key])}
         if not clashing:
             return {key: choices[key][level] for key, level in levels.items()}
         for key in clashing:
@@ -104,10 +111,11 @@ def _comparable(name: str) -> tuple[str, ...]:
     return tuple(unicodedata.normalize("NFC", unicodedata.normalize("NFC", name).casefold()).split("/"))
 
 
-def _hashed_name(name: str, key: str) -> str:
+def _hashed_name(name: str, key: str, room: int) -> str:
+    """A name made of another, with `room` bytes left for a suffix."""
     suffix = "-" + _name_hash(key)
     flat = name.replace("/", "-")
-    while len(os.fsencode(flat)) > MAX_NAME_BYTES - len(suffix):
+    while len(os.fsencode(flat)) > MAX_NAME_BYTES - len(suffix) - room:
         flat = flat[:-1]
     return flat + suffix
 
@@ -295,11 +303,23 @@ class OwnDirectory:
         return marker.files if marker is not None and marker.program == self._program else frozenset()
 
     def expect(self, files: Iterable[str]) -> None:
-        """Add to the list of files that the program writes. To be called before they are written."""
+        """Add to the list of files that the program writes. To be called before they are written.
+
+        Raises:
+            ProgramError: If one of them is not free; see `check_free`.
+        """
+        files = frozenset(files)
+        self.check_free(files)
         wanted = Marker(self._program, self.files.union(files))
         if wanted != read_marker(self.path):
             with _disk_errors(self.path):
                 _write_marker(self.path, wanted, self._staging / "new")
+
+    def check_free(self, files: Iterable[str]) -> None:
+        """Raise a ProgramError if one of these files is there and the program has not written it."""
+        foreign = next((name for name in sorted({*files} - self.files) if os.path.lexists(self.path / name)), None)
+        if foreign is not None:
+            raise ProgramError(f"the output {self.path / foreign} must not exist or be written by {self._program}")
 
     def clear(self) -> None:
         """Put aside every file that the program has written here. They go when the run ends.

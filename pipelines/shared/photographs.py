@@ -50,7 +50,7 @@ def find_photographs(paths: Sequence[Path]) -> list[tuple[Path, Path]]:
     for path in paths:
         if path.is_dir():
             files = sorted(file for file in path.rglob("*") if file.suffix.lower() in readable and file.is_file())
-            files = _without_outputs(files)
+            files = _without_outputs(files, path)
             if not files:
                 raise ProgramError(f"expected images in the folder {path}, found none")
             found += [(file, file.relative_to(path)) for file in files]
@@ -61,11 +61,22 @@ def find_photographs(paths: Sequence[Path]) -> list[tuple[Path, Path]]:
     return found
 
 
-def _without_outputs(files: Sequence[Path]) -> list[Path]:
-    """The files that no program lists as its own in the marker of their folder."""
-    markers = {folder: read_marker(folder) for folder in {file.parent for file in files}}
+def _without_outputs(files: Sequence[Path], root: Path) -> list[Path]:
+    """The files that no program lists as its own, in the marker of their folder or of one above, below `root`.
+
+    What lies deeper in an output that is searched itself is found: the images of `generate` can be evaluated.
+    """
+
+    def folders_of(file: Path) -> list[Path]:
+        return [file.parent, *(folder for folder in file.parents if folder != root and folder.is_relative_to(root))]
+
+    markers = {folder: read_marker(folder) for folder in {folder for file in files for folder in folders_of(file)}}
     written = {folder: marker.files for folder, marker in markers.items() if marker is not None}
-    return [file for file in files if file.name not in written.get(file.parent, ()) and not is_staged(file)]
+
+    def is_written(file: Path) -> bool:
+        return any(file.relative_to(folder).as_posix() in written.get(folder, ()) for folder in folders_of(file))
+
+    return [file for file in files if not is_written(file) and not is_staged(file)]
 
 
 def read_photograph(image: PIL.Image.Image, max_side: int) -> Photograph:

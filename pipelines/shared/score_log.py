@@ -23,14 +23,14 @@ class ScoreLog:
         overwrite (`bool`): Replace rows of other settings.
 
     Raises:
-        ProgramError: If the file holds rows of other settings, unless `overwrite`.
+        ProgramError: If the file is damaged or holds rows of other settings, unless `overwrite`.
     """
 
     def __init__(
         self, folder: OwnDirectory, name: str, settings: dict[str, Any], outputs: Sequence[str], overwrite: bool
     ):
         self.path: Path = folder.path / name
-        header, complete = json.dumps(settings), []
+        header, complete, rows = json.dumps(settings), [], []
         if self.path.exists() and not overwrite:
             lines = self.path.read_text(encoding="utf-8", errors="replace").split("\n")
             if lines[0] != header:
@@ -38,12 +38,16 @@ class ScoreLog:
                     f"{self.path} holds the rows of other settings; choose another --output, or --overwrite"
                 )
             complete = lines[1:-1]  # the rest after the last line break is empty, or was cut off
+            try:
+                rows = [json.loads(line) for line in complete]
+            except (ValueError, RecursionError) as error:
+                raise ProgramError(f"{self.path} must hold JSON lines, got: {error}; --overwrite clears it") from error
         elif overwrite:
             folder.clear()
         folder.expect((name, *outputs))
         with atomic_file(self.path) as staging:
             staging.write_text("\n".join([header, *complete]) + "\n", encoding="utf-8")
-        self.rows: list[Any] = [json.loads(line) for line in complete]
+        self.rows: list[Any] = rows
 
     def add(self, row: Any) -> None:
         """Append a row, on the disk when this returns."""
