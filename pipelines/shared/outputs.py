@@ -178,7 +178,8 @@ def _first_foreign(folder: Path, program: str) -> str | None:
     files = marker.files if marker is not None and marker.program == program else frozenset()
     # A folder that was to hold one of the files may be empty after a killed run.
     written = files.union(f"{parent.as_posix()}/" for file in files for parent in PurePosixPath(file).parents)
-    return next((entry for entry in _entries(folder) if entry not in written), None)
+    foreign = next((entry for entry in _entries(folder) if entry not in written), None)
+    return MARKER if foreign is None and marker is None and os.path.lexists(folder / MARKER) else foreign
 
 
 def _check_replaceable(folder: Path, program: str, shown: Path) -> None:
@@ -210,7 +211,7 @@ def atomic_directory(
     """
     path = Path(os.path.realpath(path))
     with _staging(path) as staging:
-        _check_free(path, overwrite, program)
+        check_free(path, overwrite, program)
         content = staging / "new" / path.name
         with _disk_errors(path):
             content.mkdir()
@@ -222,7 +223,8 @@ def atomic_directory(
         _move_into_place(content, path, staging, overwrite, program)
 
 
-def _check_free(path: Path, overwrite: bool, program: str) -> None:
+def check_free(path: Path, overwrite: bool, program: str) -> None:
+    """Check that `atomic_directory` may write the folder, before any work is done; arguments and errors as there."""
     if not path.exists():
         return
     if not path.is_dir():
@@ -465,7 +467,7 @@ def _take(folder: Path, target: Path, shown: Path) -> IO[bytes]:
             continue
         try:
             is_new = not lock.read(1)
-            locked = _try_lock(lock)
+            locked = try_lock(lock)
             if locked is False or (locked is None and not is_new):
                 kind = BusyError if locked is False else ProgramError
                 raise kind(f"{shown} is being written by another run (if by none, remove {folder})")
@@ -489,7 +491,7 @@ def _take(folder: Path, target: Path, shown: Path) -> IO[bytes]:
 def _remove_left_over(folder: Path) -> None:
     """Remove a staging folder unless a process holds it, this one included."""
     with suppress(FileNotFoundError), (folder / MARKER).open("r+b") as lock:
-        if _try_lock(lock) and _is_at(lock, folder / MARKER):
+        if try_lock(lock) and _is_at(lock, folder / MARKER):
             _discard(folder, None)
 
 
@@ -513,8 +515,8 @@ def _is_staging(folder: Path) -> bool:
         return False
 
 
-def _try_lock(file: IO[bytes]) -> bool | None:
-    """True: locked. False: another process holds the lock. None: there are no locks here."""
+def try_lock(file: IO[bytes]) -> bool | None:
+    """Lock a file without waiting. True: locked. False: another process holds the lock. None: there are no locks here."""
     if fcntl is None:
         return None
     try:
