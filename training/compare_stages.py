@@ -24,6 +24,7 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 from safetensors.torch import load_file
 from tqdm.auto import tqdm
 
+from gpstoken_hf.metrics import FeatureStatistics, frechet_distance
 from gpstoken_hf.modeling_gpstoken import GPSTokenModel
 from gpstoken_hf.pipeline_gpstoken import GPSTokenPipeline
 from gpstoken_hf.transformer_sit import SIT_PRESETS, SiTTransformer1DModel
@@ -43,7 +44,6 @@ from training.experiments import (
     spread,
     write_results,
 )
-from training.frechet import frechet_distance
 from training.options import assignment, unit_interval
 from training.perceptual import FeatureLoss
 from training.pictures import decode_image, image_to_array
@@ -236,7 +236,7 @@ def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
     points: list[dict[str, Any]] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
     rows = datasets.load_dataset("parquet", data_files=str(work / "data" / "reference.parquet"), split="train")
     reference = torch.from_numpy(np.stack([image_to_array(decode_image(row["image"], "row")) for row in rows]))
-    expected = features_of(network, reference)
+    expected = FeatureStatistics.from_features(features_of(network, reference))
     settings = {
         name: getattr(options, name)
         for name in ("num_samples", "num_inference_steps", "num_layout_steps", "distance_network")
@@ -258,7 +258,8 @@ def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
         if way == "two-stage":
             seconds += read_run_state(checkpoints_of(work / f"layout-seed{seed}")[-1])["elapsed_seconds"]
         images = draw_samples(options, pipeline_of(options, way, seed, checkpoint), seed)
-        distance = frechet_distance(features_of(network, images), expected)
+        found = FeatureStatistics.from_features(features_of(network, images))
+        distance = frechet_distance(found, expected)
         points.append({**key, "minutes": round(seconds / 60, 2), "frechet": distance})
         with atomic_file(path) as staging:
             staging.write_text(json.dumps(points, indent=1), encoding="utf-8")

@@ -17,18 +17,16 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from tqdm.auto import tqdm
 
-from gpstoken_hf.metrics import psnr, ssim
+from gpstoken_hf.metrics import FeatureStatistics, frechet_distance, psnr, ssim
 from gpstoken_hf.modeling_gpstoken import GPSTokenModel
 from pipelines.shared.outputs import atomic_file
 from pipelines.shared.programs import ProgramError, non_negative_int, positive_float
 from pipelines.shared.programs import positive_int as positive
 from training.checkpoints import checkpoints_of, read_run_state
 from training.data import load_validation_images
-from training.frechet import frechet_distance
 from training.perceptual import FeatureLoss
 
 CHUNK = 20
@@ -116,9 +114,9 @@ def read_images(path: str, image_column: str, num_images: int, resolution: int) 
 
 
 @torch.no_grad()
-def features_of(network: FeatureLoss, images: torch.Tensor) -> np.ndarray:
-    """Pooled features of images (N, 3, H, W) in [-1, 1]."""
-    return torch.cat([network.features(part) for part in images.split(CHUNK)]).numpy()
+def features_of(network: FeatureLoss, images: torch.Tensor) -> torch.Tensor:
+    """Pooled features (N, D) of images (N, 3, H, W) in [-1, 1]."""
+    return torch.cat([network.features(part) for part in images.split(CHUNK)])
 
 
 @torch.no_grad()
@@ -149,8 +147,8 @@ def measure_reconstructions(
     return {
         "psnr": psnr(reconstructions, images).mean().item(),
         "ssim": ssim(reconstructions, images).mean().item(),
-        "feature_distance": float(np.square(pair[0] - pair[1]).mean()),
-        "frechet": frechet_distance(*pair),
+        "feature_distance": (pair[0] - pair[1]).square().mean().item(),
+        "frechet": frechet_distance(*map(FeatureStatistics.from_features, pair)),
         "sharpness": sharpness(reconstructions, images),
     }
 
