@@ -197,7 +197,7 @@ def test_a_network_of_timm(tmp_path, monkeypatch):
     with pytest.raises(ProgramError, match="a name that timm knows"):
         FeatureLoss("timm/no_such_network", tmp_path / "weights.safetensors")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    with pytest.raises(ProgramError, match="name their file; see .*--feature_weights_file"):
+    with pytest.raises(ProgramError, match=r"name their file; see .*--feature_weights_file"):
         FeatureLoss("timm/test_resnet")
 
 

@@ -91,7 +91,15 @@ def test_samples_are_the_same_at_every_validation(tokens):
 def test_samples_that_are_not_finite_end_the_run(tmp_path):
     """They can come from a generator whose loss is finite, in 16 bits for example."""
     model = SiTTransformer1DModel(
-        in_channels=5, sample_size=8, num_classes=3, num_layers=1, num_attention_heads=2, attention_head_dim=8
+        in_channels=5,
+        sample_size=8,
+        num_classes=3,
+        gaussian_target="absolute",
+        latents_mean=[0.0] * 5,
+        latents_std=[1.0] * 5,
+        num_layers=1,
+        num_attention_heads=2,
+        attention_head_dim=8,
     ).eval()
     torch.nn.init.constant_(model.proj_out.bias, math.nan)
     held_out = {"init_gaussians": torch.rand(4, 8, 5), "labels": torch.tensor([0, 1, 2, 0])}

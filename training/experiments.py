@@ -30,6 +30,8 @@ from training.data import load_validation_images
 from training.perceptual import FeatureLoss
 
 CHUNK = 20
+# The settings of the steps that were begun, by their results.
+COMMANDS = "commands.json"
 
 
 def add_experiment_options(parser: argparse.ArgumentParser) -> None:
@@ -80,15 +82,49 @@ def run_step(module: str, command: list[str]) -> int:
             signal.signal(number, handler)
 
 
-def run_missing(steps: Sequence[tuple[Path, str, list[str]]]) -> int:
+def run_missing(folder: Path, steps: Sequence[tuple[Path, str, list[str]]]) -> int:
     """Run `(result, module, command)` in order, each until its result exists; the first exit code that is not 0, or 0.
 
-    A step that was interrupted resumes from its own checkpoint.
+    A step that was interrupted resumes from its own checkpoint. `folder` keeps the settings, so that no table mixes
+    results of several ones.
+
+    Raises:
+        ProgramError: If a step was begun with other settings. Only the number of threads may differ.
     """
+    path = folder / COMMANDS
+    begun: dict[str, dict[str, str]] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    settings = {str(result.relative_to(folder)): _settings(command, folder) for result, _, command in steps}
+    for name, wanted in settings.items():
+        known = begun.get(name, wanted)
+        differing = [option for option in {**known, **wanted} if known.get(option) != wanted.get(option)]
+        if differing:
+            parts = (f"{option} must be {known.get(option)}, got {wanted.get(option)}" for option in differing)
+            raise ProgramError(f"the settings must be those that {folder / name} was begun with: {', '.join(parts)}")
     for result, module, command in tqdm(steps, desc="runs", unit="run"):
-        if not result.exists() and (code := run_step(module, command)):
+        if result.exists():
+            continue
+        name = str(result.relative_to(folder))
+        begun[name] = settings[name]
+        with atomic_file(path) as staging:
+            staging.write_text(json.dumps(begun, indent=1), encoding="utf-8")
+        if code := run_step(module, command):
             return code
     return 0
+
+
+def _settings(command: list[str], folder: Path) -> dict[str, str]:
+    """The options of a command but the number of threads. Paths are relative to `folder`, which may be moved."""
+    settings: dict[str, str] = {}
+    option = ""
+    for word in command:
+        if word.startswith("--"):
+            option = word
+            settings[option] = ""
+        else:
+            text = f"./{Path(word).relative_to(folder)}" if Path(word).is_relative_to(folder) else word
+            settings[option] = f"{settings[option]} {text}".strip()
+    settings.pop("--threads", None)
+    return settings
 
 
 def training_minutes(run: Path) -> float:

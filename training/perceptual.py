@@ -62,7 +62,7 @@ class FeatureLoss(FrozenNetwork):
         super().__init__()
         if network == INCEPTION:
             raise ProgramError(
-                f"--feature_network must have gradients, such as inception_v3, got {INCEPTION}, which takes 8-bit images"
+                f"--feature_network must have gradients as inception_v3 has, got {INCEPTION}, which takes 8-bit images"
             )
         with _naming("--feature_network and --feature_weights_file"):
             self.classifier = ClassifierNetwork(network, weights_file)

@@ -516,7 +516,7 @@ def _is_staging(folder: Path) -> bool:
 
 
 def try_lock(file: IO[bytes]) -> bool | None:
-    """Lock a file without waiting. True: locked. False: another process holds the lock. None: there are no locks here."""
+    """Lock a file without waiting. True: locked. False: another process holds it. None: there are no locks here."""
     if fcntl is None:
         return None
     try:
