@@ -175,6 +175,19 @@ def test_fewer_images_than_features():
     assert max(distances) - min(distances) < 1e-6 * min(distances)
 
 
+@pytest.mark.parametrize(("num_samples", "num_references"), [(50, 40), (5, 40), (4, 6)])
+def test_against_roots_of_singular_covariances(num_samples, num_references):
+    rng = np.random.default_rng(1)
+    a, b = rng.normal(size=(num_samples, 8)), 2 * rng.normal(size=(num_references, 8)) + 1
+    cov_a, cov_b = np.cov(a.T), np.cov(b.T)
+    values, vectors = np.linalg.eigh(cov_a)
+    root = vectors * np.sqrt(values.clip(0)) @ vectors.T
+    mixed = np.sqrt(np.linalg.eigvalsh(root @ cov_b @ root).clip(0)).sum()
+    expected = np.square(a.mean(0) - b.mean(0)).sum() + np.trace(cov_a) + np.trace(cov_b) - 2 * mixed
+    pair = [FeatureStatistics.from_features(torch.from_numpy(part)) for part in (a, b)]
+    assert frechet_distance(*pair) == pytest.approx(expected, rel=1e-6)
+
+
 # ---------------------------------------------------------------------------------------------------- other scores
 
 

@@ -10,9 +10,9 @@ import torch
 from PIL import Image
 from training_helpers import fresh_run, make_tokenizer, write_images
 
-from pipelines.shared.programs import run_program
+from pipelines.shared.programs import ProgramError, run_program
 from training import ablate_training, compare_recipes, compare_stages, profile_training
-from training.experiments import budget_options, sharpness, spread
+from training.experiments import COMMANDS, budget_options, run_missing, sharpness, spread
 
 fresh_accelerator_state = pytest.fixture(autouse=True)(fresh_run)
 PROGRAMS = (ablate_training, compare_recipes, compare_stages)
@@ -56,7 +56,8 @@ def stages_command(images, tokenizer, output, *more):
         *("--budget_steps", "5", "--num_reference_images", "4", "--num_tokens", "8", "--num_samples", "4"),
         *("--config_overrides", "num_layers=1", "num_attention_heads=2", "attention_head_dim=8"),
         *("--train_batch_size", "4", "--steps_between_points", "2", "--num_points", "2"),
-        *("--num_inference_steps", "2", "--num_layout_steps", "2", "--num_validation_samples", "3", *more),
+        *("--num_inference_steps", "2", "--num_layout_steps", "2", "--num_validation_samples", "3"),
+        *("--resolution", "48", *more),  # the tokenizer has 32, the images have other sides
     ]
 
 
@@ -111,9 +112,9 @@ def test_the_ablation_trains_measures_and_resumes(images, network, tmp_path, mon
     ran = []
     original = ablate_training.run_missing
 
-    def counted(steps):
+    def counted(folder, steps):
         ran.extend(result for result, _, _ in steps if not result.exists())
-        return original(steps)
+        return original(folder, steps)
 
     monkeypatch.setattr(ablate_training, "run_missing", counted)
     shutil.rmtree(output / "px32" / "grid-seed0" / "model")
@@ -122,6 +123,28 @@ def test_the_ablation_trains_measures_and_resumes(images, network, tmp_path, mon
     assert (
         json.loads((output / "results.json").read_text())["32"]["grid"][0]["psnr"] == results["32"]["grid"][0]["psnr"]
     )
+
+
+def test_finished_runs_of_other_settings_are_not_reported_as_these(tmp_path):
+    """A program that formats a file stands for a training."""
+
+    def step(folder, *options):
+        words = [*options, str(folder / "in.json"), str(folder / "a")]
+        return [(folder / "a", "json.tool", words)]
+
+    (tmp_path / "in.json").write_text("[]")
+    assert run_missing(tmp_path, step(tmp_path, "--sort-keys", "--indent", "1")) == 0
+    assert (tmp_path / "a").exists()
+    with pytest.raises(ProgramError, match=r"must be those that .*a was begun with: --indent must be 1 .*, got 2 "):
+        run_missing(tmp_path, step(tmp_path, "--sort-keys", "--indent", "2"))
+    with pytest.raises(ProgramError, match=r"--sort-keys must be , got None"):
+        run_missing(tmp_path, step(tmp_path, "--indent", "1"))
+    # A moved folder is the same one, the number of threads may change, and without a record results are taken as
+    # they are.
+    moved = tmp_path.rename(tmp_path.with_name("moved"))
+    assert run_missing(moved, step(moved, "--threads", "2", "--sort-keys", "--indent", "1")) == 0
+    (moved / COMMANDS).unlink()
+    assert run_missing(moved, step(moved, "--indent", "2")) == 0
 
 
 @pytest.mark.slow
@@ -149,6 +172,8 @@ def test_stages_are_compared_at_equal_times(images, tokenizer, network, tmp_path
     assert "| two-stage |" in (output / "results.md").read_text()
     for name in ("results.png", "samples-two-stage-seed0.png", "samples-one-stage-seed0.png"):
         assert np.asarray(Image.open(output / name).convert("L")).std() > 1
+    with Image.open(output / "samples-one-stage-seed0.png") as sheet:
+        assert sheet.width >= 4 * 48
     # What is sampled is not sampled again.
     written = (output / "points.json").stat().st_mtime_ns
     assert compare_stages.main(stages_command(images, tokenizer, output)) == 0
@@ -165,6 +190,7 @@ def test_stages_are_compared_at_equal_times(images, tokenizer, network, tmp_path
         ("ablation", ["--image_column", "photo"], "no column 'photo'"),
         ("recipes", ["--distance_network", "no_such_network"], "no_such_network"),
         ("stages", ["--layout_share", "1"], "--layout_share must be between 0 and 1, got 1"),
+        ("stages", ["--tokenizer", "nowhere"], "--tokenizer must be a folder"),
         ("stages", ["--data_files", "nowhere.parquet"], "must be a parquet file, got nowhere.parquet"),
         ("stages", ["--num_reference_images", "12"], "must be less than 12, got 12"),
     ],

@@ -28,10 +28,11 @@ from training_helpers import (
     write_images,
 )
 
+from pipelines.shared.outputs import MARKER, check_free, staging_folder
 from pipelines.shared.programs import ProgramError, run_program
 from training import cache_tokens, make_digits, train_sit, train_tokenizer
 from training.checkpoints import MANIFEST, checkpoints_of, choose_checkpoint, find_damage, write_manifest
-from training.run_folder import MARKER, claimed_folder, owner_of, replaced_folder
+from training.run_folder import claimed_folder, owner_of
 
 PROGRAM = "training.train_sit"
 
@@ -115,6 +116,18 @@ def test_a_model_that_was_put_into_the_run_folder_later_is_not_replaced(tokens, 
     assert [path.name for path in (output / "model").iterdir()] == ["thesis.txt"]
 
 
+def test_a_file_put_beside_the_model_is_named_before_anything_is_trained(tokens, finished, tmp_path, capsys):
+    """It would keep the new model from taking the place of the old one, hours later."""
+    output, command = go_on(tokens, finished, tmp_path)
+    (output / "model" / "notes.txt").write_text("mine")
+    before = contents(output)
+    assert run_program(train_sit.main, command) == 2
+    printed = capsys.readouterr().err
+    assert "got a folder that also holds notes.txt" in printed.splitlines()[-1]
+    assert printed.count("\n") == 1
+    assert contents(output) == before
+
+
 def test_a_run_of_another_program_is_refused(images, tokens, finished, tmp_path, capsys):
     output, _ = go_on(tokens, finished, tmp_path)
     before = contents(output)
@@ -150,8 +163,8 @@ def test_cache_and_digits_replace_nothing_foreign(images, tokenizer, tmp_path, c
 def test_a_marker_that_proves_nothing(tmp_path, marker):
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / MARKER).write_text(marker)
-    with pytest.raises(ProgramError, match="must be written by"), replaced_folder(tmp_path / "model", PROGRAM):
-        pass
+    with pytest.raises(ProgramError, match="must be written by"):
+        check_free(tmp_path / "model", overwrite=True, program=PROGRAM)
 
 
 # -------------------------------------------------------------------------------------------- damaged checkpoints
@@ -334,6 +347,11 @@ def test_leftovers_of_a_kill_are_removed_by_the_next_run(tokens, finished, image
     for path in left:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text("half")
+    # Killed after the file was in place and before its staging folder was gone: a whole file is not written again.
+    for target in (cache / "data" / "train-00000.parquet", cache / "statistics.json", output / "curves.png"):
+        left.append(staging_folder(target))
+        (left[-1] / "new").mkdir(parents=True)
+        (left[-1] / MARKER).write_text(json.dumps({"staging_of": target.name, "format": 1}))
     assert train_sit.main(command) == 0
     assert cache_tokens.main(cache_command(images, tokenizer, cache)) == 0
     assert not [path for path in left if path.exists()]
@@ -364,6 +382,29 @@ def processes_of(group):
 
 
 @pytest.mark.skipif(not Path("/proc").exists(), reason="counts processes in /proc")
+def test_workers_of_a_killed_run_do_not_hold_its_folder(tmp_path):
+    """They notice after seconds that their parent is gone; the same command goes on at once."""
+    script = (
+        "import os, sys, time\nfrom pathlib import Path\nfrom training.run_folder import claimed_folder\n"
+        "with claimed_folder(Path(sys.argv[1]), 'training.train_sit', ()):\n"
+        "    if os.fork() == 0:\n        time.sleep(60)\n        os._exit(0)\n"
+        "    print('forked', flush=True)\n    time.sleep(60)\n"
+    )
+    command = [sys.executable, "-c", script, str(tmp_path / "run")]
+    process = subprocess.Popen(command, start_new_session=True, stdout=subprocess.PIPE, text=True)
+    try:
+        assert process.stdout.readline() == "forked\n"
+        with pytest.raises(ProgramError, match="in use"), claimed_folder(tmp_path / "run", PROGRAM, ()):
+            pass
+        process.kill()
+        process.wait()
+        with claimed_folder(tmp_path / "run", PROGRAM, ()):
+            pass
+    finally:
+        os.killpg(process.pid, signal.SIGKILL)  # the worker
+        process.stdout.close()
+
+
 def test_a_signal_to_all_processes_of_a_run_ends_it_cleanly(images, tmp_path):
     """As a job scheduler sends it: the loader's workers get it, too."""
     output = tmp_path / "run"

@@ -180,7 +180,7 @@ def test_weights_of_inception_get_the_input_that_they_were_trained_with(tmp_path
     """torchvision sets `transform_input` only for weights that it loads itself."""
     network = torchvision.models.googlenet(weights=None, init_weights=False, aux_logits=True)
     torch.save(network.state_dict(), tmp_path / "googlenet.pth")
-    assert FeatureLoss("googlenet", tmp_path / "googlenet.pth").network.transform_input is True
+    assert FeatureLoss("googlenet", tmp_path / "googlenet.pth").classifier.network.transform_input is True
 
 
 def test_a_network_of_timm(tmp_path, monkeypatch):
@@ -197,7 +197,7 @@ def test_a_network_of_timm(tmp_path, monkeypatch):
     with pytest.raises(ProgramError, match="a name that timm knows"):
         FeatureLoss("timm/no_such_network", tmp_path / "weights.safetensors")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    with pytest.raises(ProgramError, match="name their file with --feature_weights_file"):
+    with pytest.raises(ProgramError, match=r"name their file; see .*--feature_weights_file"):
         FeatureLoss("timm/test_resnet")
 
 

@@ -2,6 +2,7 @@
 """train_sit beyond cached tokens: tokens on the fly, times, sheets of samples and the Fréchet distance."""
 
 import argparse
+import math
 import signal
 
 import numpy as np
@@ -22,7 +23,6 @@ from training_helpers import (
 from gpstoken_hf import SiTTransformer1DModel
 from pipelines.shared.programs import run_program
 from training import cache_tokens, train_sit
-from training.frechet import frechet_distance
 from training.generator_samples import GeneratorSamples, sample_latents
 from training.records import read_metrics
 from training.token_cache import read_statistics
@@ -56,38 +56,6 @@ def online_command(images, tokenizer, output, stage, steps, *more):
     return [*command, "--num_statistics_images", "9"]
 
 
-# ------------------------------------------------------------------------------------------------------- Fréchet
-
-
-def test_frechet_distance_is_that_of_normal_distributions():
-    rng = np.random.default_rng(0)
-    samples = rng.normal(size=(400, 3)) @ rng.normal(size=(3, 3))
-    assert frechet_distance(samples, samples) == pytest.approx(0, abs=1e-9)
-    # Equal covariances: the distance of the means is left; scaled by 2: tr(C) (2 - 1)^2.
-    assert frechet_distance(samples + np.array([3, 0, 4]), samples) == pytest.approx(25)
-    centred = samples - samples.mean(0)
-    assert frechet_distance(2 * centred, centred) == pytest.approx(np.trace(np.cov(centred.T)))
-
-
-@pytest.mark.parametrize(("num_samples", "num_references"), [(50, 40), (5, 40), (4, 6)])
-def test_frechet_distance_with_fewer_vectors_than_features(num_samples, num_references):
-    """Against roots of the covariances by their eigenvalues, which are singular here."""
-    rng = np.random.default_rng(1)
-    a, b = rng.normal(size=(num_samples, 8)), 2 * rng.normal(size=(num_references, 8)) + 1
-    cov_a, cov_b = np.cov(a.T), np.cov(b.T)
-    values, vectors = np.linalg.eigh(cov_a)
-    root = vectors * np.sqrt(values.clip(0)) @ vectors.T
-    mixed = np.sqrt(np.linalg.eigvalsh(root @ cov_b @ root).clip(0)).sum()
-    expected = np.square(a.mean(0) - b.mean(0)).sum() + np.trace(cov_a) + np.trace(cov_b) - 2 * mixed
-    assert frechet_distance(a, b) == pytest.approx(expected, rel=1e-6)
-
-
-@pytest.mark.parametrize("shapes", [((1, 3), (4, 3)), ((4, 3), (4, 2)), ((4,), (4,))])
-def test_frechet_distance_needs_two_vectors_of_one_length(shapes):
-    with pytest.raises(ValueError, match="must be"):
-        frechet_distance(*(np.zeros(shape) for shape in shapes))
-
-
 # ------------------------------------------------------------------------------------------------------- samples
 
 
@@ -118,6 +86,26 @@ def test_samples_are_the_same_at_every_validation(tokens):
     samples = GeneratorSamples("layout", held_out, num_steps=2, seed=3)
     assert torch.equal(samples.draw(model), samples.draw(model))
     assert samples.draw(model).shape == (4, 8, 5)
+
+
+def test_samples_that_are_not_finite_end_the_run(tmp_path):
+    """They can come from a generator whose loss is finite, in 16 bits for example."""
+    model = SiTTransformer1DModel(
+        in_channels=5,
+        sample_size=8,
+        num_classes=3,
+        gaussian_target="absolute",
+        latents_mean=[0.0] * 5,
+        latents_std=[1.0] * 5,
+        num_layers=1,
+        num_attention_heads=2,
+        attention_head_dim=8,
+    ).eval()
+    torch.nn.init.constant_(model.proj_out.bias, math.nan)
+    held_out = {"init_gaussians": torch.rand(4, 8, 5), "labels": torch.tensor([0, 1, 2, 0])}
+    values = GeneratorSamples("layout", held_out, num_steps=1, seed=0).evaluate(model, tmp_path / "sheet.png")
+    assert math.isnan(values["samples"])
+    assert not (tmp_path / "sheet.png").exists()
 
 
 def test_times_are_uniform_or_logit_normal(tokens):

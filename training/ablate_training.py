@@ -24,6 +24,7 @@ from pipelines.shared.outputs import atomic_file
 from pipelines.shared.programs import positive_int as positive
 from pipelines.shared.programs import run_program
 from training.experiments import (
+    COMMANDS,
     add_experiment_options,
     budget_options,
     command_line,
@@ -41,7 +42,7 @@ from training.perceptual import FeatureLoss
 from training.run_folder import claimed_folder
 
 PROGRAM = "training.ablate_training"
-OUTPUTS = ("results.json", "results.md", "results.png", "reconstructions.png", "px*")
+OUTPUTS = (COMMANDS, "results.json", "results.md", "results.png", "reconstructions.png", "px*")
 
 # Fields of the configuration beside those of the preset, and whether Gaussians are refined.
 ROWS: dict[str, tuple[dict[str, float], bool]] = {
@@ -197,7 +198,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     FeatureLoss(options.distance_network, options.distance_weights_file)
     with claimed_folder(options.output_dir, PROGRAM, OUTPUTS):
         steps = [training_step(options, *row, seed) for seed in options.seeds for row in planned_rows(options)]
-        if code := run_missing(steps):
+        if code := run_missing(options.output_dir, steps):
             return code
         results = measure(options)
         text = report(options, results, command_line(PROGRAM, argv))

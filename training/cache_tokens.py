@@ -36,12 +36,12 @@ from pipelines.shared.checkpoints import find_checkpoint
 from pipelines.shared.outputs import atomic_file
 from pipelines.shared.programs import ProgramError, non_negative_int, run_program
 from pipelines.shared.programs import positive_int as positive
+from pipelines.shared.publishing import push_folder
 from training.data import BatchRequest, batch_loader, batches_of, load_image_dataset
 from training.loop import MIN_SAMPLES
 from training.online_tokens import encode_batch, image_batches
 from training.options import Switch, add_dataset_options, add_program_options, describe_options, parse_options
-from training.records import push_dataset
-from training.run_folder import MARKER, claimed_folder
+from training.run_folder import claimed_folder
 from training.streams import ImageStream
 from training.token_cache import STATISTICS, ChannelSums, class_names
 
@@ -222,8 +222,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             write_description(options, dataset, identity, class_names(loaded, options.label_column))
             if options.push_to_hub:
                 repo_id = options.hub_dataset_id or output_dir.name
-                ignored = (MARKER, "sums/*", IDENTITY)
-                address = push_dataset(output_dir, repo_id, options.hub_private, ignored)
+                address = push_folder(
+                    output_dir, repo_id, options.hub_private, repo_type="dataset", ignore=("sums/*", IDENTITY)
+                )
                 print(f"pushed to {address}")
     return 0
 

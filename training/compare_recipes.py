@@ -25,6 +25,7 @@ from pipelines.shared.outputs import atomic_file
 from pipelines.shared.programs import non_negative_float, run_program
 from pipelines.shared.programs import positive_int as positive
 from training.experiments import (
+    COMMANDS,
     add_experiment_options,
     budget_options,
     command_line,
@@ -43,7 +44,7 @@ from training.run_folder import claimed_folder
 
 PROGRAM = "training.compare_recipes"
 RECIPES = ("pixels", "pixels, feature", "pixels, feature, GAN")
-OUTPUTS = ("results.json", "results.md", "results.png", "side_by_side.png", "recipe-*")
+OUTPUTS = (COMMANDS, "results.json", "results.md", "results.png", "side_by_side.png", "recipe-*")
 MEASURES = {"psnr": 2, "ssim": 3, "feature_distance": 4, "frechet": 2, "sharpness": 3}
 
 
@@ -175,7 +176,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     }.items():
         FeatureLoss(*network)
     with claimed_folder(options.output_dir, PROGRAM, OUTPUTS):
-        if code := run_missing([training_step(options, name, seed) for seed in options.seeds for name in RECIPES]):
+        steps = [training_step(options, name, seed) for seed in options.seeds for name in RECIPES]
+        if code := run_missing(options.output_dir, steps):
             return code
         results = measure(options)
         text = report(options, results, command_line(PROGRAM, argv))

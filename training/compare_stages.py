@@ -24,35 +24,37 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 from safetensors.torch import load_file
 from tqdm.auto import tqdm
 
+from gpstoken_hf.metrics import FeatureStatistics, frechet_distance
 from gpstoken_hf.modeling_gpstoken import GPSTokenModel
 from gpstoken_hf.pipeline_gpstoken import GPSTokenPipeline
 from gpstoken_hf.transformer_sit import SIT_PRESETS, SiTTransformer1DModel
 from gpstoken_hf.visualization import contact_sheet, tensor_to_pil
+from pipelines.shared.checkpoints import find_checkpoint
 from pipelines.shared.outputs import atomic_file
 from pipelines.shared.programs import ProgramError, run_program
 from pipelines.shared.programs import positive_int as positive
 from training.checkpoints import AVERAGE, checkpoints_of, read_run_state
 from training.experiments import (
+    COMMANDS,
     add_experiment_options,
     budget_options,
     command_line,
     features_of,
     markdown_table,
+    read_images,
     run_missing,
     shared_options,
     spread,
     write_results,
 )
-from training.frechet import frechet_distance
 from training.options import assignment, unit_interval
 from training.perceptual import FeatureLoss
-from training.pictures import decode_image, image_to_array
 from training.run_folder import claimed_folder
 from training.token_cache import STATISTICS
 
 PROGRAM = "training.compare_stages"
 OUTPUTS = (
-    *("results.json", "results.md", "results.png", "samples-*.png", "points.json", "data/*.parquet"),
+    *(COMMANDS, "results.json", "results.md", "results.png", "samples-*.png", "points.json", "data/*.parquet"),
     *("tokenizer", "tokens", "layout-*", "texture-*", "one-stage-*"),
 )
 WAYS = ("two-stage", "one-stage")
@@ -192,7 +194,9 @@ def generator_at(run: Path, checkpoint: Path) -> SiTTransformer1DModel:
 def pipeline_of(options: argparse.Namespace, way: str, seed: int, checkpoint: Path) -> GPSTokenPipeline:
     """The pipeline at one checkpoint of the texture or the one-stage generator."""
     work = options.output_dir
-    vae = GPSTokenModel.from_pretrained(options.tokenizer or work / "tokenizer" / "model", dtype=torch.float32).eval()
+    tokenizer = options.tokenizer or str(work / "tokenizer" / "model")
+    vae = GPSTokenModel.from_pretrained(find_checkpoint(tokenizer, "--tokenizer"), dtype=torch.float32).eval()
+    vae.config.image_size = options.resolution  # what the pipeline draws
     channels = json.loads((work / "tokens" / STATISTICS).read_text(encoding="utf-8"))["channels"]
     vae.config.latents_mean, vae.config.latents_std = (channels["offset"][name] for name in ("mean", "std"))
     parts: dict[str, Any] = {}
@@ -229,14 +233,12 @@ def points_of(run: Path, count: int) -> list[Path]:
 
 def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
     """The points of all curves. They are kept in points.json, so that none is sampled twice."""
-    import datasets
-
     work, network = options.output_dir, FeatureLoss(options.distance_network, options.distance_weights_file)
     path = work / "points.json"
     points: list[dict[str, Any]] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
-    rows = datasets.load_dataset("parquet", data_files=str(work / "data" / "reference.parquet"), split="train")
-    reference = torch.from_numpy(np.stack([image_to_array(decode_image(row["image"], "row")) for row in rows]))
-    expected = features_of(network, reference)
+    file = str(work / "data" / "reference.parquet")
+    reference = read_images(file, "image", options.num_reference_images, options.resolution)
+    expected = FeatureStatistics.from_features(features_of(network, reference))
     settings = {
         name: getattr(options, name)
         for name in ("num_samples", "num_inference_steps", "num_layout_steps", "distance_network")
@@ -258,7 +260,8 @@ def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
         if way == "two-stage":
             seconds += read_run_state(checkpoints_of(work / f"layout-seed{seed}")[-1])["elapsed_seconds"]
         images = draw_samples(options, pipeline_of(options, way, seed, checkpoint), seed)
-        distance = frechet_distance(features_of(network, images), expected)
+        found = FeatureStatistics.from_features(features_of(network, images))
+        distance = frechet_distance(found, expected)
         points.append({**key, "minutes": round(seconds / 60, 2), "frechet": distance})
         with atomic_file(path) as staging:
             staging.write_text(json.dumps(points, indent=1), encoding="utf-8")
@@ -334,9 +337,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     FeatureLoss(
         options.distance_network, options.distance_weights_file
     )  # what is missing shows before hours are spent
+    if options.tokenizer is not None:
+        find_checkpoint(options.tokenizer, "--tokenizer")
     with claimed_folder(options.output_dir, PROGRAM, OUTPUTS):
         split_data(options)
-        if code := run_missing(training_steps(options)):
+        if code := run_missing(options.output_dir, training_steps(options)):
             return code
         points = measure(options)
         text = report(options, points, command_line(PROGRAM, argv))

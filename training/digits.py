@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from PIL import Image
 
+from gpstoken_hf.metrics import FeatureStatistics, frechet_distance
 from pipelines.shared.outputs import atomic_file
-from training.frechet import frechet_distance
 
 NUM_CLASSES = 10
 IMAGE_SIZE = 32
@@ -75,13 +76,14 @@ def fit_classifier(images: np.ndarray, labels: np.ndarray) -> Any:
 
 def evaluate(classifier: Any, images: np.ndarray, labels: np.ndarray, train_images: np.ndarray) -> dict[str, Any]:
     """The share of samples that is recognised as its class, and distances to the training images."""
-    pixels = downscale(images)
+    pixels, train_pixels = downscale(images), downscale(train_images)
+    statistics = [FeatureStatistics.from_features(torch.from_numpy(part)) for part in (pixels, train_pixels)]
     correct = classifier.predict(pixels) == labels
-    distances = nearest_distances(pixels, downscale(train_images))
+    distances = nearest_distances(pixels, train_pixels)
     return {
         "accuracy": float(correct.mean()),
         "accuracy_per_class": [float(correct[labels == digit].mean()) for digit in range(NUM_CLASSES)],
-        "frechet_distance": frechet_distance(pixels, downscale(train_images)),
+        "frechet_distance": frechet_distance(*statistics),
         "nearest_distance_min": float(distances.min()),
         "nearest_distance_5_percent": float(np.quantile(distances, 0.05)),
         "nearest_distance_median": float(np.median(distances)),

@@ -17,21 +17,21 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from tqdm.auto import tqdm
 
-from gpstoken_hf.metrics import psnr, ssim
+from gpstoken_hf.metrics import FeatureStatistics, frechet_distance, psnr, ssim
 from gpstoken_hf.modeling_gpstoken import GPSTokenModel
 from pipelines.shared.outputs import atomic_file
 from pipelines.shared.programs import ProgramError, non_negative_int, positive_float
 from pipelines.shared.programs import positive_int as positive
 from training.checkpoints import checkpoints_of, read_run_state
 from training.data import load_validation_images
-from training.frechet import frechet_distance
 from training.perceptual import FeatureLoss
 
 CHUNK = 20
+# The settings of the steps that were begun, by their results.
+COMMANDS = "commands.json"
 
 
 def add_experiment_options(parser: argparse.ArgumentParser) -> None:
@@ -82,15 +82,49 @@ def run_step(module: str, command: list[str]) -> int:
             signal.signal(number, handler)
 
 
-def run_missing(steps: Sequence[tuple[Path, str, list[str]]]) -> int:
+def run_missing(folder: Path, steps: Sequence[tuple[Path, str, list[str]]]) -> int:
     """Run `(result, module, command)` in order, each until its result exists; the first exit code that is not 0, or 0.
 
-    A step that was interrupted resumes from its own checkpoint.
+    A step that was interrupted resumes from its own checkpoint. `folder` keeps the settings, so that no table mixes
+    results of several ones.
+
+    Raises:
+        ProgramError: If a step was begun with other settings. Only the number of threads may differ.
     """
+    path = folder / COMMANDS
+    begun: dict[str, dict[str, str]] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    settings = {str(result.relative_to(folder)): _settings(command, folder) for result, _, command in steps}
+    for name, wanted in settings.items():
+        known = begun.get(name, wanted)
+        differing = [option for option in {**known, **wanted} if known.get(option) != wanted.get(option)]
+        if differing:
+            parts = (f"{option} must be {known.get(option)}, got {wanted.get(option)}" for option in differing)
+            raise ProgramError(f"the settings must be those that {folder / name} was begun with: {', '.join(parts)}")
     for result, module, command in tqdm(steps, desc="runs", unit="run"):
-        if not result.exists() and (code := run_step(module, command)):
+        if result.exists():
+            continue
+        name = str(result.relative_to(folder))
+        begun[name] = settings[name]
+        with atomic_file(path) as staging:
+            staging.write_text(json.dumps(begun, indent=1), encoding="utf-8")
+        if code := run_step(module, command):
             return code
     return 0
+
+
+def _settings(command: list[str], folder: Path) -> dict[str, str]:
+    """The options of a command but the number of threads. Paths are relative to `folder`, which may be moved."""
+    settings: dict[str, str] = {}
+    option = ""
+    for word in command:
+        if word.startswith("--"):
+            option = word
+            settings[option] = ""
+        else:
+            text = f"./{Path(word).relative_to(folder)}" if Path(word).is_relative_to(folder) else word
+            settings[option] = f"{settings[option]} {text}".strip()
+    settings.pop("--threads", None)
+    return settings
 
 
 def training_minutes(run: Path) -> float:
@@ -116,9 +150,9 @@ def read_images(path: str, image_column: str, num_images: int, resolution: int) 
 
 
 @torch.no_grad()
-def features_of(network: FeatureLoss, images: torch.Tensor) -> np.ndarray:
-    """Pooled features of images (N, 3, H, W) in [-1, 1]."""
-    return torch.cat([network.features(part) for part in images.split(CHUNK)]).numpy()
+def features_of(network: FeatureLoss, images: torch.Tensor) -> torch.Tensor:
+    """Pooled features (N, D) of images (N, 3, H, W) in [-1, 1]."""
+    return torch.cat([network.features(part) for part in images.split(CHUNK)])
 
 
 @torch.no_grad()
@@ -149,8 +183,8 @@ def measure_reconstructions(
     return {
         "psnr": psnr(reconstructions, images).mean().item(),
         "ssim": ssim(reconstructions, images).mean().item(),
-        "feature_distance": float(np.square(pair[0] - pair[1]).mean()),
-        "frechet": frechet_distance(*pair),
+        "feature_distance": (pair[0] - pair[1]).square().mean().item(),
+        "frechet": frechet_distance(*map(FeatureStatistics.from_features, pair)),
         "sharpness": sharpness(reconstructions, images),
     }
 

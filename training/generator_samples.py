@@ -6,19 +6,19 @@ Shapes: B samples, L tokens, C texture channels, C' channels that the generator 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
 import torch
 from PIL import Image
 
 from gpstoken_hf.gaussians import NUM_GAUSSIAN_PARAMS
+from gpstoken_hf.metrics import FeatureStatistics, frechet_distance
 from gpstoken_hf.modeling_gpstoken import GPSTokenModel
 from gpstoken_hf.transformer_sit import TIMESTEP_SCALE, SiTTransformer1DModel, latents_to_tokens
 from gpstoken_hf.visualization import contact_sheet, draw_gaussians, tensor_to_pil
 from pipelines.shared.outputs import atomic_file
-from training.frechet import frechet_distance
 
 SHEET_SIZE = 36
 CHUNK = 50
@@ -81,7 +81,7 @@ class GeneratorSamples:
     ) -> None:
         self.stage, self.held_out, self.num_steps, self.seed = stage, held_out, num_steps, seed
         self.tokenizer, self.image_size, self.images, self.features = tokenizer, image_size, images, features
-        self._reference: np.ndarray | None = None
+        self._reference: FeatureStatistics | None = None
 
     def draw(self, model: SiTTransformer1DModel) -> torch.Tensor:
         """Tokens (B, L, 5 + C) on the CPU; (B, L, 5) for the layout stage."""
@@ -109,26 +109,32 @@ class GeneratorSamples:
         return torch.cat([part.float().clamp(-1, 1).cpu() for part in parts])
 
     def evaluate(self, model: SiTTransformer1DModel, picture: Path) -> dict[str, float]:
-        """The Fréchet distance, if it is asked for; writes a sheet of samples to `picture`."""
+        """The Fréchet distance, if it is asked for; writes a sheet of samples to `picture`.
+
+        Samples that are not finite have no distance and no sheet. They give `{"samples": nan}`, which ends the run.
+        """
         tokens = self.draw(model)
+        if not tokens.isfinite().all():
+            return {"samples": math.nan}
         if self.stage == "layout":
             save_sheet([self._layout_picture(gaussians) for gaussians in tokens[:SHEET_SIZE]], picture)
-            distance = frechet_distance(tokens.flatten(1).numpy(), self.held_out["init_gaussians"].flatten(1).numpy())
-            return {"frechet_layout": distance}
+            layouts = self.held_out["init_gaussians"]
+            pair = [FeatureStatistics.from_features(gaussians.flatten(1)) for gaussians in (tokens, layouts)]
+            return {"frechet_layout": frechet_distance(*pair)}
         images = self.decode(tokens)
         save_sheet([tensor_to_pil(image) for image in images[:SHEET_SIZE]], picture)
         if self.features is None:
             return {}
         if self._reference is None:
-            self._reference = self._features(
+            self._reference = self._statistics(
                 self.decode(self.held_out["tokens"]) if self.images is None else self.images
             )
-        return {"frechet": frechet_distance(self._features(images), self._reference)}
+        return {"frechet": frechet_distance(self._statistics(images), self._reference)}
 
-    def _features(self, images: torch.Tensor) -> np.ndarray:
+    @torch.no_grad()
+    def _statistics(self, images: torch.Tensor) -> FeatureStatistics:
         assert self.features is not None
-        with torch.no_grad():
-            return torch.cat([self.features(part).float().cpu() for part in images.split(CHUNK)]).numpy()
+        return FeatureStatistics.from_features(torch.cat([self.features(part) for part in images.split(CHUNK)]))
 
     def _layout_picture(self, tokens: torch.Tensor) -> Image.Image:
         side = max(self.image_size, 128)

@@ -31,6 +31,7 @@ from accelerate.utils import (
 )
 from tqdm.auto import tqdm
 
+from pipelines.shared.outputs import atomic_directory, check_free
 from pipelines.shared.programs import ProgramError
 from pipelines.shared.publishing import push_folder
 from training.checkpoints import RunState, choose_checkpoint, load_checkpoint, save_checkpoint
@@ -39,7 +40,7 @@ from training.ema import ExponentialMovingAverage
 from training.optimization import learning_rate_factor, make_optimizer, run_progress
 from training.options import save_options
 from training.records import MetricLog, plot_metrics, read_metrics, training_card
-from training.run_folder import check_replaceable, claimed_folder, replaced_folder, writing
+from training.run_folder import claimed_folder, writing
 from training.sharding import gathered_by_deepspeed, set_micro_batch, shard_model, take_fsdp_request, whole
 from training.task import StopRequest, TrainingTask
 from training.trackers import Meter, chosen_trackers, log_pictures, start_trackers
@@ -98,7 +99,7 @@ def run_training(options: argparse.Namespace, make_task: Callable[[Accelerator],
     with claimed_folder(output_dir, program, (*OUTPUTS, "model")) if accelerator.is_main_process else nullcontext():
         resume: list[Path | None] = [None]
         if accelerator.is_main_process:
-            check_replaceable(output_dir / "model", program)
+            check_free(output_dir / "model", overwrite=True, program=program)
             resume[0], notes = choose_checkpoint(output_dir, options.resume_from_checkpoint)
             for note in notes:
                 print(note, file=sys.stderr)
@@ -442,15 +443,16 @@ class _Run:
             if not self.accelerator.is_main_process:
                 return
             plot_metrics(read_metrics(self.output_dir / "metrics.jsonl"), self.output_dir / "curves.png")
-            with writing(model), replaced_folder(model, self.program) as staging:
+            with writing(model), atomic_directory(model, overwrite=True, program=self.program) as staging:
                 self.task.save(staging, TORCH_DTYPES[self.options.save_dtype])
                 card = training_card(self.program, self.output_dir.name, self.state, self.output_dir / "metrics.jsonl")
                 (staging / "README.md").write_text(card, encoding="utf-8")
         self.accelerator.print(f"saved {model}")
         if self.options.push_to_hub:
-            push_folder(
+            address = push_folder(
                 model,
                 self.options.hub_model_id or self.output_dir.name,
                 private=self.options.hub_private,
                 remote_code=self.options.remote_code,
             )
+            self.accelerator.print(f"pushed to {address}")

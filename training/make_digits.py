@@ -34,7 +34,7 @@ from gpstoken_hf.model_cards import Score, front_matter
 from gpstoken_hf.modeling_gpstoken import GPSTokenModel
 from gpstoken_hf.pipeline_gpstoken import GPSTokenPipeline
 from gpstoken_hf.transformer_sit import SiTTransformer1DModel
-from pipelines.shared.outputs import atomic_file
+from pipelines.shared.outputs import atomic_directory, atomic_file, check_free
 from pipelines.shared.programs import non_negative_float, non_negative_int, run_program
 from pipelines.shared.programs import positive_int as positive
 from training.checkpoints import checkpoints_of, read_run_state
@@ -51,7 +51,7 @@ from training.digits import (
 )
 from training.experiments import run_step
 from training.options import unit_interval
-from training.run_folder import check_replaceable, claimed_folder, replaced_folder
+from training.run_folder import claimed_folder
 from training.token_cache import STATISTICS
 
 PROGRAM = "training.make_digits"
@@ -343,13 +343,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     if options.output_dir.exists() and any(options.output_dir.iterdir()) and not options.overwrite:
         print(f"{options.output_dir} exists; --overwrite makes it again", file=sys.stderr)
         return 0
-    check_replaceable(options.output_dir, PROGRAM)
+    check_free(options.output_dir, overwrite=True, program=PROGRAM)
     if options.threads is not None:
         torch.set_num_threads(options.threads)
     with claimed_folder(options.work_dir, PROGRAM, OUTPUTS):
         if code := train(options):
             return code
-        with replaced_folder(options.output_dir, PROGRAM) as staging:
+        with atomic_directory(options.output_dir, overwrite=True, program=PROGRAM) as staging:
             pipelines = make_pipelines(options.work_dir)
             pipelines["two-stage"].save_pretrained(staging)
             store_as_half(staging)

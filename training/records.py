@@ -8,15 +8,13 @@ import math
 import platform
 import shlex
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from huggingface_hub import HfApi
 
 from gpstoken_hf.model_cards import Score, front_matter
-from pipelines.shared.outputs import MARKER, atomic_file
+from pipelines.shared.outputs import atomic_file
 
 
 class Extent(Protocol):
@@ -122,26 +120,3 @@ python -m {program} {shlex.join(sys.argv[1:])}
 
 Whoever trained these weights decides on their licence. They have learned the data of the command above and no other.
 """
-
-
-def push_dataset(folder: Path, repo_id: str, private: bool, ignored: Sequence[str] = (MARKER,)) -> str:
-    """Upload a folder to a dataset repository of the Hub; returns its address.
-
-    Raises:
-        OSError: If the Hub cannot be reached or refuses the upload. The folder stays.
-    """
-    api = HfApi()
-    try:
-        repo = api.create_repo(repo_id, private=private, exist_ok=True, repo_type="dataset")
-        api.upload_folder(
-            repo_id=repo.repo_id,
-            repo_type="dataset",
-            folder_path=folder,
-            commit_message="Upload with gpstoken-hf",
-            ignore_patterns=list(ignored),
-        )
-    except (OSError, ValueError):
-        raise
-    except Exception as error:  # a failed connection: the HTTP library and its exceptions depend on the Hub's version
-        raise OSError(f"{folder} could not be uploaded to {repo_id}: {error}") from error
-    return str(repo)

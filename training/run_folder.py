@@ -6,60 +6,44 @@ A folder that a program has written carries a marker file with the program's nam
 
 from __future__ import annotations
 
-import fcntl
 import json
+import os
 import re
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from fnmatch import fnmatch
 from pathlib import Path
+from typing import IO
 
 from safetensors import SafetensorError
 
-from pipelines.shared.outputs import FORMAT, MARKER, atomic_directory
+from pipelines.shared.outputs import FORMAT, MARKER, sweep, try_lock
 from pipelines.shared.programs import ProgramError, one_line
 
-# The name of a checkpoint while it is written. What `pipelines.shared.outputs` stages it removes by itself.
+# The name of a checkpoint while it is written.
 _STAGING = re.compile(r"\.(?P<stem>.+)\.(?:[a-z0-9_]{8}|partial)(?P<suffix>\.\w+)?")
+
+_locks: set[IO[bytes]] = set()
+
+
+def _close_locks() -> None:
+    for lock in _locks:
+        lock.close()
+
+
+if hasattr(os, "register_at_fork"):
+    # A lock lasts as long as any process has the file open. The workers of a killed run live a few seconds longer.
+    os.register_at_fork(after_in_child=_close_locks)
 
 
 def owner_of(folder: Path) -> str | None:
-    """The program that has marked `folder`, or None."""
+    """The program that has marked `folder`, or None. The marker of a run lists no files: the program knows its own."""
     try:
         marker = json.loads((folder / MARKER).read_text(encoding="utf-8"))
         return str(marker["program"]) if marker["format"] == FORMAT else None
     except (OSError, ValueError, RecursionError, KeyError, TypeError):
         return None
-
-
-def check_replaceable(folder: Path, program: str) -> None:
-    """Check that `folder` does not exist, is empty, or was written by `program`.
-
-    Raises:
-        ProgramError: If it holds anything else.
-    """
-    if folder.is_dir() and not folder.is_symlink():
-        if owner_of(folder) == program or not any(folder.iterdir()):
-            return
-    elif not folder.exists() and not folder.is_symlink():
-        return
-    raise ProgramError(
-        f"{folder} must not exist or must be written by {program}, which would replace it; got something else: "
-        "move it or choose another output folder"
-    )
-
-
-@contextmanager
-def replaced_folder(folder: Path, program: str) -> Iterator[Path]:
-    """A new folder, marked as written by `program`, that takes the place of `folder` when the block ends.
-
-    Raises:
-        ProgramError: If `folder` holds what another program or a person has put there.
-    """
-    check_replaceable(folder, program)
-    with atomic_directory(folder, overwrite=True, program=program) as staging:
-        yield staging
 
 
 @contextmanager
@@ -84,17 +68,22 @@ def claimed_folder(folder: Path, program: str, outputs: Sequence[str]) -> Iterat
                 + (f"which {owner} has written" if owner is not None else f"whose {found[0]} would be replaced")
             )
     folder.mkdir(parents=True, exist_ok=True)
-    # The operating system drops the lock when the process ends, however it ends.
-    with (folder / MARKER).open("a", encoding="utf-8") as lock:
+    with (folder / MARKER).open("ab", buffering=0) as lock:
+        # The operating system drops the lock when the process ends, however it ends.
+        if try_lock(lock) is False:
+            raise ProgramError(f"{folder} is in use by another run of {owner or program}")
+        _locks.add(lock)
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ProgramError(f"{folder} is in use by another run of {owner or program}") from None
-        if owner is None:
-            _write_marker(folder / MARKER, program)
-        for pattern in outputs:
-            _remove_staging(folder / pattern)
-        yield
+            if owner is None:
+                # Not through a temporary file: the lock is on this one.
+                content = json.dumps({"program": program, "format": FORMAT}) + "\n"
+                (folder / MARKER).write_text(content, encoding="utf-8")
+            for pattern in outputs:
+                _remove_staging(folder / pattern)
+            sweep(folder)
+            yield
+        finally:
+            _locks.discard(lock)
 
 
 @contextmanager
@@ -108,11 +97,6 @@ def writing(path: Path) -> Iterator[None]:
         yield
     except (OSError, RuntimeError, SafetensorError) as error:
         raise ProgramError(f"cannot write {path}: {one_line(error)}") from error
-
-
-def _write_marker(path: Path, program: str) -> None:
-    # Not through a temporary file: the lock is on this one.
-    path.write_text(json.dumps({"program": program, "format": FORMAT}) + "\n", encoding="utf-8")
 
 
 def _remove_staging(pattern: Path) -> None:

@@ -311,11 +311,10 @@ def make_samples(
         if isinstance(source, OnlineTokens):
             tokenizer = source.model
         else:
-            name = source.statistics["tokenizer"]
-            if options.tokenizer is not None:
-                name = find_checkpoint(options.tokenizer, "--tokenizer")
+            name = options.tokenizer or source.statistics["tokenizer"]
             try:
-                tokenizer = GPSTokenModel.from_pretrained(name, dtype=torch.float32).to(accelerator.device).eval()
+                found = find_checkpoint(name, "--tokenizer")
+                tokenizer = GPSTokenModel.from_pretrained(found, dtype=torch.float32).to(accelerator.device).eval()
             except (OSError, ValueError) as error:
                 raise ProgramError(
                     f"samples need the tokenizer {name}, which cannot be loaded ({one_line(error)}): give --tokenizer "

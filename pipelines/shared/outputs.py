@@ -186,7 +186,8 @@ def _first_foreign(folder: Path, program: str) -> str | None:
     files = marker.files if marker is not None and marker.program == program else frozenset()
     # A folder that was to hold one of the files may be empty after a killed run.
     written = files.union(f"{parent.as_posix()}/" for file in files for parent in PurePosixPath(file).parents)
-    return next((entry for entry in _entries(folder) if entry not in written), None)
+    foreign = next((entry for entry in _entries(folder) if entry not in written), None)
+    return MARKER if foreign is None and marker is None and os.path.lexists(folder / MARKER) else foreign
 
 
 def _check_replaceable(folder: Path, program: str, shown: Path) -> None:
@@ -218,7 +219,7 @@ def atomic_directory(
     """
     path = Path(os.path.realpath(path))
     with _staging(path) as staging:
-        _check_free(path, overwrite, program)
+        check_free(path, overwrite, program)
         content = staging / "new" / path.name
         with _disk_errors(path):
             content.mkdir()
@@ -230,7 +231,8 @@ def atomic_directory(
         _move_into_place(content, path, staging, overwrite, program)
 
 
-def _check_free(path: Path, overwrite: bool, program: str) -> None:
+def check_free(path: Path, overwrite: bool, program: str) -> None:
+    """Check that `atomic_directory` may write the folder, before any work is done; arguments and errors as there."""
     if not path.exists():
         return
     if not path.is_dir():
@@ -454,8 +456,8 @@ def _delete_listed(folder: Path, files: Iterable[str]) -> None:
 def remove_left_over(path: Path) -> None:
     """Remove what a killed run has left beside `path`, for a result that is whole and not written again."""
     path = Path(os.path.realpath(path))
-    if _is_staging(_staging_folder(path)):
-        _remove_left_over(_staging_folder(path))
+    if _is_staging(staging_folder(path)):
+        _remove_left_over(staging_folder(path))
 
 
 def sweep(folder: Path) -> None:
@@ -466,7 +468,8 @@ def sweep(folder: Path) -> None:
             _remove_left_over(Path(parent) / name)
 
 
-def _staging_folder(target: Path) -> Path:
+def staging_folder(target: Path) -> Path:
+    """The folder in which `target` is made, a sibling."""
     return target.parent / f"{STAGING_PREFIX}{_name_hash(target.name)}"
 
 
@@ -474,7 +477,7 @@ def _staging_folder(target: Path) -> Path:
 def _staging(target: Path, shown: Path | None = None) -> Iterator[Path]:
     """Hold the staging folder of `target`, empty but for its marker and a folder `new`; remove it afterwards."""
     shown = target if shown is None else shown
-    folder = _staging_folder(target)
+    folder = staging_folder(target)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         lock = _take(folder, target, shown)
@@ -504,7 +507,7 @@ def _take(folder: Path, target: Path, shown: Path) -> IO[bytes]:
             continue
         try:
             is_new = not lock.read(1)
-            locked = _try_lock(lock)
+            locked = try_lock(lock)
             if locked is False or (locked is None and not is_new):
                 kind = BusyError if locked is False else ProgramError
                 raise kind(f"{shown} is being written by another run (if by none, remove {folder})")
@@ -528,7 +531,7 @@ def _take(folder: Path, target: Path, shown: Path) -> IO[bytes]:
 def _remove_left_over(folder: Path) -> None:
     """Remove a staging folder unless a process holds it, this one included."""
     with suppress(OSError), (folder / MARKER).open("r+b") as lock:
-        if _try_lock(lock) and _is_at(lock, folder / MARKER):
+        if try_lock(lock) and _is_at(lock, folder / MARKER):
             _discard(folder, _target_of(folder))
 
 
@@ -539,7 +542,7 @@ def _target_of(staging: Path) -> Path | None:
     except (OSError, ValueError, LookupError, TypeError, RecursionError):
         return None
     target = staging.parent / name if isinstance(name, str) else None
-    return target if target is not None and _staging_folder(target) == staging else None
+    return target if target is not None and staging_folder(target) == staging else None
 
 
 def _is_staging(folder: Path) -> bool:
@@ -562,8 +565,8 @@ def _is_staging(folder: Path) -> bool:
         return False
 
 
-def _try_lock(file: IO[bytes]) -> bool | None:
-    """True: locked. False: another process holds the lock. None: there are no locks here."""
+def try_lock(file: IO[bytes]) -> bool | None:
+    """Lock a file without waiting. True: locked. False: another process holds it. None: there are no locks here."""
     if fcntl is None:
         return None
     try:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import argparse
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 from gpstoken_hf.hub import export_remote_code
@@ -34,8 +35,15 @@ def push_written(folder: Path, arguments: argparse.Namespace) -> None:
         print(f"pushed {folder} to {push_folder(folder, arguments.push_to_hub, remote_code=arguments.remote_code)}")
 
 
-def push_folder(folder: str | Path, repo_id: str, private: bool = False, remote_code: bool = False) -> str:
-    """Upload a folder to a model repository on the Hub. A model card that is there is kept.
+def push_folder(
+    folder: str | Path,
+    repo_id: str,
+    private: bool = False,
+    remote_code: bool = False,
+    repo_type: str = "model",
+    ignore: Sequence[str] = (),
+) -> str:
+    """Upload a folder to a repository on the Hub. A card that is there is kept.
 
     Args:
         folder (`str` or `Path`): the folder to upload.
@@ -45,6 +53,8 @@ def push_folder(folder: str | Path, repo_id: str, private: bool = False, remote_
             its visibility.
         remote_code (`bool`, *optional*, defaults to `False`): upload the remote-code edition, which loads without
             this package.
+        repo_type (`str`, *optional*, defaults to `"model"`): "model" or "dataset".
+        ignore (`Sequence[str]`, *optional*): patterns of files to leave out beside the marker.
 
     Returns:
         `str`: the address of the repository.
@@ -55,4 +65,5 @@ def push_folder(folder: str | Path, repo_id: str, private: bool = False, remote_
     """
     with tempfile.TemporaryDirectory() as temporary:
         source = export_remote_code(folder, Path(temporary) / "edition") if remote_code else folder
-        return str(upload(source, repo_id, private=private, ignore=[MARKER]).repo_url)
+        ignored = [MARKER, *ignore]
+        return str(upload(source, repo_id, private=private, ignore=ignored, repo_type=repo_type).repo_url)

@@ -27,7 +27,20 @@ IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 SPATIAL_LAYER, SPATIAL_CHANNELS = "Mixed_6d.branch1x1", 7
 
 
-class FeatureNetwork(torch.nn.Module):
+class FrozenNetwork(torch.nn.Module):
+    """A network that is never trained: no gradient for its parameters, and always in evaluation mode."""
+
+    def freeze(self) -> None:
+        """Call it at the end of the constructor."""
+        self.requires_grad_(False)
+        self.eval()
+
+    def train(self, mode: bool = True) -> FrozenNetwork:
+        """Stay in evaluation mode."""
+        return super().train(False)
+
+
+class FeatureNetwork(FrozenNetwork):
     """A frozen network that turns 8-bit images into the features that metrics compare.
 
     Attributes:
@@ -37,15 +50,6 @@ class FeatureNetwork(torch.nn.Module):
 
     name: str
     layers: dict[str, str]
-
-    def freeze(self) -> None:
-        """Call it at the end of the constructor."""
-        self.requires_grad_(False)
-        self.eval()
-
-    def train(self, mode: bool = True) -> FeatureNetwork:
-        """Stay in evaluation mode."""
-        return super().train(False)
 
     def forward(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
         """Features of images `(B, 3, H, W)` uint8: "pool" `(B, D)`, "logits" `(B, K)`, "spatial" `(B, 2023)`."""
@@ -140,6 +144,10 @@ class ClassifierNetwork(FeatureNetwork):
     def forward(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
         """Pooled features `(B, D)` and logits `(B, K)`."""
         _check_images(images)
+        return self.apply_to(images)
+
+    def apply_to(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
+        """The same of images `(B, 3, H, W)` in [0, 255] of any dtype, with gradients for a loss."""
         found: dict[str, torch.Tensor] = {}
 
         def keep(module: torch.nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
@@ -172,7 +180,7 @@ def load_feature_network(name: str = INCEPTION, weights_file: str | os.PathLike[
 # ---- Perceptual distances -------------------------------------------------------------------------------------------
 
 
-class LPIPSNetwork(torch.nn.Module):
+class LPIPSNetwork(FrozenNetwork):
     """LPIPS 0.1 (Zhang et al. 2018) with one of its networks.
 
     Args:
@@ -202,8 +210,7 @@ class LPIPSNetwork(torch.nn.Module):
         for part in self.metric.net.children():
             for layer, module in part.named_children():
                 module.load_state_dict(features[int(layer)].state_dict())
-        self.requires_grad_(False)
-        self.eval()
+        self.freeze()
 
     def forward(self, images: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
         """Distances `(B,)` of two batches `(B, 3, H, W)` in [-1, 1]."""

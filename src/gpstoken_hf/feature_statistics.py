@@ -72,6 +72,13 @@ class FeatureStatistics:
         statistics._scatter = covariance * (1 if count is None else count - 1)
         return statistics
 
+    @classmethod
+    def from_features(cls, features: torch.Tensor) -> FeatureStatistics:
+        """Statistics of the features `(N, D)` of N images that are all at hand; see `update`."""
+        statistics = cls()
+        statistics.update(features)
+        return statistics
+
     def update(self, features: torch.Tensor) -> None:
         """Add the features `(N, D)` of N images. They are detached and moved to the CPU.
 

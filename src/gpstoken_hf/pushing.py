@@ -82,8 +82,9 @@ def upload(
     create_pr: bool = False,
     subfolder: str | None = None,
     ignore: Sequence[str] = (),
+    repo_type: str = "model",
 ) -> Any:
-    """Upload a folder to a repository on the Hub, which keeps its model card if it has one.
+    """Upload a folder to a repository on the Hub, which keeps its card if it has one.
 
     Args:
         folder (`str` or `Path`): the folder.
@@ -95,6 +96,7 @@ def upload(
         create_pr (`bool`, *optional*, defaults to `False`): open a pull request instead of a commit.
         subfolder (`str`, *optional*): folder of the repository to upload to.
         ignore (`Sequence[str]`, *optional*): patterns of files to leave out.
+        repo_type (`str`, *optional*, defaults to `"model"`): "model" or "dataset".
 
     Returns:
         `huggingface_hub.CommitInfo`: the commit.
@@ -105,12 +107,13 @@ def upload(
     """
     api = HfApi(token=token)
     try:
-        repo = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+        repo = api.create_repo(repo_id, private=private, exist_ok=True, repo_type=repo_type).repo_id
         if revision is not None and not revision.startswith("refs/pr"):
-            api.create_branch(repo, branch=revision, exist_ok=True)
-        has_card = subfolder is None and api.file_exists(repo, CARD, revision=revision)
+            api.create_branch(repo, branch=revision, exist_ok=True, repo_type=repo_type)
+        has_card = subfolder is None and api.file_exists(repo, CARD, revision=revision, repo_type=repo_type)
         return api.upload_folder(
             repo_id=repo,
+            repo_type=repo_type,
             folder_path=folder,
             path_in_repo=subfolder,
             commit_message=commit_message or "Upload with gpstoken-hf",
@@ -188,7 +191,7 @@ def save_with_card(library_save: Callable[..., Any]) -> Callable[..., Any]:
         if not bound.arguments.pop("push_to_hub", False):
             return library_save(*bound.args, **bound.kwargs)
         given = bound.arguments.setdefault("kwargs", {})
-        names = set(inspect.signature(upload).parameters) - {"folder", "ignore"}
+        names = set(inspect.signature(upload).parameters) - {"folder", "ignore", "repo_type"}
         push = {name: given.pop(name) for name in names & set(given)}
         if "token" in bound.arguments:
             push["token"] = bound.arguments["token"]
