@@ -111,7 +111,8 @@ FREE_AXES: dict[str, Any] = {
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = _parse(argv)
-    wanted = [(part, form) for part in args.parts for form in args.formats if (part, form) in EXPORTABLE]
+    asked = [(part, form) for part in args.parts for form in args.formats]
+    wanted = [pair for pair in asked if pair in EXPORTABLE]
     _check_packages({form for _, form in wanted})
     model = load_tokenizer(args.model, "cpu").float().requires_grad_(False)
     model.renderer.backend = "reference"
@@ -131,6 +132,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         shutil.copyfile(run_exported.__file__, folder / "run_exported.py")
         np.savez(folder / "example.npz", **example)  # type: ignore[arg-type]
         save_picture(example["decode.output"], folder / "example.png")
+    for part, form in asked:
+        if (part, form) in REFUSED:
+            print(f"{part} cannot be exported as {form}: {REFUSED[part, form]}")
     print(f"wrote {args.output}; run it with: python {args.output / 'run_exported.py'}")
 
 
