@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from training_helpers import fresh_run, make_tokenizer, write_images
+from training_helpers import fresh_run, make_tokenizer, reset_accelerator, write_images
 
 from pipelines.shared.programs import ProgramError, run_program
 from training import ablate_training, compare_recipes, compare_stages, profile_training
@@ -234,3 +234,20 @@ def test_the_profile_splits_a_step(tmp_path, capsys):
     total = sum(result[name] for name in profile_training.IN_STEP)
     assert 0.5 / result["images_per_s"] < total <= 1.01 / result["images_per_s"]
     assert np.asarray(Image.open(output / "profile.png").convert("L")).std() > 1
+    reset_accelerator()
+    assert profile_training.main([*command, "--output_dir", str(tmp_path / "dry"), "--dry_run"]) == 0
+    assert "preset: tiny" in capsys.readouterr().out
+    assert not (tmp_path / "dry").exists()
+
+
+@pytest.mark.slow
+def test_two_workers_make_images_faster_than_the_model_takes_them(tmp_path, capsys):
+    output = tmp_path / "profile"
+    command = ["--preset", "nano", "--resolution", "256", "--train_batch_size", "1", "--profile_steps", "4"]
+    command += ["--warmup_steps", "2", "--dataloader_num_workers", "2", "--threads", "1"]
+    assert profile_training.main([*command, "--output_dir", str(output)]) == 0
+    assert "it does not wait for them" in capsys.readouterr().out
+    result = json.loads((output / "profile.json").read_text())
+    step = sum(result[name] for name in profile_training.IN_STEP)
+    assert all(result[name] / 2 < 0.25 * step for name in profile_training.IN_WORKERS)
+    assert result["waiting"] < 0.25 * step

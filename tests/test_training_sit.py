@@ -163,6 +163,21 @@ def test_tokens_on_the_fly_resume_bit_for_bit(images, tokenizer, tmp_path, strea
     assert sheet_of(whole, 6).std() > 1
 
 
+def test_labels_that_are_no_class_are_named(images, tokenizer, tokens, tmp_path, capsys):
+    """The number of classes itself is "no class" for the model, which would learn from it in silence."""
+    more = ["num_classes=2", "--max_unusable_share", "0"]
+    command = online_command(images, tokenizer, tmp_path / "run", "layout", 3)
+    place = command.index("--config_overrides") + 1
+    assert run_program(train_sit.main, [*command[:place], *more[:1], *command[place:], *more[1:]]) == 2
+    assert "must have a label below the 2 classes, got 2" in (tmp_path / "run/unusable.jsonl").read_text()
+    capsys.readouterr()
+    reset_accelerator()
+    command = sit_command(tokens, tmp_path / "other", "layout", 3)
+    place = command.index("--config_overrides") + 1
+    assert run_program(train_sit.main, [*command[:place], "num_classes=2", *command[place:]]) == 2
+    assert "the labels of the cache must be below the 2 classes, got 2" in capsys.readouterr().err.splitlines()[-1]
+
+
 def test_tokens_on_the_fly_are_those_of_a_cache(images, tokenizer, tokens, tmp_path):
     command = online_command(images, tokenizer, tmp_path / "run", "layout", 1, "--no_random_flip")
     assert train_sit.main(command) == 0

@@ -302,6 +302,7 @@ class ImageBatches(Dataset):
         replace_unusable (`bool`, *optional*, defaults to `True`): Put another sample into the place of an unusable
             one, or else leave it out.
         first_row (`int`, *optional*, defaults to 0): Number of the first row in the names of unusable samples.
+        num_classes (`int`, *optional*): Labels must be below it.
     """
 
     def __init__(
@@ -319,12 +320,13 @@ class ImageBatches(Dataset):
         native_crop_prob: float = 0.0,
         replace_unusable: bool = True,
         first_row: int = 0,
+        num_classes: int | None = None,
     ) -> None:
         self.source, self.image_column, self.label_column, self.seed = source, image_column, label_column, seed
         self.crop, self.min_crop_scale, self.flip = crop, min_crop_scale, flip
         self.token_counts, self.partition = token_counts, partition
         self.native_crop_prob, self.replace_unusable = native_crop_prob, replace_unusable
-        self.first_row = first_row
+        self.first_row, self.num_classes = first_row, num_classes
 
     def __getitem__(self, request: BatchRequest) -> dict[str, Any]:
         samples, unusable, spares = [], [], iter(request.spares)
@@ -368,6 +370,8 @@ class ImageBatches(Dataset):
         label = values[self.label_column]
         if isinstance(label, bool) or not isinstance(label, int | np.integer) or label < 0:
             raise ProgramError(f"{name} must have a label that is an integer >= 0, got {label!r}")
+        if self.num_classes is not None and label >= self.num_classes:
+            raise ProgramError(f"{name} must have a label below the {self.num_classes} classes, got {label}")
         return image, int(label)
 
     def _image(self, value: Any, position: int, resolution: int, name: str) -> np.ndarray:

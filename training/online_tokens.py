@@ -60,6 +60,7 @@ def image_batches(
     flip: str = "never",
     replace_unusable: bool = True,
     first_row: int = 0,
+    num_classes: int | None = None,
 ) -> ImageBatches:
     """Central squares as the tokenizer sees them."""
     return ImageBatches(
@@ -74,6 +75,7 @@ def image_batches(
         partition=partition_settings(model),
         replace_unusable=replace_unusable,
         first_row=first_row,
+        num_classes=num_classes,
     )
 
 

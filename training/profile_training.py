@@ -33,7 +33,7 @@ from training import data
 from training.ema import ExponentialMovingAverage
 from training.loop import make_accelerator
 from training.optimization import make_optimizer
-from training.options import parse_options
+from training.options import describe_options, parse_options
 from training.tokenizer_task import Sizes, TokenizerTask, resolve_config
 from training.tokenizer_task import make_parser as make_tokenizer_parser
 
@@ -193,6 +193,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the program; returns its exit code."""
     options = parse_options(make_parser(), argv)
     config = resolve_config(options)
+    if options.dry_run:
+        print(describe_options(options, model_config=config.to_diff_dict()), end="")
+        return 0
     sizes = Sizes.of(options, config)
     output, options.report_to = options.output_dir, "none"
     options.output_dir = output or Path()

@@ -89,11 +89,16 @@ class TokenBatches(Dataset):
         }
 
 
+def number_of_classes(options: argparse.Namespace, names: list[str] | None) -> int | None:
+    """As `--config_overrides` or the names of the classes say; None without either."""
+    return dict(options.config_overrides).get("num_classes", len(names) if names else None)
+
+
 class CachedTokens(TokenSource):
     """Rows of `training.cache_tokens`; the last ones are held out.
 
     Raises:
-        ProgramError: If there is no finished cache, or it has too few rows.
+        ProgramError: If there is no finished cache, it has too few rows, or a label is no class.
     """
 
     def __init__(self, options: argparse.Namespace) -> None:
@@ -105,6 +110,10 @@ class CachedTokens(TokenSource):
         held_out = rows.select(range(len(rows) - count, len(rows)))
         self.held_out = TokenBatches(held_out)[BatchRequest(0, 0, 1, [], list(range(count)))]
         self.rows = rows.select(range(min(len(rows) - count, options.max_train_samples or len(rows))))
+        largest = int(rows.with_format("numpy", columns=["label"])[:]["label"].max())
+        num_classes = number_of_classes(options, self.statistics.get("class_names"))
+        if num_classes is not None and largest >= num_classes:
+            raise ProgramError(f"the labels of the cache must be below the {num_classes} classes, got {largest}")
 
     def batches(self) -> tuple[Dataset, Any]:
         return TokenBatches(self.rows), self.rows
@@ -138,12 +147,14 @@ class OnlineTokens(TokenSource):
             columns = self.rows.column_names
         if options.label_column not in columns:
             raise ProgramError(f"no column {options.label_column!r} in the dataset; it has {', '.join(columns)}")
+        names = class_names(dataset, options.label_column)
+        self.num_classes = number_of_classes(options, names)
         encoded = list(self._encode(held_out))
         if not encoded:
             raise ProgramError("the held-out images must hold a usable one, got none")
         self.held_out = {name: torch.cat([tokens[name].cpu() for tokens, _ in encoded]) for name in encoded[0][0]}
         self.images = torch.cat([images for _, images in encoded])
-        self.statistics = self._statistics(class_names(dataset, options.label_column))
+        self.statistics = self._statistics(names)
 
     def _batches(self, source: Any, flip: str, replace_unusable: bool) -> Any:
         return image_batches(
@@ -157,6 +168,7 @@ class OnlineTokens(TokenSource):
             flip=flip,
             replace_unusable=replace_unusable,
             first_row=0 if source is None else self.options.num_validation_samples,
+            num_classes=self.num_classes,
         )
 
     def _encode(self, rows: Iterable[Any]) -> Iterable[tuple[dict[str, torch.Tensor], torch.Tensor]]:
