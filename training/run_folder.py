@@ -92,8 +92,9 @@ def claimed_folder(folder: Path, program: str, outputs: Sequence[str]) -> Iterat
             raise ProgramError(f"{folder} is in use by another run of {owner or program}") from None
         if owner is None:
             _write_marker(folder / MARKER, program)
-        for pattern in outputs:
-            _remove_staging(folder / pattern)
+        else:  # a run marks its folder before it writes anything else
+            for pattern in outputs:
+                _remove_staging(folder / pattern)
         yield
 
 
