@@ -185,13 +185,17 @@ def _spoken(num_kept: int) -> Callable[[Callable[..., Any]], Callable[..., Any]]
             try:
                 return handler(*arguments)
             except FILE_ERRORS as error:
-                sentence = one_line(error)
-                patch = state.problem(sentence[:1].upper() + sentence[1:])
+                patch = state.problem(_sentence(error))
                 return (patch, *(gr.skip() for _ in range(num_kept))) if num_kept else patch
 
         return call
 
     return decorate
+
+
+def _sentence(error: BaseException) -> str:
+    sentence = one_line(error)
+    return sentence[:1].upper() + sentence[1:]
 
 
 def _build_photo_tab(gr: Any, model: GPSTokenModel, model_name: str) -> None:
@@ -228,13 +232,18 @@ def _build_photo_tab(gr: Any, model: GPSTokenModel, model_name: str) -> None:
             photo = state.open_upload(file, model)
         finally:
             file.unlink(missing_ok=True)  # nothing of a visitor stays on the disk
-        patch = state.show(photo, model) if photo.original is None else state.encode(photo, model, *values)
-        return patch, photo
+        return (state.show(photo, model), photo) if photo.original is None else encode_first(photo, *values)
 
     @_spoken(1)
     def open_sample(name: str, *values: Any) -> Any:
-        photo = state.open_sample(name)
-        return state.encode(photo, model, *values), photo
+        return encode_first(state.open_sample(name), *values)
+
+    def encode_first(photo: state.Photo, *values: Any) -> Any:
+        """A photograph that the settings do not fit is kept, so that the visitor can change them."""
+        try:
+            return state.encode(photo, model, *values), photo
+        except ValueError as error:
+            return state.problem(_sentence(error)) | state.NOTHING_SHOWN, photo
 
     @_spoken(1)
     def encode_again(photo: state.Photo | None, *values: Any) -> Any:
@@ -269,7 +278,7 @@ def _build_photo_tab(gr: Any, model: GPSTokenModel, model_name: str) -> None:
     opened.then(lambda: None, None, upload, **EVENT)  # the box is free for the next file, also after a bad one
     for sample in samples:
         sample.click(open_sample, [sample, *settings], outputs, **EVENT)
-    for change in (tokens.input, side.input, strength.input, quality.release):
+    for change in (tokens.input, side.input, strength.input, quality.input):
         change(encode_again, [photo_state, *settings], outputs, trigger_mode="always_last", **EVENT)
     stage.paint(paint, [photo_state, *settings], outputs, **STAGE_EVENT)
     stage.edit(edit, [photo_state], outputs, **STAGE_EVENT)

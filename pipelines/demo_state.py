@@ -51,6 +51,8 @@ TOKEN_SUFFIXES = (".safetensors", ".gpst")
 KEPT_SIDE = 1024
 SIDES = (64, 128, 256, 384, 512)
 SAMPLES = ("astronaut", "chelsea", "coffee", "rocket")
+# The part of a patch that hides the pictures.
+NOTHING_SHOWN = {"width": None}
 # The smallest share of the range of sigma and rho that a dragged Gaussian keeps to their ends.
 EDGE = 1e-3
 
@@ -116,20 +118,30 @@ def open_upload(path: Path, model: GPSTokenModel) -> Photo:
     Raises:
         ValueError: if the file is too large, is damaged, or holds neither.
     """
+    try:
+        return _read_upload(path, model)
+    except (OSError, ValueError) as error:
+        # The name that the visitor knows, not where the server keeps the file.
+        raise ProgramError(str(error).replace(str(path), path.name)) from error
+
+
+def _read_upload(path: Path, model: GPSTokenModel) -> Photo:
     size = path.stat().st_size
     if size > MAX_UPLOAD_BYTES:
         raise ProgramError(f"the file must be at most {MAX_UPLOAD_BYTES / 2**20:g} MB, got {size / 2**20:.1f} MB")
     if path.suffix.lower() in TOKEN_SUFFIXES:
         return _read_tokens(path, model)
+    limit = MAX_UPLOAD_PIXELS // 10**6
     try:
         with PIL.Image.open(path) as header:
             width, height = header.size
-    except (OSError, ValueError, SyntaxError, PIL.Image.DecompressionBombError) as error:
+    except PIL.Image.DecompressionBombError as error:
+        raise ProgramError(f"the photograph must have at most {limit} million pixels, got far more") from error
+    except (OSError, ValueError, SyntaxError) as error:
         raise ProgramError(
             f"the file must be a photograph or tokens (.safetensors, .gpst), got {path.name}"
         ) from error
     if width * height > MAX_UPLOAD_PIXELS:
-        limit = MAX_UPLOAD_PIXELS // 10**6
         raise ProgramError(f"the photograph must have at most {limit} million pixels, got {width} x {height}")
     return photo_of(path.name, open_image(path))
 
@@ -178,8 +190,9 @@ def encode(
     """
     if photo.original is None:
         raise ProgramError("the number of tokens and the size must be those of the file for uploaded tokens")
-    if not 1 <= num_tokens <= MAX_TOKENS or side not in SIDES:
+    if num_tokens != int(num_tokens) or not 1 <= num_tokens <= MAX_TOKENS or side not in SIDES:
         raise ProgramError(f"tokens must be from 1 to {MAX_TOKENS} and the side one of {SIDES}")
+    num_tokens = int(num_tokens)
     if not 0 <= target_psnr <= MAX_PSNR:
         raise ProgramError(f"the PSNR to reach must be from 0 to {MAX_PSNR} dB, got {target_psnr}")
     pixel_values = read_photograph(photo.original, side).pixel_values

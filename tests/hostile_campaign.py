@@ -462,6 +462,35 @@ def _convert_pipeline(inputs: Inputs, output: Path, scratch: Path) -> list[Any]:
     return [*components, "--output", output]
 
 
+def _fit_quality(inputs: Inputs, output: Path, scratch: Path) -> list[Any]:
+    return [
+        *(_images(inputs), "--model", inputs["model"], "--samples", 3, "--batch_size", 2),
+        *("--device", "cpu", "--output", output),
+    ]
+
+
+def _quality_curves(inputs: Inputs, output: Path, scratch: Path) -> list[Any]:
+    return [
+        *(_images(inputs), "--model", inputs["model"], "--resolution", 32, "--curves", "codecs", "--tokens", 8),
+        *("--batch_size", 2, "--device", "cpu", "--output", output),
+    ]
+
+
+def _ablate(inputs: Inputs, output: Path, scratch: Path) -> list[Any]:
+    return [*_evaluate(inputs, output, scratch), "--lambdas", 0, "--supports", 2, "--min_region_sizes", 4]
+
+
+def _figures(inputs: Inputs, output: Path, scratch: Path) -> list[Any]:
+    return [
+        *(_images(inputs), "--model", inputs["model"], "--resolution", 32, "--max_images", 2),
+        *("--device", "cpu", "--output", output),
+    ]
+
+
+def _export_kernel(inputs: Inputs, output: Path, scratch: Path) -> list[Any]:
+    return ["--output", output]
+
+
 ADVERSARIAL = ("--adversarial_weight", "0.3", "--adversarial_start_step", "1")
 PROGRAMS = {
     "reconstruct": Program("pipelines.reconstruct", _reconstruct, overwrite=("--overwrite",)),
@@ -478,6 +507,11 @@ PROGRAMS = {
     "convert_pipeline": Program("conversion.convert_pipeline", _convert_pipeline),
     "encode": Program("pipelines.encode", _encode, overwrite=("--overwrite",)),
     "decode": Program("pipelines.decode", _decode),
+    "fit_quality": Program("pipelines.fit_quality", _fit_quality, overwrite=("--overwrite",)),
+    "quality_curves": Program("pipelines.quality_curves", _quality_curves, overwrite=("--overwrite",)),
+    "ablate": Program("pipelines.ablate", _ablate, overwrite=("--overwrite",)),
+    "figures": Program("pipelines.figures", _figures, overwrite=("--overwrite",)),
+    "export_kernel": Program("conversion.export_kernel", _export_kernel, overwrite=("--overwrite",)),
     "reconstruct --from_tokens": Program("pipelines.reconstruct", _from_tokens, overwrite=("--overwrite",)),
 }
 
@@ -885,7 +919,8 @@ def disk_case(campaign: Campaign, number: int, folder: Path) -> tuple[str, str |
 def readonly_case(campaign: Campaign, number: int, folder: Path) -> tuple[str, str | None]:
     """An output that cannot be written: a read-only folder or parent, or a file where a folder should be."""
     names = list(PROGRAMS)
-    name, kind = names[number % len(names)], ("parent", "folder", "file", "below a file")[number % 4]
+    name = names[number % len(names)]
+    kind = ("parent", "folder", "file", "below a file")[(number + number // len(names)) % 4]
     area = folder / "area"
     area.mkdir()
     (area / "mine.txt").write_text("mine")
@@ -1048,11 +1083,11 @@ class Area:
 AREAS = {
     "files": Area("corrupted files", files_case, 1000),
     "configs": Area("hostile configurations", configs_case, 100),
-    "kills": Area("kills at random moments", kills_case, 60),
-    "disk": Area("a full disk", disk_case, 30),
-    "readonly": Area("outputs that cannot be written", readonly_case, 60),
+    "kills": Area("kills at random moments", kills_case, 3 * len(PROGRAMS)),
+    "disk": Area("a full disk", disk_case, 2 * len(PROGRAMS)),
+    "readonly": Area("outputs that cannot be written", readonly_case, 4 * len(PROGRAMS)),
     "names": Area("odd file names", names_case, 2 * len(ODD_NAMES)),
-    "twice": Area("two runs at once in one output", twice_case, 15),
+    "twice": Area("two runs at once in one output", twice_case, len(PROGRAMS)),
     "half": Area("half-precision reconstructions", half_case, 50, weight=IMAGES_OF_A_CASE),
     "concurrency": Area("threads and DataLoader workers", concurrency_case, 3),
 }

@@ -261,6 +261,7 @@ def test_bad_uploads_are_one_sentence(model, tmp_path, monkeypatch):
         with pytest.raises(ValueError, match=match) as caught:
             state.open_upload(tmp_path / name, model)
         assert "\n" not in str(caught.value)
+        assert str(tmp_path) not in str(caught.value)  # where the server keeps it is nobody's business
 
     (tmp_path / "notes.txt").write_text("no picture")
     refused("notes.txt", "must be a photograph or tokens")
@@ -272,6 +273,10 @@ def test_bad_uploads_are_one_sentence(model, tmp_path, monkeypatch):
     refused("cut.png", "must be a readable file")
     PIL.Image.new("1", (9000, 9000)).save(tmp_path / "huge.png")
     refused("huge.png", "at most 50 million pixels, got 9000 x 9000")
+    PIL.Image.new("1", (20_000, 20_000)).save(tmp_path / "bomb.png")
+    refused("bomb.png", "at most 50 million pixels")
+    (tmp_path / "x.gpst").write_bytes(b"\xff" * 64)
+    refused("x.gpst", "^x.gpst must be a token file")
     (tmp_path / "x.safetensors").write_bytes(b"\xff" * 64)
     refused("x.safetensors", "cannot read")
     write_tokens(tmp_path / "many.safetensors", model, count=state.MAX_TOKENS + 1)
@@ -306,7 +311,7 @@ def test_every_kind_of_picture_is_taken(mode, model, tmp_path):
 
 
 def test_settings_that_no_page_sends_are_refused(model, photo):
-    for count, side in ((0, 64), (state.MAX_TOKENS + 1, 64), (8, 100_000)):
+    for count, side in ((0, 64), (7.5, 64), (state.MAX_TOKENS + 1, 64), (8, 100_000)):
         with pytest.raises(ValueError, match="tokens must be from 1 to 1024"):
             state.encode(photo, model, count, side, 0)
     with pytest.raises(ValueError, match="num_tokens"):  # more than such an image has regions

@@ -308,6 +308,28 @@ def test_bad_files_are_one_sentence(visitors, folder):
     assert len(visitor.centres("edit")) == 20
 
 
+def test_a_photograph_that_the_settings_do_not_fit_is_kept(visitors, folder):
+    visitor = visitors()
+    visitor.upload(folder / "one.png")
+    picture(3, 16, 16).save(folder / "small.png")
+    visitor.upload(folder / "small.png")
+    assert visitor.line().startswith("Num_tokens must be at most 16")
+    assert not visitor.part("[data-panel=edit]").is_visible()  # that of another photograph
+    visitor.after(lambda: visitor.set_number("tokens", 12))
+    assert visitor.line().startswith("small.png: 16 × 16, 12 tokens")
+    assert np.array_equal(visitor.picture("edit"), np.asarray(picture(3, 16, 16)))
+
+
+def test_a_quality_that_is_typed_is_searched_for(visitors, folder):
+    visitor = visitors()
+    visitor.upload(folder / "one.png")
+    visitor.after(lambda: visitor.set_number("tokens", 20))
+    visitor.after(lambda: visitor.set_number("quality", 40))
+    assert "falls short of 40 dB" in visitor.line()
+    visitor.after(lambda: visitor.set_number("quality", 0.5))
+    assert "reaches 0.5 dB" in visitor.line()
+
+
 def test_visitors_do_not_see_each_other(visitors, folder):
     first, second = visitors(), visitors()
     first.upload(folder / "one.png")

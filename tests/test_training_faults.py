@@ -141,10 +141,24 @@ def test_other_files_in_the_output_folder_are_left_alone(tokens, tmp_path):
     (output / "notes").mkdir(parents=True)
     (output / "notes" / ".draft.abcdefgh.txt").write_text("mine")
     (output / ".draft.abcdefgh.txt").write_text("mine")
+    (output / ".model.original").mkdir()  # a name that looks like staging
+    (output / ".model.original" / "mine.txt").write_text("mine")
     assert train_sit.main(short_run(tokens, output, 1)) == 0
     assert (output / "notes" / ".draft.abcdefgh.txt").read_text() == "mine"
     assert (output / ".draft.abcdefgh.txt").read_text() == "mine"
+    assert (output / ".model.original" / "mine.txt").read_text() == "mine"
     assert owner_of(output / "model") == PROGRAM
+
+
+def test_what_was_added_to_a_checkpoint_is_kept(tokens, finished, tmp_path):
+    output, command = go_on(tokens, finished, tmp_path)
+    for name in ("checkpoint-2", "checkpoint-4"):
+        (output / name / "notes.txt").write_text("mine")
+    assert (
+        train_sit.main([*command, "--resume_from_checkpoint", "checkpoint-2", "--checkpoints_total_limit", "1"]) == 0
+    )
+    kept = sorted(path.parent.name for path in output.glob("checkpoint-*/notes.txt"))
+    assert kept == ["checkpoint-2", "checkpoint-4.damaged"]
 
 
 def test_cache_and_digits_replace_nothing_foreign(images, tokenizer, tmp_path, capsys):

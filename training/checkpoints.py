@@ -90,6 +90,16 @@ def write_manifest(checkpoint: Path) -> None:
     (checkpoint / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
 
 
+def _is_ours(checkpoint: Path) -> bool:
+    """Whether the manifest lists every file, so that nothing of somebody else is deleted with the folder."""
+    try:
+        listed = {MANIFEST, *json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))["files"]}
+    except (OSError, ValueError, RecursionError, KeyError, TypeError):
+        return False
+    files = (path for path in checkpoint.rglob("*") if path.is_symlink() or not path.is_dir())
+    return all(path.relative_to(checkpoint).as_posix() in listed for path in files)
+
+
 def find_damage(checkpoint: Path) -> str | None:
     """What is wrong with a checkpoint, in a few words; None if it matches its manifest.
 
@@ -222,12 +232,12 @@ def save_checkpoint(
             accelerator.wait_for_everyone()
             if main:
                 write_manifest(staging)
-                if (path / MANIFEST).exists():  # written by a run that was then resumed from an earlier checkpoint
+                if _is_ours(path):  # written by a run that was then resumed from an earlier checkpoint
                     shutil.rmtree(path)
                 elif path.exists():
                     _set_aside(path)
                 staging.rename(path)
-                ours = [old for old in checkpoints_of(output_dir) if (old / MANIFEST).exists()]
+                ours = [old for old in checkpoints_of(output_dir) if _is_ours(old)]
                 for old in [old for old in ours if step_of(old) <= state.step][:-total_limit]:
                     shutil.rmtree(old)
     finally:

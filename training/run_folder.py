@@ -78,9 +78,10 @@ def claimed_folder(folder: Path, program: str, outputs: Sequence[str]) -> Iterat
                 # Not through a temporary file: the lock is on this one.
                 content = json.dumps({"program": program, "format": FORMAT}) + "\n"
                 (folder / MARKER).write_text(content, encoding="utf-8")
-            for pattern in outputs:
-                _remove_staging(folder / pattern)
-            sweep(folder)
+            else:  # a run marks its folder before it writes anything else
+                for pattern in outputs:
+                    _remove_staging(folder / pattern)
+                sweep(folder)
             yield
         finally:
             _locks.discard(lock)
