@@ -179,8 +179,15 @@ def read_layout(source: str) -> str | GaussianLayout | PIL.Image.Image:
     if not source.endswith(".safetensors"):
         return open_image(source)
     tensors = _read_tensors(source)
+    if "gaussians" in tensors:
+        layout = GaussianLayout.load(source)
+        if len(layout) != 1:
+            raise ValueError(f"--layout must hold one layout, got {len(layout)} in {source}")
+        return layout
     if "layout" not in tensors:
-        raise ValueError(f"expected a tensor 'layout' in {source}, got {sorted(tensors)}")
+        raise ValueError(
+            f"{source} must hold a tensor 'layout', or be a file of GaussianLayout.save, got {sorted(tensors)}"
+        )
     return GaussianLayout(tensors["layout"][None])
 
 

@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from tiny_pipeline import TOKENS, make_pipeline
 
+from gpstoken_hf import GaussianLayout
 from pipelines.generate import SCHEDULERS, Job, main
 from pipelines.shared.outputs import own_directory
 from pipelines.shared.programs import run_program
@@ -173,6 +174,12 @@ def test_layouts_from_a_file_an_image_and_the_bank(generate, tmp_path):
     for index in range(2):
         used = load_file(tmp_path / "out" / "layouts" / "0001" / f"{index:05d}.safetensors")["layout"]
         assert torch.equal(used, edited)
+
+    GaussianLayout(edited[None]).save(tmp_path / "saved.safetensors")
+    saved = tmp_path / "saved.safetensors"
+    assert generate("--classes", 1, "--count", 1, "--layout", saved, output=tmp_path / "saved") == 0
+    used = load_file(tmp_path / "saved" / "layouts" / "0001" / "00000.safetensors")["layout"]
+    assert torch.equal(used, edited)
 
     PIL.Image.fromarray(np.random.default_rng(0).integers(0, 255, (40, 50, 3), dtype=np.uint8)).save(
         tmp_path / "a.png"

@@ -150,6 +150,19 @@ def test_other_files_in_the_output_folder_are_left_alone(tokens, tmp_path):
     assert owner_of(output / "model") == PROGRAM
 
 
+def test_a_marker_that_leads_elsewhere_is_not_written(tokens, tmp_path, capsys):
+    output, mine = tmp_path / "run", tmp_path / "mine.json"
+    output.mkdir()
+    mine.write_text("[1, 2]")
+    (output / MARKER).symlink_to(mine)
+    assert run_program(train_sit.main, short_run(tokens, output, 1)) == 2
+    assert f"whose {MARKER} would be replaced" in last_line(capsys)
+    assert mine.read_text() == "[1, 2]"
+    (output / MARKER).unlink()
+    (output / MARKER).touch()  # a run was killed as it began
+    assert train_sit.main(short_run(tokens, output, 1)) == 0
+
+
 def test_what_was_added_to_a_checkpoint_is_kept(tokens, finished, tmp_path):
     output, command = go_on(tokens, finished, tmp_path)
     for name in ("checkpoint-2", "checkpoint-4"):

@@ -62,6 +62,9 @@ def claimed_folder(folder: Path, program: str, outputs: Sequence[str]) -> Iterat
     owner = owner_of(folder)
     if owner != program:
         found = sorted(str(path.relative_to(folder)) for pattern in outputs for path in folder.glob(pattern))
+        marker = folder / MARKER
+        if owner is None and (marker.is_symlink() or (marker.exists() and marker.stat().st_size > 0)):
+            found.append(MARKER)  # a run that was killed as it began leaves an empty one
         if owner is not None or found:
             raise ProgramError(
                 f"the output folder must be new or written by {program}, got {folder}, "
