@@ -4,7 +4,7 @@
 Every family is a function that builds the unmodified pipeline and calls it. Text encoders are left out and their
 embeddings passed, as the autoencoder never sees text.
 
-    python tests/foreign_pipelines.py    # measure all families and write the tables of docs/autoencoder.md and README.md
+    python tests/foreign_pipelines.py    # measure all, write the tables of docs/autoencoder.md and README.md
 """
 
 from __future__ import annotations
@@ -869,7 +869,9 @@ def main() -> int:
             failed += 1
             print(f"{row.name}: {type(error).__name__}: {str(error)[:300]}", file=sys.stderr)
     write_table(PAGE, "| pipeline | takes it |", rows)
-    write_table(README, "| pipelines of diffusers, unmodified | take our autoencoder as their `vae` |", by_verdict(rows))
+    write_table(
+        README, "| pipelines of diffusers, unmodified | take our autoencoder as their `vae` |", by_verdict(rows)
+    )
     return failed
 
 

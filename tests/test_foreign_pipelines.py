@@ -1,5 +1,5 @@
 # Copyright 2026 The gpstoken-hf authors. Licensed under the Apache License, Version 2.0.
-"""The tables of docs/autoencoder.md and the README are true: every family of diffusers, unmodified, runs or refuses."""
+"""The tables of docs/autoencoder.md and the README are true: each family of diffusers, unmodified, runs or refuses."""
 
 import pytest
 from foreign_pipelines import FAMILIES, PAGE, README, by_verdict, measure, table_of

@@ -14,6 +14,7 @@ import subprocess
 import sys
 import time
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import hostile
@@ -554,10 +555,11 @@ def test_adapters_are_never_pickles(copied, tmp_path, monkeypatch):
         tiny_pipeline.make_texture_transformer(),
         AutoencoderGPSToken.from_gpstoken(make_model(num_tokens=16)),
     ):
-        refused(lambda: model.load_lora_adapter(tmp_path / "adapter", use_safetensors=False), "use_safetensors")
-        refused(lambda: model.load_lora_adapter(tmp_path / "adapter", weight_name=lora), "weight_name must end in")
+        load = partial(model.load_lora_adapter, tmp_path / "adapter")
+        refused(partial(load, use_safetensors=False), "use_safetensors")
+        refused(partial(load, weight_name=lora), "weight_name must end in")
         with pytest.raises(OSError, match=r"pytorch_lora_weights\.safetensors|safetensors"):
-            model.load_lora_adapter(tmp_path / "adapter")
+            load()
     assert not (tmp_path / "unpickled").exists()
 
 
@@ -756,6 +758,12 @@ def test_a_missing_component_gets_a_hint(copied):
             cls.from_pretrained(source)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("source", [3, None])
+def test_a_source_is_a_name(kind, source):
+    refused(lambda: KINDS[kind][0].from_pretrained(source), "must be a folder or a repository on the Hub")
+
+
 # -- the Hub
 
 
@@ -845,6 +853,24 @@ def test_the_same_checks_for_a_repository_on_the_hub(tmp_path):
             assert result.returncode == 0, result.stderr[-3000:]
         assert result.stdout.strip() == "done"
         assert not [path for path in hub.downloads() if path.endswith(".bin")]
+
+
+OFFLINE = """
+import gpstoken_hf
+import pytest
+
+for name in ("GPSTokenModel", "AutoencoderGPSToken", "SiTTransformer1DModel", "FlowMatchSDEScheduler"):
+    with pytest.raises(OSError, match="(?i)connect|offline"):
+        getattr(gpstoken_hf, name).from_pretrained("tester/nothing")
+"""
+
+
+def test_without_a_network_the_error_says_so(tmp_path):
+    environment = {**os.environ, "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    result = subprocess.run(
+        [sys.executable, "-c", OFFLINE], env=environment, capture_output=True, text=True, timeout=600
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
 
 
 # -- a campaign
