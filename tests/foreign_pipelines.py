@@ -4,7 +4,7 @@
 Every family is a function that builds the unmodified pipeline and calls it. Text encoders are left out and their
 embeddings passed, as the autoencoder never sees text.
 
-    python tests/foreign_pipelines.py    # measure all families and write the table into docs/autoencoder.md
+    python tests/foreign_pipelines.py    # measure all, write the tables of docs/autoencoder.md and README.md
 """
 
 from __future__ import annotations
@@ -28,7 +28,8 @@ from PIL import Image
 
 from gpstoken_hf import AutoencoderGPSToken
 
-PAGE = Path(__file__).resolve().parents[1] / "docs" / "autoencoder.md"
+ROOT = Path(__file__).resolve().parents[1]
+PAGE, README = ROOT / "docs" / "autoencoder.md", ROOT / "README.md"
 BEGIN, END = "<!-- pipelines: begin -->", "<!-- pipelines: end -->"
 SIDE, CHANNELS, SCALE = 32, 16, 8
 STEPS = {"num_inference_steps": 2, "output_type": "np"}
@@ -835,14 +836,31 @@ def measure(row: Family) -> str:
     return f"| {row.name} | yes{f': {row.reason}' if row.reason else ''} |"
 
 
-def table_of_page() -> list[str]:
-    """The rows of the table in the page, without its head."""
-    text = PAGE.read_text(encoding="utf-8")
+def table_of(path: Path) -> list[str]:
+    """The rows of the table in a file, without its head."""
+    text = path.read_text(encoding="utf-8")
     return text.split(BEGIN)[1].split(END)[0].strip().splitlines()[2:]
 
 
-def write_table() -> int:
-    """Measure all families and write the table; returns how many failed in an unexpected way."""
+def by_verdict(rows: list[str]) -> list[str]:
+    """The rows of the README: one for each verdict, with the pipelines that share it, and refusals last."""
+    names: dict[str, list[str]] = {}
+    for row in rows:
+        _, name, verdict, _ = row.split("|")
+        names.setdefault(verdict.strip(), []).append(name.strip())
+    verdicts = sorted(names, key=lambda verdict: not verdict.startswith("yes"))
+    return [f"| {'; '.join(names[verdict])} | {verdict} |" for verdict in verdicts]
+
+
+def write_table(path: Path, head: str, rows: list[str]) -> None:
+    """Replace the table between the two comments of a file."""
+    text = path.read_text(encoding="utf-8")
+    table = "\n".join([head, "|---|---|", *rows])
+    path.write_text(f"{text.split(BEGIN)[0]}{BEGIN}\n{table}\n{END}{text.split(END)[1]}", encoding="utf-8")
+
+
+def main() -> int:
+    """Measure all families and write the tables; returns how many failed in an unexpected way."""
     rows, failed = [], 0
     for row in FAMILIES:
         try:
@@ -850,12 +868,12 @@ def write_table() -> int:
         except Exception as error:
             failed += 1
             print(f"{row.name}: {type(error).__name__}: {str(error)[:300]}", file=sys.stderr)
-    text = PAGE.read_text(encoding="utf-8")
-    head, tail = text.split(BEGIN)[0], text.split(END)[1]
-    table = "\n".join(["| pipeline | takes it |", "|---|---|", *rows])
-    PAGE.write_text(f"{head}{BEGIN}\n{table}\n{END}{tail}", encoding="utf-8")
+    write_table(PAGE, "| pipeline | takes it |", rows)
+    write_table(
+        README, "| pipelines of diffusers, unmodified | take our autoencoder as their `vae` |", by_verdict(rows)
+    )
     return failed
 
 
 if __name__ == "__main__":
-    raise SystemExit(write_table())
+    raise SystemExit(main())

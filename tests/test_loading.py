@@ -758,6 +758,12 @@ def test_a_missing_component_gets_a_hint(copied):
             cls.from_pretrained(source)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("source", [3, None])
+def test_a_source_is_a_name(kind, source):
+    refused(lambda: KINDS[kind][0].from_pretrained(source), "must be a folder or a repository on the Hub")
+
+
 # -- the Hub
 
 
@@ -847,6 +853,24 @@ def test_the_same_checks_for_a_repository_on_the_hub(tmp_path):
             assert result.returncode == 0, result.stderr[-3000:]
         assert result.stdout.strip() == "done"
         assert not [path for path in hub.downloads() if path.endswith(".bin")]
+
+
+OFFLINE = """
+import gpstoken_hf
+import pytest
+
+for name in ("GPSTokenModel", "AutoencoderGPSToken", "SiTTransformer1DModel", "FlowMatchSDEScheduler"):
+    with pytest.raises(OSError, match="(?i)connect|offline"):
+        getattr(gpstoken_hf, name).from_pretrained("tester/nothing")
+"""
+
+
+def test_without_a_network_the_error_says_so(tmp_path):
+    environment = {**os.environ, "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    result = subprocess.run(
+        [sys.executable, "-c", OFFLINE], env=environment, capture_output=True, text=True, timeout=600
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
 
 
 # -- a campaign

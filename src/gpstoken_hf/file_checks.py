@@ -228,7 +228,11 @@ def read_index(path: str | os.PathLike[str]) -> dict[str, set[str]]:
 
 
 def check_source(source: Any) -> None:
-    """Raise an OSError with a hint for the name of a bundled checkpoint, which is no repository on the Hub."""
+    """Raise a ValueError for what is no folder and no name, an OSError with a hint for a bundled checkpoint."""
+    if not isinstance(source, str | os.PathLike):
+        raise ValueError(
+            f"pretrained_model_name_or_path must be a folder or a repository on the Hub, got {shown(source)}"
+        )
     folder = Path(__file__).parent / "bundled"
     name = str(source)
     if folder.is_dir() and name in os.listdir(folder) and not os.path.exists(name):
@@ -255,6 +259,15 @@ def find_file(source: Any, name: str, arguments: Mapping[str, Any]) -> Path | No
         **hub_arguments(arguments),
     )
     return None if found is None else Path(found)
+
+
+def require_file(source: Any, name: str, arguments: Mapping[str, Any]) -> None:
+    """Raise the OSError of transformers, which says why, if a file is not there or cannot be reached.
+
+    Args:
+        source, name, arguments: as for `find_file`.
+    """
+    cached_file(source, name, subfolder=arguments.get("subfolder") or "", **hub_arguments(arguments))
 
 
 def hub_arguments(arguments: Mapping[str, Any]) -> dict[str, Any]:

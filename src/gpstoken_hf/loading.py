@@ -25,7 +25,6 @@ from diffusers import ModelMixin
 from diffusers.loaders import PeftAdapterMixin
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
-from transformers.utils import cached_file
 from transformers.utils.hub import extract_commit_hash
 
 from .file_checks import (
@@ -50,6 +49,7 @@ from .file_checks import (
     read_index,
     read_json,
     refusing,
+    require_file,
     shown,
 )
 from .pushing import PushWithCardMixin, save_with_card
@@ -220,6 +220,8 @@ class StrictLoadingMixin(PushWithCardMixin):
             OSError: if there is no such checkpoint, or none in safetensors files.
         """
         source = pretrained_model_name_or_path
+        if source is not None or kwargs.get("state_dict") is None:
+            check_source(source)
         only_safetensors(kwargs)
         with_info = kwargs.pop("output_loading_info", False)
         is_lenient = with_info or kwargs.get("ignore_mismatched_sizes") or kwargs.get("state_dict") is not None
@@ -409,7 +411,7 @@ def _missing(source: Any, name: str, arguments: Mapping[str, Any]) -> OSError:
             "folder of a component as subfolder, or restore the folder of a component that is missing."
         )
     try:
-        cached_file(source, name, subfolder=arguments.get("subfolder") or "", **hub_arguments(arguments))
+        require_file(source, name, arguments)
     except OSError as error:
         return error
     return OSError(f"{source} does not appear to have a file named {name}.")

@@ -27,7 +27,14 @@ from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from diffusers.utils import BaseOutput
 from diffusers.utils.torch_utils import randn_tensor
 
-from .file_checks import MAX_TRAIN_TIMESTEPS, check_number, check_source, refusing
+from .file_checks import (
+    MAX_TRAIN_TIMESTEPS,
+    SCHEDULER_CONFIG,
+    check_number,
+    check_source,
+    refusing,
+    require_file,
+)
 from .loading import CheckedConfigMixin
 from .pushing import PushWithCardMixin, save_with_card
 
@@ -180,8 +187,12 @@ class FlowMatchSDEScheduler(PushWithCardMixin, CheckedConfigMixin, SchedulerMixi
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, *args: Any, **kwargs: Any) -> Any:
         """Load from a folder or the Hub, as every scheduler of diffusers."""
-        check_source(pretrained_model_name_or_path)
-        return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+        source = pretrained_model_name_or_path
+        check_source(source)
+        # Without a network diffusers says that the repository lacks the file.
+        if not os.path.isfile(source):
+            require_file(source, SCHEDULER_CONFIG, kwargs)
+        return super().from_pretrained(source, *args, **kwargs)
 
     @classmethod
     def known_fields(cls, config: Mapping[str, Any]) -> set[str]:
