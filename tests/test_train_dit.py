@@ -105,8 +105,8 @@ def test_the_program_resumes_and_its_pipelines_load(tmp_path):
     assert results["held-out digits"]["accuracy"] > 0.98
     for name in ("gpstoken", "grid"):
         assert (tmp_path / name / "checkpoint-4").is_dir()
-        sheet = Image.open(tmp_path / f"samples-{name}.png")
-        assert sheet.height > sheet.width
+        with Image.open(tmp_path / f"samples-{name}.png") as sheet:
+            assert sheet.height > sheet.width
         pipeline = DiTPipeline.from_pretrained(tmp_path / name / "model")
         assert pipeline.labels["three"] == 3
     assert type(DiTPipeline.from_pretrained(tmp_path / "gpstoken" / "model").vae) is AutoencoderGPSToken

@@ -202,8 +202,10 @@ class GeneratorTask(TrainingTask):
 
     def save(self, directory: Path, dtype: torch.dtype) -> None:
         model = self.model if dtype == torch.float32 else copy.deepcopy(self.model).to(dtype)
-        id2label = dict(enumerate(CLASS_NAMES))
-        DiTPipeline(model, self.vae, self.scheduler, id2label=id2label).save_pretrained(directory)
+        pipeline = DiTPipeline(model, self.vae, self.scheduler)
+        # Its constructor takes the names but does not record them; loading reads them from model_index.json.
+        pipeline.register_to_config(id2label={str(digit): name for digit, name in enumerate(CLASS_NAMES)})
+        pipeline.save_pretrained(directory)
 
 
 # -------------------------------------------------------------------------------------------------------- evaluation
