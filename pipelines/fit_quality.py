@@ -4,9 +4,9 @@
     python -m pipelines.fit_quality images.parquet --model gpstoken-nano --output out/fit_quality
     python -m pipelines.fit_quality folder/ --resolutions 256 384 --model my-model --output out/fit_quality
 
-Every image is resized and cropped to each resolution, encoded with a few random numbers of tokens and decoded. The
-weights are those of a linear fit of the PSNR to the features of the partition (gpstoken_hf.quality). The output folder
-holds:
+Every image is resized and cropped to each resolution, encoded with a few random numbers of tokens, an eighth to four
+times those of the training, and decoded. The weights are those of a linear fit of the PSNR to the features of the
+partition (gpstoken_hf.quality). The output folder holds:
 
     rows.jsonl      the features and the PSNR of every measurement; an interrupted run resumes after the last one
     config.json     the config of the model with the weights; copy it over that of the model
@@ -88,13 +88,14 @@ def measure(model: GPSTokenModel, images: torch.Tensor, samples: int, seed: int)
     config, (height, width) = model.config, images.shape[-2:]
     usual = config.num_tokens * height * width / config.image_size**2
     limit = max_regions(height, width, config.min_region_size)
-    high = min(limit, max(1, round(4 * usual)))
+    # Fewer tokens than an eighth of the usual number say little about the numbers that targets need.
+    low, high = (min(limit, max(1, round(factor * usual))) for factor in (1 / 8, 4))
     splits = split_sequence(images, min(limit, FINER * high), config.complexity_exponent, config.min_region_size)
     partition = NestedPartition(splits, (height, width))
     rows = []
     rng = np.random.default_rng(seed)
     for _ in range(samples):
-        counts = np.rint(np.exp(rng.uniform(0, math.log(high), len(images)))).astype(int).tolist()
+        counts = np.rint(np.exp(rng.uniform(math.log(low), math.log(high), len(images)))).astype(int).tolist()
         encoded = model.encode(images, counts)
         sample = model.decode(encoded.tokens, (height, width), encoded.attention_mask).sample
         for image, value in enumerate(psnr(sample.float(), images).tolist()):
@@ -120,7 +121,7 @@ def fit_weights(rows: np.ndarray) -> dict[str, Any]:
     )
     error = predict_psnr(features, weights) - values
     return {
-        "weights": [float(weight) for weight in weights],
+        "weights": [round(float(weight), 12) + 0.0 for weight in weights],  # + 0.0: no negative zeros
         "rms_error": float(np.sqrt(np.mean(error**2))),
         "rms_error_held_out": float(np.sqrt(np.mean((held_out - values[: len(held_out)]) ** 2))),
     }

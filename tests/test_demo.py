@@ -225,23 +225,22 @@ def test_tokens_of_reconstruct_can_be_uploaded(model, tmp_path):
 
 @pytest.mark.slow
 def test_an_edit_takes_less_than_half_a_second(capsys):
-    """At 256 x 256 on one thread. CPU time, because the machine of a test may be busy with other things."""
+    """At 256 x 256, as a visitor waits for it, on all cores as the page runs. The machine must be quiet."""
     model = load_tokenizer("gpstoken-nano", "cpu")
     photo = state.photo_of("a.png", picture(256, 256))
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        state.encode(photo, model, 256, 256, 30)
-        seconds = []
-        for step in range(8):
-            start = time.process_time()
-            state.edit(photo, model, 7, [0.1, 0.05, 0.3, -0.5 + 0.1 * step, 0.2])
-            seconds.append(time.process_time() - start)
-    finally:
-        torch.set_num_threads(threads)
-    seconds = sorted(seconds[1:])  # the first call warms up
+    state.encode(photo, model, 256, 256, 30)
+    seconds, cpu_seconds = [], []
+    for step in range(8):
+        start, cpu_start = time.perf_counter(), time.process_time()
+        state.edit(photo, model, 7, [0.1, 0.05, 0.3, -0.5 + 0.1 * step, 0.2])
+        seconds.append(time.perf_counter() - start)
+        cpu_seconds.append(time.process_time() - cpu_start)
+    seconds, cpu_seconds = sorted(seconds[1:]), sorted(cpu_seconds[1:])  # the first call warms up
     with capsys.disabled():
-        print(f"\nan edit: median {seconds[3]:.2f} s, {seconds[0]:.2f} to {seconds[-1]:.2f} s of CPU time")
+        print(
+            f"\nan edit with {torch.get_num_threads()} threads: median {seconds[3]:.2f} s, {seconds[0]:.2f} to "
+            f"{seconds[-1]:.2f} s; {cpu_seconds[3]:.2f} s of CPU time"
+        )
     assert seconds[3] < 0.5
 
 
