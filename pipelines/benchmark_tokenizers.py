@@ -329,9 +329,9 @@ def draw(path: Path, results: Sequence[dict[str, Any]], args: argparse.Namespace
         Curve(
             f"{entry['name']}, {kind}",
             [(size, size / entry[kind][str(size)]["median_s"]) for size in args.batch_sizes],
-            style,
+            f"C{index % 10}{style}",
         )
-        for entry in results
+        for index, entry in enumerate(results)
         for kind, style in (("encode", "o-"), ("decode", "s--"))
     ]
     draw_curves(path, curves, "batch size", "images per second", device_name(args.device), is_log=True)

@@ -183,7 +183,8 @@ def draw_curves(
     axes.set_title(printable(title))
     axes.grid(alpha=0.3)
     if ticks:
-        axes.legend(fontsize="small")
+        many = {"loc": "center left", "bbox_to_anchor": (1, 0.5)} if len(curves) > 6 else {}
+        axes.legend(fontsize="small", **many)
     with atomic_file(path) as staging:
         figure.savefig(staging, dpi=150)
 
