@@ -28,6 +28,7 @@ import shutil
 import signal
 import sys
 import tempfile
+import threading
 import time
 import traceback
 import zlib
@@ -49,6 +50,7 @@ import PIL.Image
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import safe_open
+from tqdm import tqdm
 
 from tests.hostile_files import ODD_NAMES, PartitionDataset, corrupt_file, corrupt_json
 
@@ -132,6 +134,8 @@ class Child:
                 stream = open(descriptor, "w", encoding="utf-8", errors="backslashreplace", closefd=False)  # noqa: SIM115
                 setattr(sys, name, stream)
             os.chdir(cwd)
+            # Forked processes share tqdm's lock. One that is killed while it holds it would stop all later ones.
+            tqdm.set_lock(threading.RLock())
             if memory is not None:
                 taken = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
                 resource.setrlimit(resource.RLIMIT_AS, (taken + memory, taken + memory))
