@@ -80,7 +80,11 @@ def claimed_folder(folder: Path, program: str, outputs: Sequence[str]) -> Iterat
             if owner is None:
                 # Not through a temporary file: the lock is on this one.
                 content = json.dumps({"program": program, "format": FORMAT}) + "\n"
-                (folder / MARKER).write_text(content, encoding="utf-8")
+                try:
+                    (folder / MARKER).write_text(content, encoding="utf-8")
+                except OSError:
+                    lock.truncate(0)  # half a marker would look like somebody else's
+                    raise
             else:  # a run marks its folder before it writes anything else
                 for pattern in outputs:
                     _remove_staging(folder / pattern)
