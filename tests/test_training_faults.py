@@ -412,7 +412,7 @@ def processes_of(group):
 
 @pytest.mark.skipif(not Path("/proc").exists(), reason="counts processes in /proc")
 def test_workers_of_a_killed_run_do_not_hold_its_folder(tmp_path):
-    """They notice after seconds that their parent is gone; the same command goes on at once."""
+    """Workers take seconds to notice that their parent is gone. The same command must resume at once."""
     script = (
         "import os, sys, time\nfrom pathlib import Path\nfrom training.run_folder import claimed_folder\n"
         "with claimed_folder(Path(sys.argv[1]), 'training.train_sit', ()):\n"

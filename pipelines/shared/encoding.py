@@ -143,7 +143,7 @@ def encoding_settings(args: argparse.Namespace) -> dict[str, Any]:
 def collect_sources(
     paths: Sequence[Path], output: Path, reserved: Sequence[str] = (), suffixes: Sequence[str] = ("",)
 ) -> list[Source]:
-    """Plan a source, with a name of its own for the results, for each file and for each image of a folder.
+    """Plan a source, with a unique name for its results, for each file and for each image of a folder.
 
     Without paths, the sample photographs. `reserved` and `suffixes` are those of `plan_names`.
 

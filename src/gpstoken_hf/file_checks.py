@@ -228,7 +228,7 @@ def read_index(path: str | os.PathLike[str]) -> dict[str, set[str]]:
 
 
 def check_source(source: Any) -> None:
-    """Raise a ValueError for what is no folder and no name, an OSError with a hint for a bundled checkpoint."""
+    """Refuse anything but a folder or the name of a repository; the name of a bundled checkpoint gets a hint."""
     if not isinstance(source, str | os.PathLike):
         raise ValueError(
             f"pretrained_model_name_or_path must be a folder or a repository on the Hub, got {shown(source)}"
