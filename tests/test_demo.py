@@ -225,7 +225,7 @@ def test_tokens_of_reconstruct_can_be_uploaded(model, tmp_path):
 
 @pytest.mark.slow
 def test_an_edit_takes_less_than_half_a_second(capsys):
-    """At 256 x 256, as a visitor waits for it, on all cores as the page runs. The machine must be quiet."""
+    """Elapsed time of an edit at 256 x 256 on all cores, which is how the page runs. Needs a quiet machine."""
     model = load_tokenizer("gpstoken-nano", "cpu")
     photo = state.photo_of("a.png", picture(256, 256))
     state.encode(photo, model, 256, 256, 30)

@@ -91,7 +91,7 @@ def write_manifest(checkpoint: Path) -> None:
 
 
 def _is_ours(checkpoint: Path) -> bool:
-    """Whether the manifest lists every file, so that nothing of somebody else is deleted with the folder."""
+    """Whether the manifest lists every file. A folder that holds other files must not be deleted."""
     try:
         listed = {MANIFEST, *json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))["files"]}
     except (OSError, ValueError, RecursionError, KeyError, TypeError):

@@ -196,7 +196,7 @@ def pipeline_of(options: argparse.Namespace, way: str, seed: int, checkpoint: Pa
     work = options.output_dir
     tokenizer = options.tokenizer or str(work / "tokenizer" / "model")
     vae = GPSTokenModel.from_pretrained(find_checkpoint(tokenizer, "--tokenizer"), dtype=torch.float32).eval()
-    vae.config.image_size = options.resolution  # what the pipeline draws
+    vae.config.image_size = options.resolution  # the size of the images that the pipeline generates
     channels = json.loads((work / "tokens" / STATISTICS).read_text(encoding="utf-8"))["channels"]
     vae.config.latents_mean, vae.config.latents_std = (channels["offset"][name] for name in ("mean", "std"))
     parts: dict[str, Any] = {}

@@ -153,7 +153,7 @@ def draw_curves(
     is_log: bool = False,
     names: Sequence[str] = (),
 ) -> None:
-    """Draw curves into a PNG file. Without matplotlib a line on the terminal says what is missing.
+    """Draw curves into a PNG file. Without matplotlib, print one line that names it.
 
     With `names` the places 0, 1, ... along x stand for things with these names.
     """
