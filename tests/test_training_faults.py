@@ -416,8 +416,8 @@ def test_workers_of_a_killed_run_do_not_hold_its_folder(tmp_path):
     script = (
         "import os, sys, time\nfrom pathlib import Path\nfrom training.run_folder import claimed_folder\n"
         "with claimed_folder(Path(sys.argv[1]), 'training.train_sit', ()):\n"
-        "    if os.fork() == 0:\n        time.sleep(60)\n        os._exit(0)\n"
-        "    print('forked', flush=True)\n    time.sleep(60)\n"
+        "    if os.fork() == 0:\n        print('forked', flush=True)\n        time.sleep(60)\n        os._exit(0)\n"
+        "    time.sleep(60)\n"
     )
     command = [sys.executable, "-c", script, str(tmp_path / "run")]
     process = subprocess.Popen(command, start_new_session=True, stdout=subprocess.PIPE, text=True)
