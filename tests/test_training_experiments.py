@@ -2,7 +2,12 @@
 """The programs that compare trainings, and the profile, in miniature: what they measure, resume and refuse."""
 
 import json
+import os
 import shutil
+import signal
+import subprocess
+import sys
+import time
 
 import numpy as np
 import pytest
@@ -112,9 +117,9 @@ def test_the_ablation_trains_measures_and_resumes(images, network, tmp_path, mon
     ran = []
     original = ablate_training.run_missing
 
-    def counted(folder, steps):
+    def counted(folder, steps, parallel):
         ran.extend(result for result, _, _ in steps if not result.exists())
-        return original(folder, steps)
+        return original(folder, steps, parallel)
 
     monkeypatch.setattr(ablate_training, "run_missing", counted)
     shutil.rmtree(output / "px32" / "grid-seed0" / "model")
@@ -145,6 +150,63 @@ def test_finished_runs_of_other_settings_are_not_reported_as_these(tmp_path):
     assert run_missing(moved, step(moved, "--threads", "2", "--sort-keys", "--indent", "1")) == 0
     (moved / COMMANDS).unlink()
     assert run_missing(moved, step(moved, "--indent", "2")) == 0
+
+
+WAIT_FOR_EACH_OTHER = """
+import sys, time
+from pathlib import Path
+own, other = Path(sys.argv[2]), Path(sys.argv[4])
+own.touch()
+while not other.exists():
+    time.sleep(0.01)
+"""
+
+
+def test_runs_at_the_same_time(tmp_path, monkeypatch):
+    """Each of two programs ends when it sees the other, so one after the other they would never end."""
+    (tmp_path / "meet.py").write_text(WAIT_FOR_EACH_OTHER)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    pairs = [("a", "b"), ("b", "a")]
+    steps = [
+        (tmp_path / own, "meet", ["--own", str(tmp_path / own), "--other", str(tmp_path / other)])
+        for own, other in pairs
+    ]
+    assert run_missing(tmp_path, steps, parallel=2) == 0
+    assert set(json.loads((tmp_path / COMMANDS).read_text())) == {"a", "b"}
+
+
+def test_a_run_that_fails_stops_the_others_and_starts_no_more(tmp_path, monkeypatch):
+    (tmp_path / "fail.py").write_text("raise SystemExit(3)")
+    (tmp_path / "wait.py").write_text("import time\ntime.sleep(60)")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    steps = [(tmp_path / name, name, []) for name in ("wait", "fail", "late")]
+    start = time.monotonic()
+    assert run_missing(tmp_path, steps, parallel=2) == 3
+    assert time.monotonic() - start < 30
+    assert set(json.loads((tmp_path / COMMANDS).read_text())) == {"wait", "fail"}
+
+
+def test_a_signal_ends_all_runs(tmp_path):
+    """As a job scheduler sends it, to the program alone."""
+    (tmp_path / "wait.py").write_text(
+        "import sys, time\nfrom pathlib import Path\nPath(sys.argv[1]).touch()\ntime.sleep(60)"
+    )
+    script = (
+        "import sys\nfrom training.experiments import run_steps\n"
+        "raise SystemExit(-run_steps([('wait', [name]) for name in sys.argv[1:]], parallel=2))"
+    )
+    names = [str(tmp_path / name) for name in ("a", "b", "c")]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path])}
+    process = subprocess.Popen([sys.executable, "-c", script, *names], env=environment)
+    try:
+        while not (tmp_path / "a").exists() or not (tmp_path / "b").exists():
+            assert process.poll() is None
+            time.sleep(0.02)
+        process.terminate()
+        assert process.wait(30) == signal.SIGTERM
+    finally:
+        process.kill()
+    assert not (tmp_path / "c").exists()
 
 
 @pytest.mark.slow

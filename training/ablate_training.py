@@ -198,7 +198,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     FeatureLoss(options.distance_network, options.distance_weights_file)
     with claimed_folder(options.output_dir, PROGRAM, OUTPUTS):
         steps = [training_step(options, *row, seed) for seed in options.seeds for row in planned_rows(options)]
-        if code := run_missing(options.output_dir, steps):
+        if code := run_missing(options.output_dir, steps, options.parallel):
             return code
         results = measure(options)
         text = report(options, results, command_line(PROGRAM, argv))

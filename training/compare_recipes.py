@@ -177,7 +177,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         FeatureLoss(*network)
     with claimed_folder(options.output_dir, PROGRAM, OUTPUTS):
         steps = [training_step(options, name, seed) for seed in options.seeds for name in RECIPES]
-        if code := run_missing(options.output_dir, steps):
+        if code := run_missing(options.output_dir, steps, options.parallel):
             return code
         results = measure(options)
         text = report(options, results, command_line(PROGRAM, argv))

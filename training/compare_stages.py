@@ -38,6 +38,7 @@ from training.experiments import (
     COMMANDS,
     add_experiment_options,
     budget_options,
+    check_settings,
     command_line,
     features_of,
     markdown_table,
@@ -341,7 +342,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         find_checkpoint(options.tokenizer, "--tokenizer")
     with claimed_folder(options.output_dir, PROGRAM, OUTPUTS):
         split_data(options)
-        if code := run_missing(options.output_dir, training_steps(options)):
+        steps = training_steps(options)
+        check_settings(options.output_dir, steps)
+        shared = [step for step in steps if step[1] != "training.train_sit"]
+        # The tokenizer makes the tokens, and all generators need them.
+        code = run_missing(options.output_dir, shared) or run_missing(
+            options.output_dir, steps[len(shared) :], options.parallel
+        )
+        if code:
             return code
         points = measure(options)
         text = report(options, points, command_line(PROGRAM, argv))

@@ -1,5 +1,5 @@
 # Copyright 2026 The gpstoken-hf authors. Licensed under the Apache License, Version 2.0.
-"""What the programs that compare trainings share: runs one after another, the same measures, one folder of results.
+"""What the programs that compare trainings share: runs with equal budgets, the same measures, one folder of results.
 
 Shapes: N images, H and W their sides in pixels.
 """
@@ -13,7 +13,8 @@ import signal
 import statistics
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ from training.data import load_validation_images
 from training.perceptual import FeatureLoss
 
 CHUNK = 20
+POLL_SECONDS = 0.2
 # The settings of the steps that were begun, by their results.
 COMMANDS = "commands.json"
 
@@ -41,7 +43,9 @@ def add_experiment_options(parser: argparse.ArgumentParser) -> None:
     budget.add_argument("--budget_minutes", type=positive_float, help="training time of every run")
     budget.add_argument("--budget_steps", type=positive, help="training steps of every run")
     parser.add_argument("--seeds", type=non_negative_int, nargs="+", default=[0, 1])
-    parser.add_argument("--threads", type=positive, help="number of CPU threads; default: torch's choice")
+    parser.add_argument("--parallel", type=positive, default=1, help="runs that train at the same time")
+    parser.add_argument("--threads", type=positive, help="CPU threads of a run; default: its share of torch's choice")
+    parser.add_argument("--mixed_precision", choices=("no", "fp16", "bf16"), default="no", help="of every training")
     parser.add_argument(
         "--distance_network",
         default="efficientnet_lite0",
@@ -59,37 +63,86 @@ def budget_options(options: argparse.Namespace, share: float = 1.0) -> list[str]
 
 def shared_options(options: argparse.Namespace, seed: int) -> list[str]:
     """Options that every training of an experiment has."""
-    threads = [] if options.threads is None else ["--threads", str(options.threads)]
-    return ["--seed", str(seed), "--report_to", "none", *threads]
+    threads = options.threads
+    if threads is None and options.parallel > 1:
+        threads = max(1, torch.get_num_threads() // options.parallel)
+    shared = ["--seed", str(seed), "--report_to", "none", "--mixed_precision", options.mixed_precision]
+    return shared if threads is None else [*shared, "--threads", str(threads)]
 
 
-def run_step(module: str, command: list[str]) -> int:
-    """Run another program in a process of its own; returns its exit code.
+def run_steps(commands: Iterable[tuple[str, list[str]]], parallel: int = 1) -> int:
+    """Run other programs in processes of their own; returns the first exit code that is not 0, or 0.
 
-    SIGINT and SIGTERM are left to that process, which writes a checkpoint and ends. (From a terminal Ctrl-C reaches
-    both processes, a SIGTERM is passed on.)
+    SIGINT and SIGTERM are left to these processes, which write a checkpoint and end. (From a terminal Ctrl-C reaches
+    all processes, a SIGTERM is passed on.) When one ends with an error, the others are stopped in the same way.
+
+    Args:
+        commands (`Iterable[tuple[str, list[str]]]`):
+            Names of modules, and their arguments. One is taken when it can be started.
+        parallel (`int`, *optional*, defaults to 1): How many run at the same time.
     """
-    process = subprocess.Popen([sys.executable, "-m", module, *command])
-    handlers: dict[int, Callable[[int, Any], None]] = {
-        signal.SIGINT: lambda number, frame: None,
-        signal.SIGTERM: lambda number, frame: process.send_signal(number),
-    }
-    previous = {number: signal.signal(number, handler) for number, handler in handlers.items()}
+    commands = iter(commands)
+    running: list[subprocess.Popen[bytes]] = []
+    is_stopped, code = False, 0
+
+    def stop(number: int, frame: Any = None) -> None:
+        nonlocal is_stopped
+        is_stopped = True
+        if number != signal.SIGINT:
+            for process in running:
+                process.send_signal(number)
+
+    previous = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        return process.wait()
+        while True:
+            while not is_stopped and len(running) < parallel and (command := next(commands, None)) is not None:
+                module, arguments = command
+                running.append(subprocess.Popen([sys.executable, "-m", module, *arguments]))
+            if not running:
+                return code
+            time.sleep(POLL_SECONDS)
+            for process in [process for process in running if process.poll() is not None]:
+                running.remove(process)
+                if process.returncode != 0 and code == 0:
+                    code = process.returncode
+                    stop(signal.SIGTERM)
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
 
 
-def run_missing(folder: Path, steps: Sequence[tuple[Path, str, list[str]]]) -> int:
-    """Run `(result, module, command)` in order, each until its result exists; the first exit code that is not 0, or 0.
+def run_missing(folder: Path, steps: Sequence[tuple[Path, str, list[str]]], parallel: int = 1) -> int:
+    """Run every `(result, module, command)` whose result does not exist; the first exit code that is not 0, or 0.
 
     A step that was interrupted resumes from its own checkpoint. `folder` keeps the settings, so that no table mixes
     results of several ones.
 
+    Args:
+        folder (`Path`): Folder of the experiment. Results lie in it.
+        steps (`Sequence[tuple[Path, str, list[str]]]`): Steps that do not need each other, or `parallel` must be 1.
+        parallel (`int`, *optional*, defaults to 1): How many run at the same time.
+
     Raises:
         ProgramError: If a step was begun with other settings. Only the number of threads may differ.
+    """
+    begun = check_settings(folder, steps)
+
+    def missing() -> Iterator[tuple[str, list[str]]]:
+        for result, module, command in tqdm(steps, desc="runs", unit="run"):
+            if not result.exists():
+                begun[str(result.relative_to(folder))] = _settings(command, folder)
+                with atomic_file(folder / COMMANDS) as staging:
+                    staging.write_text(json.dumps(begun, indent=1), encoding="utf-8")
+                yield module, command
+
+    return run_steps(missing(), parallel)
+
+
+def check_settings(folder: Path, steps: Sequence[tuple[Path, str, list[str]]]) -> dict[str, dict[str, str]]:
+    """The settings of all steps that were begun, by their results.
+
+    Raises:
+        ProgramError: If one of `steps` was begun with other settings. Only the number of threads may differ.
     """
     path = folder / COMMANDS
     begun: dict[str, dict[str, str]] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
@@ -100,16 +153,7 @@ def run_missing(folder: Path, steps: Sequence[tuple[Path, str, list[str]]]) -> i
         if differing:
             parts = (f"{option} must be {known.get(option)}, got {wanted.get(option)}" for option in differing)
             raise ProgramError(f"the settings must be those that {folder / name} was begun with: {', '.join(parts)}")
-    for result, module, command in tqdm(steps, desc="runs", unit="run"):
-        if result.exists():
-            continue
-        name = str(result.relative_to(folder))
-        begun[name] = settings[name]
-        with atomic_file(path) as staging:
-            staging.write_text(json.dumps(begun, indent=1), encoding="utf-8")
-        if code := run_step(module, command):
-            return code
-    return 0
+    return begun
 
 
 def _settings(command: list[str], folder: Path) -> dict[str, str]:

@@ -49,7 +49,7 @@ from training.digits import (
     save_sheet,
     split_digits,
 )
-from training.experiments import run_step
+from training.experiments import run_steps
 from training.options import unit_interval
 from training.run_folder import claimed_folder
 from training.token_cache import STATISTICS
@@ -131,7 +131,7 @@ def train(options: argparse.Namespace) -> int:
         steps.append((work / stage / "model", "train_sit", command))
 
     for result, program, command in steps:
-        if not result.exists() and (code := run_step(f"training.{program}", command)):
+        if not result.exists() and (code := run_steps([(f"training.{program}", command)])):
             return code
     return 0
 
