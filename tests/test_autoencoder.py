@@ -210,8 +210,8 @@ def test_a_photograph_is_nearly_the_same_with_tiling():
     whole = vae(pixels).sample
     vae.enable_tiling()
     tiled = vae(pixels).sample
-    # Measured 25.33 dB and 25.38 dB, and a mean difference of 0.012.
-    assert psnr(whole, pixels).item() > 25
+    # Measured 28.45 dB and 28.54 dB, and a mean difference of 0.012.
+    assert psnr(whole, pixels).item() > 28
     assert abs(psnr(tiled, pixels).item() - psnr(whole, pixels).item()) < 0.3
     assert (whole - tiled).abs().mean() < 0.03
 
