@@ -482,11 +482,12 @@ def test_bad_files_of_tokens_do_not_end_the_batch(run, tmp_path, capsys):
     assert len(decoded) == len(set(files)) - len(errors) + 1
 
 
-def test_a_claimed_size_is_refused_before_anything_is_allocated(run, tmp_path):
+def test_a_claimed_size_is_refused_before_anything_is_allocated(run, tmp_path, capsys):
     """100000 x 100000 pixels are 120 GB."""
     token_file(tmp_path / "big.safetensors", metadata={"height": "100000", "width": "100000"})
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     assert run("--from_tokens", "big.safetensors") == 2
+    assert "height x width must be at most" in capsys.readouterr().err  # and not "cannot allocate memory"
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200_000  # kilobytes
 
 
