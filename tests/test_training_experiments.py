@@ -193,7 +193,7 @@ def test_a_signal_ends_all_runs(tmp_path):
     )
     script = (
         "import sys\nfrom training.experiments import run_steps\n"
-        "raise SystemExit(-run_steps([('wait', [name]) for name in sys.argv[1:]], parallel=2))"
+        "raise SystemExit(run_steps([('wait', [name]) for name in sys.argv[1:]], parallel=2))"
     )
     names = [str(tmp_path / name) for name in ("a", "b", "c")]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path])}
@@ -203,7 +203,7 @@ def test_a_signal_ends_all_runs(tmp_path):
             assert process.poll() is None
             time.sleep(0.02)
         process.terminate()
-        assert process.wait(30) == signal.SIGTERM
+        assert process.wait(30) == 128 + signal.SIGTERM
     finally:
         process.kill()
     assert not (tmp_path / "c").exists()

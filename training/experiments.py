@@ -73,6 +73,8 @@ def shared_options(options: argparse.Namespace, seed: int) -> list[str]:
 def run_steps(commands: Iterable[tuple[str, list[str]]], parallel: int = 1) -> int:
     """Run other programs in processes of their own; returns the first exit code that is not 0, or 0.
 
+    After a signal it returns 128 + its number, also when all that had been started finished.
+
     SIGINT and SIGTERM are left to these processes, which write a checkpoint and end. (From a terminal Ctrl-C reaches
     all processes, a SIGTERM is passed on.) When one ends with an error, the others are stopped in the same way.
 
@@ -86,8 +88,8 @@ def run_steps(commands: Iterable[tuple[str, list[str]]], parallel: int = 1) -> i
     is_stopped, code = False, 0
 
     def stop(number: int, frame: Any = None) -> None:
-        nonlocal is_stopped
-        is_stopped = True
+        nonlocal is_stopped, code
+        is_stopped, code = True, code or 128 + number
         if number != signal.SIGINT:
             for process in running:
                 process.send_signal(number)

@@ -23,7 +23,7 @@ STAGE = "#stage-photo "
 
 
 def settled(page: Page) -> None:
-    """Wait until the page has drawn what was asked for."""
+    """Wait until the page shows the answer."""
     page.wait_for_timeout(1500)
     page.wait_for_function("document.querySelector('#stage-photo .gps-stage').dataset.busy !== 'true'")
     page.wait_for_timeout(500)
@@ -47,7 +47,7 @@ def middle(page: Page, selector: str) -> tuple[float, float]:
 
 
 def take_picture(address: str, path: Path) -> None:
-    """Use the page, and save what it shows."""
+    """Paint, drag and turn on the page, then save a picture of it."""
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", "--disable-gpu"])
         page = browser.new_page(viewport={"width": 1360, "height": 1250})
