@@ -62,7 +62,8 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--num_tokens", type=positive, default=128)
     parser.add_argument("--train_batch_size", type=positive, default=8)
     parser.add_argument("--learning_rate", type=non_negative_float, default=1e-4)
-    parser.add_argument("--feature_weight", type=non_negative_float, default=1.0)
+    # With it the gradients of the squared error and of the features of efficientnet_lite0 are about as large.
+    parser.add_argument("--feature_weight", type=non_negative_float, default=0.02)
     parser.add_argument("--feature_network", default="efficientnet_lite0")
     parser.add_argument("--feature_weights_file", help="its weights; default: cached or downloaded")
     parser.add_argument("--adversarial_weight", type=non_negative_float, default=0.3)
@@ -88,7 +89,7 @@ def training_step(options: argparse.Namespace, recipe: str, seed: int) -> tuple[
     ]
     command += ["--image_column", options.image_column, "--num_validation_images", "8", "--validation_steps", "100000"]
     command += ["--resolution", str(options.resolution), "--crop", "random_resized", "--min_crop_scale", "0.35"]
-    command += ["--min_tokens", count, "--max_tokens", count, "--validation_tokens", count, "--l1_weight", "1"]
+    command += ["--min_tokens", count, "--max_tokens", count, "--validation_tokens", count]
     command += ["--train_batch_size", str(options.train_batch_size), "--learning_rate", str(options.learning_rate)]
     command += ["--adam_beta1", "0.5", "--adam_beta2", "0.9", "--lr_scheduler", "cosine", "--lr_warmup_steps", "50"]
     command += ["--ema_decay", "0.99", "--dataloader_num_workers", "1", "--checkpointing_steps", "100"]
