@@ -231,6 +231,8 @@ def test_stages_are_compared_at_equal_times(images, tokenizer, network, tmp_path
     assert {(point["way"], point["seed"]) for point in points} == {("two-stage", 0), ("one-stage", 0)}
     assert len(points) == 4
     assert all(np.isfinite(point["frechet"]) and point["minutes"] >= 0 for point in points)
+    # The steps of the layout generator count, so that both ways end at the budget.
+    assert [max(p["steps"] for p in points if p["way"] == way) for way in ("two-stage", "one-stage")] == [5, 5]
     assert "| two-stage |" in (output / "results.md").read_text()
     for name in ("results.png", "samples-two-stage-seed0.png", "samples-one-stage-seed0.png"):
         assert np.asarray(Image.open(output / name).convert("L")).std() > 1

@@ -111,7 +111,7 @@ def training_step(options: argparse.Namespace, resolution: int, row: str, seed: 
     command += ["--image_column", options.image_column, "--num_validation_images", "8", "--validation_steps", "100000"]
     command += ["--resolution", str(resolution), "--crop", "random_resized", "--min_tokens", str(count)]
     command += ["--max_tokens", str(count), "--validation_tokens", str(count), "--train_batch_size", str(batch)]
-    command += ["--l1_weight", "1", "--learning_rate", "4e-4", "--adam_beta1", "0.9", "--adam_beta2", "0.99"]
+    command += ["--learning_rate", "4e-4", "--adam_beta1", "0.9", "--adam_beta2", "0.99"]
     command += ["--adam_weight_decay", "0.01", "--lr_scheduler", "cosine", "--lr_warmup_steps", "50"]
     command += ["--ema_decay", "0.99", "--dataloader_num_workers", "1", "--checkpointing_steps", "200"]
     command += ["--checkpoints_total_limit", "1", *budget_options(options)]

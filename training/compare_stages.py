@@ -6,8 +6,9 @@
 One tokenizer is trained on the images and makes one cache of tokens for everything that follows. For each seed the
 two-stage way trains a layout and a texture generator, which share the budget, and the one-stage way trains one
 generator for the whole budget. The averaged weights of every checkpoint are sampled with the pipeline of the library,
-without guidance, and compared with held-out images. The time of a two-stage point is that of the finished layout
-generator and of the texture generator so far. What is finished is not done again, an interrupted run resumes.
+without guidance, and compared with held-out images. The time (or the steps, if the budget is in steps) of a two-stage
+point is that of the finished layout generator and of the texture generator so far. What is finished is not done again,
+an interrupted run resumes.
 """
 
 from __future__ import annotations
@@ -257,13 +258,14 @@ def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
         key = {"way": way, "seed": seed, "step": state["step"], **settings}
         if any(all(point[name] == value for name, value in key.items()) for point in points):
             continue
-        seconds = state["elapsed_seconds"]
+        seconds, steps = state["elapsed_seconds"], state["step"]
         if way == "two-stage":
-            seconds += read_run_state(checkpoints_of(work / f"layout-seed{seed}")[-1])["elapsed_seconds"]
+            layout = read_run_state(checkpoints_of(work / f"layout-seed{seed}")[-1])
+            seconds, steps = seconds + layout["elapsed_seconds"], steps + layout["step"]
         images = draw_samples(options, pipeline_of(options, way, seed, checkpoint), seed)
         found = FeatureStatistics.from_features(features_of(network, images))
         distance = frechet_distance(found, expected)
-        points.append({**key, "minutes": round(seconds / 60, 2), "frechet": distance})
+        points.append({**key, "steps": steps, "minutes": round(seconds / 60, 2), "frechet": distance})
         with atomic_file(path) as staging:
             staging.write_text(json.dumps(points, indent=1), encoding="utf-8")
         if checkpoint == checkpoints_of(checkpoint.parent)[-1]:
@@ -272,11 +274,11 @@ def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
             pictures = [picture.resize((picture.width * zoom, picture.height * zoom), 0) for picture in pictures]
             with atomic_file(work / f"samples-{way}-seed{seed}.png") as staging:
                 contact_sheet(pictures, columns=10, gap=2).save(staging)
-    steps = {(way, seed, read_run_state(checkpoint)["step"]) for way, seed, checkpoint in wanted}
+    places = {(way, seed, read_run_state(checkpoint)["step"]) for way, seed, checkpoint in wanted}
     return [
         point
         for point in points
-        if (point["way"], point["seed"], point["step"]) in steps
+        if (point["way"], point["seed"], point["step"]) in places
         and all(point[name] == value for name, value in settings.items())
     ]
 
@@ -304,21 +306,21 @@ def report(options: argparse.Namespace, points: list[dict[str, Any]], command: s
         lines.append([way, minutes, spread([point["frechet"] for point in chosen])])
     text += markdown_table(["", "minutes", "Fréchet"], lines) + "\n\n"
     ordered = sorted(points, key=lambda point: (point["way"], point["seed"], point["step"]))
-    rows = [[p["way"], str(p["seed"]), str(p["step"]), f"{p['minutes']:.1f}", f"{p['frechet']:.2f}"] for p in ordered]
-    return text + markdown_table(["way", "seed", "step", "minutes", "Fréchet"], rows) + "\n"
+    rows = [[p["way"], str(p["seed"]), str(p["steps"]), f"{p['minutes']:.1f}", f"{p['frechet']:.2f}"] for p in ordered]
+    return text + markdown_table(["way", "seed", "steps", "minutes", "Fréchet"], rows) + "\n"
 
 
-def draw(points: list[dict[str, Any]], path: Path) -> None:
-    """Fréchet distance against minutes, a line for each way and seed."""
+def draw(points: list[dict[str, Any]], path: Path, unit: str) -> None:
+    """Fréchet distance against the training so far, in `unit` (minutes or steps); a line for each way and seed."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(6.5, 4), layout="constrained")
     axes = figure.add_subplot()
     for color, way in zip(("tab:blue", "tab:orange"), WAYS):
         for index, seed in enumerate(sorted({point["seed"] for point in points})):
-            curve = sorted((p["minutes"], p["frechet"]) for p in points if p["way"] == way and p["seed"] == seed)
+            curve = sorted((p[unit], p["frechet"]) for p in points if p["way"] == way and p["seed"] == seed)
             axes.plot(*zip(*curve), "o-", color=color, alpha=1 - 0.4 * min(index, 1), label=way if not index else None)
-    axes.set_xlabel("training time, minutes")
+    axes.set_xlabel(f"training, {unit}")
     axes.set_ylabel("Fréchet distance")
     axes.grid(alpha=0.3)
     axes.legend()
@@ -354,7 +356,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         points = measure(options)
         text = report(options, points, command_line(PROGRAM, argv))
         write_results(options.output_dir, {"points": points}, text)
-        draw(points, options.output_dir / "results.png")
+        draw(points, options.output_dir / "results.png", "minutes" if options.budget_minutes else "steps")
     print(text)
     return 0
 
