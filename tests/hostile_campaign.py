@@ -134,6 +134,10 @@ class Child:
                 stream = open(descriptor, "w", encoding="utf-8", errors="backslashreplace", closefd=False)  # noqa: SIM115
                 setattr(sys, name, stream)
             os.chdir(cwd)
+            # PyTorch makes its pool of threads anew after a fork, without a lock: two threads that get there together,
+            # such as those by which transformers loads a model, end in "Invalid thread pool!". This process has one
+            # thread as yet. DataLoader does the same in its workers.
+            torch.set_num_threads(1)
             # Forked processes share tqdm's lock. One that is killed while it holds it would stop all later ones.
             tqdm.set_lock(threading.RLock())
             if memory is not None:
@@ -1185,6 +1189,7 @@ def warm_up(campaign: Campaign, areas: Sequence[str]) -> None:
     importlib.import_module("training_helpers")
     for program in PROGRAMS.values():
         importlib.import_module(program.module)
+    # Also if OMP_NUM_THREADS says otherwise: the model would start threads here that no forked child has.
     torch.set_num_threads(1)
     datasets.disable_progress_bars()
     for module in (diffusers, transformers):

@@ -72,6 +72,49 @@ def test_a_child_is_limited(tmp_path):
     assert (ended.code, ended.seconds < 10) == (-signal.SIGKILL, True)
 
 
+FORK_AND_CONVERT = """
+import threading
+from pathlib import Path
+
+import torch
+
+from tests.hostile_campaign import Child
+
+torch.set_num_threads(2)
+# After its first operation a thread, and what it forks, no longer sets up PyTorch's pool by itself.
+numbers = torch.zeros(1000).to(torch.bfloat16).float()
+
+
+def convert_in_threads():
+    barrier, converted = threading.Barrier(8), []
+
+    def convert():
+        barrier.wait()
+        converted.append(numbers.to(torch.bfloat16))
+
+    threads = [threading.Thread(target=convert) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    if len(converted) < len(threads):
+        raise RuntimeError(f"{len(converted)} of {len(threads)} threads converted")
+
+
+assert Child(torch.get_num_threads, Path.cwd()).wait(60).code == 1
+problems = [Child(convert_in_threads, Path.cwd()).wait(60).problem((0,)) for _ in range(30)]
+print(problems)
+assert not any(problems)
+"""
+
+
+def test_threads_of_a_child_may_start_together():
+    """PyTorch's pool of threads is made anew after a fork, by whoever comes first; two at once fail."""
+    command = [sys.executable, "-c", FORK_AND_CONVERT]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stdout + result.stderr
+
+
 @pytest.mark.parametrize(
     ("corrupt", "file"),
     [
