@@ -25,6 +25,7 @@ from diffusers import (
     UniPCMultistepScheduler,
 )
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback, SDCFGCutoffCallback
+from safetensors.torch import save_file
 from tiny_pipeline import CHANNELS, SIDE, TOKENS, make_components, make_pipeline, seeded
 
 from gpstoken_hf.calibration import calibrate_layout
@@ -619,6 +620,52 @@ def test_lora_weights_round_trip(tmp_path):
     path.write_bytes(path.read_bytes()[:-20])
     with pytest.raises(ValueError, match=r"pytorch_lora_weights\.safetensors must be a whole safetensors file"):
         pipeline.load_lora_weights(tmp_path)
+
+
+def lora_layers(side=8):
+    return {f"transformer_blocks.0.attn.to_q.lora_{part}.weight": torch.rand(side, side) for part in "AB"}
+
+
+def test_lora_state_dict_reads_what_was_saved(tmp_path):
+    layers, metadata = {"transformer": lora_layers(), "layout_transformer": lora_layers()}, {"r": 8, "lora_alpha": 4}
+    GPSTokenPipeline.save_lora_weights(
+        tmp_path,
+        **{f"{name}_lora_layers": values for name, values in layers.items()},
+        transformer_lora_adapter_metadata=metadata,
+    )
+    expected = {f"{name}.{key}": value for name, values in layers.items() for key, value in values.items()}
+    for source in (tmp_path, tmp_path / "pytorch_lora_weights.safetensors", expected):
+        weights, read = GPSTokenPipeline.lora_state_dict(source, return_lora_metadata=True)
+        assert weights.keys() == expected.keys()
+        assert all(torch.equal(weights[key], value) for key, value in expected.items())
+        assert read == (
+            None if source is expected else {f"transformer.{key}": value for key, value in metadata.items()}
+        )
+        assert GPSTokenPipeline.lora_state_dict(source).keys() == expected.keys()
+    assert weights is not expected  # the caller's stays as it is
+
+    GPSTokenPipeline.save_lora_weights(tmp_path, layers["transformer"], weight_name="plain.safetensors")
+    weights, read = make_pipeline().lora_state_dict(
+        tmp_path, weight_name="plain.safetensors", use_safetensors=True, return_lora_metadata=True
+    )
+    assert len(weights) == 2
+    assert read is None
+
+
+def test_lora_state_dict_refuses(tmp_path):
+    with pytest.raises(ValueError, match=r"the state dict must hold LoRA weights named transformer\.\*"):
+        GPSTokenPipeline.lora_state_dict({"unet.lora_A.weight": torch.zeros(1)})
+    with pytest.raises(ValueError, match=r"use_safetensors must be True"):
+        GPSTokenPipeline.lora_state_dict(tmp_path, use_safetensors=False)
+    with pytest.raises(ValueError, match="pickles are never loaded"):
+        GPSTokenPipeline.lora_state_dict(tmp_path, weight_name="pytorch_lora_weights.bin")
+    with pytest.raises(OSError, match=r"pytorch_lora_weights\.safetensors"):
+        GPSTokenPipeline.lora_state_dict(tmp_path)
+    layers = {f"transformer.{key}": value for key, value in lora_layers().items()}
+    for text in ("[1]", "3", "{", "[" * 10**5):
+        save_file(layers, tmp_path / "pytorch_lora_weights.safetensors", metadata={"lora_adapter_metadata": text})
+        with pytest.raises(ValueError, match=r"lora_adapter_metadata of .*\.safetensors must"):
+            GPSTokenPipeline.lora_state_dict(tmp_path)
 
 
 @pytest.mark.parametrize("kind", ["faster", "pyramid"])

@@ -15,13 +15,13 @@ from diffusers.utils import USE_PEFT_BACKEND
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from .file_checks import check_source, find_file, only_safetensors, read_header, shown
+from .file_checks import check_source, find_file, only_safetensors, read_header, refusing, shown
 
 COMPONENTS = ("transformer", "layout_transformer")
 
 
 class GPSTokenLoraMixin(LoraBaseMixin):
-    """`load_lora_weights` and `save_lora_weights` of a pipeline. Weights are named after their component."""
+    """Reads, loads and saves LoRAs of a pipeline's generators. Weights are named after their component."""
 
     _lora_loadable_modules = list(COMPONENTS)  # noqa: RUF012 - diffusers reads a list
 
@@ -50,6 +50,56 @@ class GPSTokenLoraMixin(LoraBaseMixin):
         """
         if not USE_PEFT_BACKEND:
             raise ValueError("load_lora_weights needs the package peft, got none installed")
+        source = pretrained_model_name_or_path_or_dict
+        weights, metadata = self.lora_state_dict(source, return_lora_metadata=True, **kwargs)
+        for name in COMPONENTS:
+            if not any(key.startswith(f"{name}.") for key in weights):
+                continue
+            component = getattr(self, name)
+            if component is None:
+                raise ValueError(
+                    f"{name} must be a component of the pipeline for the LoRA in {_shown_source(source)}, got None"
+                )
+            component.load_lora_adapter(
+                weights, prefix=name, adapter_name=adapter_name, hotswap=hotswap, metadata=metadata, _pipeline=self
+            )
+
+    @classmethod
+    def lora_state_dict(
+        cls,
+        pretrained_model_name_or_path_or_dict: str | os.PathLike[str] | Mapping[str, torch.Tensor],
+        return_lora_metadata: bool = False,
+        **kwargs: Any,
+    ) -> dict[str, torch.Tensor] | tuple[dict[str, torch.Tensor], dict[str, Any] | None]:
+        """Read the weights of a LoRA, as `load_lora_weights` does, without a pipeline.
+
+        Args:
+            pretrained_model_name_or_path_or_dict (`str`, `os.PathLike` or `Mapping`): as for `load_lora_weights`.
+            return_lora_metadata (`bool`, *optional*, defaults to `False`): return the metadata too.
+            kwargs: as for `load_lora_weights`.
+
+        Returns:
+            `dict[str, torch.Tensor]`: the weights by name, on the CPU if they were read from a file. With
+            `return_lora_metadata=True` a tuple of it and the metadata that `save_lora_weights` has written, a `dict`
+            whose keys begin with the name of the component, or `None` if there is none.
+
+        Raises:
+            ValueError: if the file is damaged or a pickle, or it holds weights of something else.
+            OSError: if there is no such file.
+
+        Examples:
+            ```python
+            >>> import torch
+            >>> from gpstoken_hf import GPSTokenPipeline
+
+            >>> names = ("to_q.lora_A.weight", "to_q.lora_B.weight")
+            >>> layers = {f"transformer_blocks.0.attn.{name}": torch.zeros(4, 4) for name in names}
+            >>> GPSTokenPipeline.save_lora_weights("my-lora", transformer_lora_layers=layers)
+            >>> sorted(GPSTokenPipeline.lora_state_dict("my-lora"))[0]
+            'transformer.transformer_blocks.0.attn.to_q.lora_A.weight'
+
+            ```
+        """
         source, metadata = pretrained_model_name_or_path_or_dict, None
         only_safetensors(kwargs)
         if isinstance(source, Mapping):
@@ -58,24 +108,14 @@ class GPSTokenLoraMixin(LoraBaseMixin):
             path = _lora_file(source, kwargs)
             read_header(path)
             weights = load_file(path)
-            with safe_open(path, framework="pt") as file:
-                metadata = json.loads((file.metadata() or {}).get(LORA_ADAPTER_METADATA_KEY, "null"))
-        where = "the state dict" if isinstance(source, Mapping) else source
+            metadata = _read_metadata(path)
         foreign = [key for key in weights if key.split(".")[0] not in COMPONENTS or "lora" not in key]
         if foreign or not weights:
             raise ValueError(
-                f"{where} must hold LoRA weights named {' or '.join(f'{name}.*' for name in COMPONENTS)}, "
-                f"got {shown(sorted(foreign))}"
+                f"{_shown_source(source)} must hold LoRA weights named "
+                f"{' or '.join(f'{name}.*' for name in COMPONENTS)}, got {shown(sorted(foreign))}"
             )
-        for name in COMPONENTS:
-            if not any(key.startswith(f"{name}.") for key in weights):
-                continue
-            component = getattr(self, name)
-            if component is None:
-                raise ValueError(f"{name} must be a component of the pipeline for the LoRA in {where}, got None")
-            component.load_lora_adapter(
-                weights, prefix=name, adapter_name=adapter_name, hotswap=hotswap, metadata=metadata, _pipeline=self
-            )
+        return (weights, metadata) if return_lora_metadata else weights
 
     @classmethod
     def save_lora_weights(
@@ -132,6 +172,20 @@ class GPSTokenLoraMixin(LoraBaseMixin):
 
     def _with_lora(self) -> list[str]:
         return [name for name in COMPONENTS if getattr(getattr(self, name), "peft_config", None)]
+
+
+def _shown_source(source: Any) -> str:
+    return "the state dict" if isinstance(source, Mapping) else str(source)
+
+
+def _read_metadata(path: Path) -> dict[str, Any] | None:
+    with safe_open(path, framework="pt") as file:
+        text = (file.metadata() or {}).get(LORA_ADAPTER_METADATA_KEY, "null")
+    with refusing(f"{LORA_ADAPTER_METADATA_KEY} of {path}"):
+        metadata = json.loads(text)
+    if not isinstance(metadata, dict | None):
+        raise ValueError(f"{LORA_ADAPTER_METADATA_KEY} of {path} must be a JSON object, got {shown(metadata)}")
+    return metadata
 
 
 def _lora_file(source: str | os.PathLike[str], arguments: Mapping[str, Any]) -> Path:
