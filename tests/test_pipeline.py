@@ -668,6 +668,16 @@ def test_lora_state_dict_refuses(tmp_path):
             GPSTokenPipeline.lora_state_dict(tmp_path)
 
 
+def test_lora_weights_are_saved_with_the_arguments_of_other_pipelines(tmp_path):
+    GPSTokenPipeline.save_lora_weights(tmp_path, lora_layers(), weight_name=None, safe_serialization=True)
+    assert [path.name for path in tmp_path.iterdir()] == ["pytorch_lora_weights.safetensors"]
+    for value in (False, None):
+        message = rf"safe_serialization must be True \(pickles are never written\), got {value}"
+        with pytest.raises(ValueError, match=message):
+            GPSTokenPipeline.save_lora_weights(tmp_path / "refused", lora_layers(), safe_serialization=value)
+    assert not (tmp_path / "refused").exists()
+
+
 @pytest.mark.parametrize("kind", ["faster", "pyramid"])
 def test_attention_caches_live_with_an_interval_of_guidance(kind):
     """The batch is twice as large inside the interval: what is cached on one side must not be used on the other."""

@@ -124,7 +124,8 @@ class GPSTokenLoraMixin(LoraBaseMixin):
         transformer_lora_layers: Mapping[str, torch.Tensor] | None = None,
         layout_transformer_lora_layers: Mapping[str, torch.Tensor] | None = None,
         is_main_process: bool = True,
-        weight_name: str = LORA_WEIGHT_NAME_SAFE,
+        weight_name: str | None = None,
+        safe_serialization: bool = True,
         transformer_lora_adapter_metadata: dict[str, Any] | None = None,
         layout_transformer_lora_adapter_metadata: dict[str, Any] | None = None,
     ) -> None:
@@ -135,12 +136,15 @@ class GPSTokenLoraMixin(LoraBaseMixin):
             transformer_lora_layers, layout_transformer_lora_layers (`Mapping[str, torch.Tensor]`, *optional*): what
                 `peft.get_peft_model_state_dict` returns for the generator; at least one of them.
             is_main_process (`bool`, *optional*, defaults to `True`): whether this process writes.
-            weight_name (`str`, *optional*, defaults to `"pytorch_lora_weights.safetensors"`): name of the file.
+            weight_name (`str`, *optional*): name of the file. Defaults to `"pytorch_lora_weights.safetensors"`.
+            safe_serialization (`bool`, *optional*, defaults to `True`): taken as other pipelines take it, but only
+                `True`: with `False` they would write a pickle under another name.
             transformer_lora_adapter_metadata, layout_transformer_lora_adapter_metadata (`dict`, *optional*): the
                 `LoraConfig.to_dict()` of each, for ranks and scales that the weights do not tell.
 
         Raises:
-            ValueError: if neither generator has layers, or the name is not that of a safetensors file.
+            ValueError: if neither generator has layers, or a pickle is asked for, by `safe_serialization` or by the
+                name of the file.
         """
         layers = dict(zip(COMPONENTS, (transformer_lora_layers, layout_transformer_lora_layers)))
         metadata = (transformer_lora_adapter_metadata, layout_transformer_lora_adapter_metadata)
@@ -149,6 +153,11 @@ class GPSTokenLoraMixin(LoraBaseMixin):
             raise ValueError(
                 f"at least one of {[f'{name}_lora_layers' for name in COMPONENTS]} must be given, got none"
             )
+        if safe_serialization is not True:
+            raise ValueError(
+                f"safe_serialization must be True (pickles are never written), got {safe_serialization!r}"
+            )
+        weight_name = weight_name or LORA_WEIGHT_NAME_SAFE
         if not weight_name.endswith(".safetensors"):
             raise ValueError(f"weight_name must end in .safetensors (pickles are never written), got {weight_name!r}")
         if is_main_process:
