@@ -668,6 +668,37 @@ def test_lora_state_dict_refuses(tmp_path):
             GPSTokenPipeline.lora_state_dict(tmp_path)
 
 
+@pytest.mark.parametrize("low_cpu_mem_usage", [False, True])
+def test_lora_layers_are_initialised_unless_memory_is_to_be_saved(low_cpu_mem_usage, monkeypatch):
+    pytest.importorskip("peft")
+    shapes, initialised = {"A": (4, 32), "B": (32, 4)}, []
+    weights = {
+        f"transformer.transformer_blocks.0.attn.to_q.lora_{part}.weight": torch.rand(shape)
+        for part, shape in shapes.items()
+    }
+    draw = torch.nn.init.kaiming_uniform_
+
+    def recorded_draw(tensor, **kwargs):
+        initialised.append(tensor.device.type)
+        return draw(tensor, **kwargs)
+
+    pipeline = make_pipeline("bank")
+    monkeypatch.setattr(torch.nn.init, "kaiming_uniform_", recorded_draw)
+    pipeline.load_lora_weights(weights, low_cpu_mem_usage=low_cpu_mem_usage)
+    assert ("cpu" in initialised) != low_cpu_mem_usage
+    layer = pipeline.transformer.transformer_blocks[0].attn.to_q
+    for part in shapes:
+        loaded = getattr(layer, f"lora_{part}")["default_0"].weight
+        assert torch.equal(loaded, weights[f"transformer.transformer_blocks.0.attn.to_q.lora_{part}.weight"])
+
+
+def test_misspelt_arguments_of_lora_loading_are_refused(tmp_path):
+    GPSTokenPipeline.save_lora_weights(tmp_path, lora_layers())
+    for read in (make_pipeline("bank").load_lora_weights, GPSTokenPipeline.lora_state_dict):
+        with pytest.raises(TypeError, match="takes no argument 'weigth_name'"):
+            read(tmp_path, weigth_name="other.safetensors")
+
+
 def test_lora_weights_are_saved_with_the_arguments_of_other_pipelines(tmp_path):
     GPSTokenPipeline.save_lora_weights(tmp_path, lora_layers(), weight_name=None, safe_serialization=True)
     assert [path.name for path in tmp_path.iterdir()] == ["pytorch_lora_weights.safetensors"]

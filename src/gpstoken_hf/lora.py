@@ -15,9 +15,10 @@ from diffusers.utils import USE_PEFT_BACKEND
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from .file_checks import check_source, find_file, only_safetensors, read_header, refusing, shown
+from .file_checks import HUB_ARGUMENTS, check_source, find_file, only_safetensors, read_header, refusing, shown
 
 COMPONENTS = ("transformer", "layout_transformer")
+READ_ARGUMENTS = ("weight_name", "subfolder", "use_safetensors", *HUB_ARGUMENTS)
 
 
 class GPSTokenLoraMixin(LoraBaseMixin):
@@ -30,6 +31,7 @@ class GPSTokenLoraMixin(LoraBaseMixin):
         pretrained_model_name_or_path_or_dict: str | os.PathLike[str] | Mapping[str, torch.Tensor],
         adapter_name: str | None = None,
         hotswap: bool = False,
+        low_cpu_mem_usage: bool = False,
         **kwargs: Any,
     ) -> None:
         """Load a LoRA of the texture generator, of the layout generator, or of both.
@@ -40,12 +42,15 @@ class GPSTokenLoraMixin(LoraBaseMixin):
                 `layout_transformer.`.
             adapter_name (`str`, *optional*): its name in `set_adapters`. Defaults to `default_0`, `default_1`, ...
             hotswap (`bool`, *optional*, defaults to `False`): replace the weights of the adapter of this name.
+            low_cpu_mem_usage (`bool`, *optional*, defaults to `False`): do not initialise the layers of the LoRA
+                before its weights are loaded.
             kwargs: `weight_name` (defaults to `"pytorch_lora_weights.safetensors"`), `subfolder`, and the arguments
-                of the Hub: `revision`, `token`, `cache_dir`, `force_download`, `local_files_only`.
+                of the Hub: `revision`, `token`, `cache_dir`, `force_download`, `local_files_only`, `proxies`.
 
         Raises:
             ValueError: if `peft` is not installed, the file is damaged or a pickle, or it holds weights of something
                 else.
+            TypeError: if there is no argument of such a name.
             OSError: if there is no such file.
         """
         if not USE_PEFT_BACKEND:
@@ -61,7 +66,13 @@ class GPSTokenLoraMixin(LoraBaseMixin):
                     f"{name} must be a component of the pipeline for the LoRA in {_shown_source(source)}, got None"
                 )
             component.load_lora_adapter(
-                weights, prefix=name, adapter_name=adapter_name, hotswap=hotswap, metadata=metadata, _pipeline=self
+                weights,
+                prefix=name,
+                adapter_name=adapter_name,
+                hotswap=hotswap,
+                low_cpu_mem_usage=low_cpu_mem_usage,
+                metadata=metadata,
+                _pipeline=self,
             )
 
     @classmethod
@@ -85,6 +96,7 @@ class GPSTokenLoraMixin(LoraBaseMixin):
 
         Raises:
             ValueError: if the file is damaged or a pickle, or it holds weights of something else.
+            TypeError: if there is no argument of such a name.
             OSError: if there is no such file.
 
         Examples:
@@ -101,6 +113,9 @@ class GPSTokenLoraMixin(LoraBaseMixin):
             ```
         """
         source, metadata = pretrained_model_name_or_path_or_dict, None
+        unknown = sorted(set(kwargs) - set(READ_ARGUMENTS))
+        if unknown:
+            raise TypeError(f"lora_state_dict() takes no argument {unknown[0]!r}")
         only_safetensors(kwargs)
         if isinstance(source, Mapping):
             weights = dict(source)
