@@ -25,6 +25,7 @@ from diffusers import (
     UniPCMultistepScheduler,
 )
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback, SDCFGCutoffCallback
+from safetensors.torch import save_file
 from tiny_pipeline import CHANNELS, SIDE, TOKENS, make_components, make_pipeline, seeded
 
 from gpstoken_hf.calibration import calibrate_layout
@@ -619,6 +620,93 @@ def test_lora_weights_round_trip(tmp_path):
     path.write_bytes(path.read_bytes()[:-20])
     with pytest.raises(ValueError, match=r"pytorch_lora_weights\.safetensors must be a whole safetensors file"):
         pipeline.load_lora_weights(tmp_path)
+
+
+def lora_layers(side=8):
+    return {f"transformer_blocks.0.attn.to_q.lora_{part}.weight": torch.rand(side, side) for part in "AB"}
+
+
+def test_lora_state_dict_reads_what_was_saved(tmp_path):
+    layers, metadata = {"transformer": lora_layers(), "layout_transformer": lora_layers()}, {"r": 8, "lora_alpha": 4}
+    GPSTokenPipeline.save_lora_weights(
+        tmp_path,
+        **{f"{name}_lora_layers": values for name, values in layers.items()},
+        transformer_lora_adapter_metadata=metadata,
+    )
+    expected = {f"{name}.{key}": value for name, values in layers.items() for key, value in values.items()}
+    for source in (tmp_path, tmp_path / "pytorch_lora_weights.safetensors", expected):
+        weights, read = GPSTokenPipeline.lora_state_dict(source, return_lora_metadata=True)
+        assert weights.keys() == expected.keys()
+        assert all(torch.equal(weights[key], value) for key, value in expected.items())
+        assert read == (
+            None if source is expected else {f"transformer.{key}": value for key, value in metadata.items()}
+        )
+        assert GPSTokenPipeline.lora_state_dict(source).keys() == expected.keys()
+    assert weights is not expected  # the caller's stays as it is
+
+    GPSTokenPipeline.save_lora_weights(tmp_path, layers["transformer"], weight_name="plain.safetensors")
+    weights, read = make_pipeline().lora_state_dict(
+        tmp_path, weight_name="plain.safetensors", use_safetensors=True, return_lora_metadata=True
+    )
+    assert len(weights) == 2
+    assert read is None
+
+
+def test_lora_state_dict_refuses(tmp_path):
+    with pytest.raises(ValueError, match=r"the state dict must hold LoRA weights named transformer\.\*"):
+        GPSTokenPipeline.lora_state_dict({"unet.lora_A.weight": torch.zeros(1)})
+    with pytest.raises(ValueError, match=r"use_safetensors must be True"):
+        GPSTokenPipeline.lora_state_dict(tmp_path, use_safetensors=False)
+    with pytest.raises(ValueError, match="pickles are never loaded"):
+        GPSTokenPipeline.lora_state_dict(tmp_path, weight_name="pytorch_lora_weights.bin")
+    with pytest.raises(OSError, match=r"pytorch_lora_weights\.safetensors"):
+        GPSTokenPipeline.lora_state_dict(tmp_path)
+    layers = {f"transformer.{key}": value for key, value in lora_layers().items()}
+    for text in ("[1]", "3", "{", "[" * 10**5):
+        save_file(layers, tmp_path / "pytorch_lora_weights.safetensors", metadata={"lora_adapter_metadata": text})
+        with pytest.raises(ValueError, match=r"lora_adapter_metadata of .*\.safetensors must"):
+            GPSTokenPipeline.lora_state_dict(tmp_path)
+
+
+@pytest.mark.parametrize("low_cpu_mem_usage", [False, True])
+def test_lora_layers_are_initialised_unless_memory_is_to_be_saved(low_cpu_mem_usage, monkeypatch):
+    pytest.importorskip("peft")
+    shapes, initialised = {"A": (4, 32), "B": (32, 4)}, []
+    weights = {
+        f"transformer.transformer_blocks.0.attn.to_q.lora_{part}.weight": torch.rand(shape)
+        for part, shape in shapes.items()
+    }
+    draw = torch.nn.init.kaiming_uniform_
+
+    def recorded_draw(tensor, **kwargs):
+        initialised.append(tensor.device.type)
+        return draw(tensor, **kwargs)
+
+    pipeline = make_pipeline("bank")
+    monkeypatch.setattr(torch.nn.init, "kaiming_uniform_", recorded_draw)
+    pipeline.load_lora_weights(weights, low_cpu_mem_usage=low_cpu_mem_usage)
+    assert ("cpu" in initialised) != low_cpu_mem_usage
+    layer = pipeline.transformer.transformer_blocks[0].attn.to_q
+    for part in shapes:
+        loaded = getattr(layer, f"lora_{part}")["default_0"].weight
+        assert torch.equal(loaded, weights[f"transformer.transformer_blocks.0.attn.to_q.lora_{part}.weight"])
+
+
+def test_misspelt_arguments_of_lora_loading_are_refused(tmp_path):
+    GPSTokenPipeline.save_lora_weights(tmp_path, lora_layers())
+    for read in (make_pipeline("bank").load_lora_weights, GPSTokenPipeline.lora_state_dict):
+        with pytest.raises(TypeError, match="takes no argument 'weigth_name'"):
+            read(tmp_path, weigth_name="other.safetensors")
+
+
+def test_lora_weights_are_saved_with_the_arguments_of_other_pipelines(tmp_path):
+    GPSTokenPipeline.save_lora_weights(tmp_path, lora_layers(), weight_name=None, safe_serialization=True)
+    assert [path.name for path in tmp_path.iterdir()] == ["pytorch_lora_weights.safetensors"]
+    for value in (False, None):
+        message = rf"safe_serialization must be True \(pickles are never written\), got {value}"
+        with pytest.raises(ValueError, match=message):
+            GPSTokenPipeline.save_lora_weights(tmp_path / "refused", lora_layers(), safe_serialization=value)
+    assert not (tmp_path / "refused").exists()
 
 
 @pytest.mark.parametrize("kind", ["faster", "pyramid"])

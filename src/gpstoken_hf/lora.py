@@ -15,13 +15,14 @@ from diffusers.utils import USE_PEFT_BACKEND
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from .file_checks import check_source, find_file, only_safetensors, read_header, shown
+from .file_checks import HUB_ARGUMENTS, check_source, find_file, only_safetensors, read_header, refusing, shown
 
 COMPONENTS = ("transformer", "layout_transformer")
+READ_ARGUMENTS = ("weight_name", "subfolder", "use_safetensors", *HUB_ARGUMENTS)
 
 
 class GPSTokenLoraMixin(LoraBaseMixin):
-    """`load_lora_weights` and `save_lora_weights` of a pipeline. Weights are named after their component."""
+    """Reads, loads and saves LoRAs of a pipeline's generators. Weights are named after their component."""
 
     _lora_loadable_modules = list(COMPONENTS)  # noqa: RUF012 - diffusers reads a list
 
@@ -30,6 +31,7 @@ class GPSTokenLoraMixin(LoraBaseMixin):
         pretrained_model_name_or_path_or_dict: str | os.PathLike[str] | Mapping[str, torch.Tensor],
         adapter_name: str | None = None,
         hotswap: bool = False,
+        low_cpu_mem_usage: bool = False,
         **kwargs: Any,
     ) -> None:
         """Load a LoRA of the texture generator, of the layout generator, or of both.
@@ -40,17 +42,80 @@ class GPSTokenLoraMixin(LoraBaseMixin):
                 `layout_transformer.`.
             adapter_name (`str`, *optional*): its name in `set_adapters`. Defaults to `default_0`, `default_1`, ...
             hotswap (`bool`, *optional*, defaults to `False`): replace the weights of the adapter of this name.
+            low_cpu_mem_usage (`bool`, *optional*, defaults to `False`): do not initialise the layers of the LoRA
+                before its weights are loaded.
             kwargs: `weight_name` (defaults to `"pytorch_lora_weights.safetensors"`), `subfolder`, and the arguments
-                of the Hub: `revision`, `token`, `cache_dir`, `force_download`, `local_files_only`.
+                of the Hub: `revision`, `token`, `cache_dir`, `force_download`, `local_files_only`, `proxies`.
 
         Raises:
             ValueError: if `peft` is not installed, the file is damaged or a pickle, or it holds weights of something
                 else.
+            TypeError: if there is no argument of such a name.
             OSError: if there is no such file.
         """
         if not USE_PEFT_BACKEND:
             raise ValueError("load_lora_weights needs the package peft, got none installed")
+        source = pretrained_model_name_or_path_or_dict
+        weights, metadata = self.lora_state_dict(source, return_lora_metadata=True, **kwargs)
+        for name in COMPONENTS:
+            if not any(key.startswith(f"{name}.") for key in weights):
+                continue
+            component = getattr(self, name)
+            if component is None:
+                raise ValueError(
+                    f"{name} must be a component of the pipeline for the LoRA in {_shown_source(source)}, got None"
+                )
+            component.load_lora_adapter(
+                weights,
+                prefix=name,
+                adapter_name=adapter_name,
+                hotswap=hotswap,
+                low_cpu_mem_usage=low_cpu_mem_usage,
+                metadata=metadata,
+                _pipeline=self,
+            )
+
+    @classmethod
+    def lora_state_dict(
+        cls,
+        pretrained_model_name_or_path_or_dict: str | os.PathLike[str] | Mapping[str, torch.Tensor],
+        return_lora_metadata: bool = False,
+        **kwargs: Any,
+    ) -> dict[str, torch.Tensor] | tuple[dict[str, torch.Tensor], dict[str, Any] | None]:
+        """Read the weights of a LoRA, as `load_lora_weights` does, without a pipeline.
+
+        Args:
+            pretrained_model_name_or_path_or_dict (`str`, `os.PathLike` or `Mapping`): as for `load_lora_weights`.
+            return_lora_metadata (`bool`, *optional*, defaults to `False`): return the metadata too.
+            kwargs: as for `load_lora_weights`.
+
+        Returns:
+            `dict[str, torch.Tensor]`: the weights by name, on the CPU if they were read from a file. With
+            `return_lora_metadata=True` a tuple of it and the metadata that `save_lora_weights` has written, a `dict`
+            whose keys begin with the name of the component, or `None` if there is none.
+
+        Raises:
+            ValueError: if the file is damaged or a pickle, or it holds weights of something else.
+            TypeError: if there is no argument of such a name.
+            OSError: if there is no such file.
+
+        Examples:
+            ```python
+            >>> import torch
+            >>> from gpstoken_hf import GPSTokenPipeline
+
+            >>> names = ("to_q.lora_A.weight", "to_q.lora_B.weight")
+            >>> layers = {f"transformer_blocks.0.attn.{name}": torch.zeros(4, 4) for name in names}
+            >>> GPSTokenPipeline.save_lora_weights("my-lora", transformer_lora_layers=layers)
+            >>> sorted(GPSTokenPipeline.lora_state_dict("my-lora"))[0]
+            'transformer.transformer_blocks.0.attn.to_q.lora_A.weight'
+
+            ```
+        """
         source, metadata = pretrained_model_name_or_path_or_dict, None
+        unknown = sorted(set(kwargs) - set(READ_ARGUMENTS))
+        if unknown:
+            raise TypeError(f"lora_state_dict() takes no argument {unknown[0]!r}")
         only_safetensors(kwargs)
         if isinstance(source, Mapping):
             weights = dict(source)
@@ -58,24 +123,14 @@ class GPSTokenLoraMixin(LoraBaseMixin):
             path = _lora_file(source, kwargs)
             read_header(path)
             weights = load_file(path)
-            with safe_open(path, framework="pt") as file:
-                metadata = json.loads((file.metadata() or {}).get(LORA_ADAPTER_METADATA_KEY, "null"))
-        where = "the state dict" if isinstance(source, Mapping) else source
+            metadata = _read_metadata(path)
         foreign = [key for key in weights if key.split(".")[0] not in COMPONENTS or "lora" not in key]
         if foreign or not weights:
             raise ValueError(
-                f"{where} must hold LoRA weights named {' or '.join(f'{name}.*' for name in COMPONENTS)}, "
-                f"got {shown(sorted(foreign))}"
+                f"{_shown_source(source)} must hold LoRA weights named "
+                f"{' or '.join(f'{name}.*' for name in COMPONENTS)}, got {shown(sorted(foreign))}"
             )
-        for name in COMPONENTS:
-            if not any(key.startswith(f"{name}.") for key in weights):
-                continue
-            component = getattr(self, name)
-            if component is None:
-                raise ValueError(f"{name} must be a component of the pipeline for the LoRA in {where}, got None")
-            component.load_lora_adapter(
-                weights, prefix=name, adapter_name=adapter_name, hotswap=hotswap, metadata=metadata, _pipeline=self
-            )
+        return (weights, metadata) if return_lora_metadata else weights
 
     @classmethod
     def save_lora_weights(
@@ -84,7 +139,8 @@ class GPSTokenLoraMixin(LoraBaseMixin):
         transformer_lora_layers: Mapping[str, torch.Tensor] | None = None,
         layout_transformer_lora_layers: Mapping[str, torch.Tensor] | None = None,
         is_main_process: bool = True,
-        weight_name: str = LORA_WEIGHT_NAME_SAFE,
+        weight_name: str | None = None,
+        safe_serialization: bool = True,
         transformer_lora_adapter_metadata: dict[str, Any] | None = None,
         layout_transformer_lora_adapter_metadata: dict[str, Any] | None = None,
     ) -> None:
@@ -95,12 +151,15 @@ class GPSTokenLoraMixin(LoraBaseMixin):
             transformer_lora_layers, layout_transformer_lora_layers (`Mapping[str, torch.Tensor]`, *optional*): what
                 `peft.get_peft_model_state_dict` returns for the generator; at least one of them.
             is_main_process (`bool`, *optional*, defaults to `True`): whether this process writes.
-            weight_name (`str`, *optional*, defaults to `"pytorch_lora_weights.safetensors"`): name of the file.
+            weight_name (`str`, *optional*): name of the file. Defaults to `"pytorch_lora_weights.safetensors"`.
+            safe_serialization (`bool`, *optional*, defaults to `True`): taken as other pipelines take it, but only
+                `True`: with `False` they would write a pickle under another name.
             transformer_lora_adapter_metadata, layout_transformer_lora_adapter_metadata (`dict`, *optional*): the
                 `LoraConfig.to_dict()` of each, for ranks and scales that the weights do not tell.
 
         Raises:
-            ValueError: if neither generator has layers, or the name is not that of a safetensors file.
+            ValueError: if neither generator has layers, or a pickle is asked for, by `safe_serialization` or by the
+                name of the file.
         """
         layers = dict(zip(COMPONENTS, (transformer_lora_layers, layout_transformer_lora_layers)))
         metadata = (transformer_lora_adapter_metadata, layout_transformer_lora_adapter_metadata)
@@ -109,6 +168,11 @@ class GPSTokenLoraMixin(LoraBaseMixin):
             raise ValueError(
                 f"at least one of {[f'{name}_lora_layers' for name in COMPONENTS]} must be given, got none"
             )
+        if safe_serialization is not True:
+            raise ValueError(
+                f"safe_serialization must be True (pickles are never written), got {safe_serialization!r}"
+            )
+        weight_name = weight_name or LORA_WEIGHT_NAME_SAFE
         if not weight_name.endswith(".safetensors"):
             raise ValueError(f"weight_name must end in .safetensors (pickles are never written), got {weight_name!r}")
         if is_main_process:
@@ -132,6 +196,20 @@ class GPSTokenLoraMixin(LoraBaseMixin):
 
     def _with_lora(self) -> list[str]:
         return [name for name in COMPONENTS if getattr(getattr(self, name), "peft_config", None)]
+
+
+def _shown_source(source: Any) -> str:
+    return "the state dict" if isinstance(source, Mapping) else str(source)
+
+
+def _read_metadata(path: Path) -> dict[str, Any] | None:
+    with safe_open(path, framework="pt") as file:
+        text = (file.metadata() or {}).get(LORA_ADAPTER_METADATA_KEY, "null")
+    with refusing(f"{LORA_ADAPTER_METADATA_KEY} of {path}"):
+        metadata = json.loads(text)
+    if not isinstance(metadata, dict | None):
+        raise ValueError(f"{LORA_ADAPTER_METADATA_KEY} of {path} must be a JSON object, got {shown(metadata)}")
+    return metadata
 
 
 def _lora_file(source: str | os.PathLike[str], arguments: Mapping[str, Any]) -> Path:
