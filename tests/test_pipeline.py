@@ -668,6 +668,37 @@ def test_lora_state_dict_refuses(tmp_path):
             GPSTokenPipeline.lora_state_dict(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("metadata", "message"),
+    [
+        ({"transformer.r": 4}, r"must have transformer\.target_modules, got \['transformer\.r'\]"),
+        ({"transformer.no_such_field": 1}, "must hold legal values"),
+    ],
+)
+def test_metadata_that_peft_cannot_use_names_the_file(tmp_path, metadata, message):
+    pytest.importorskip("peft")
+    weights = {f"transformer.{key}": value for key, value in lora_layers().items()}
+    file = tmp_path / "pytorch_lora_weights.safetensors"
+    save_file(weights, file, metadata={"lora_adapter_metadata": json.dumps(metadata)})
+    pipeline = make_pipeline("bank")
+    with pytest.raises(ValueError, match=message) as caught:
+        pipeline.load_lora_weights(tmp_path)
+    assert str(tmp_path) in str(caught.value)
+    assert not getattr(pipeline.transformer, "peft_config", None)
+
+
+def test_metadata_of_the_other_generator_alone_does_not_matter(tmp_path):
+    pytest.importorskip("peft")
+    shapes = {"A": (4, 32), "B": (32, 4)}
+    names = {part: f"transformer.transformer_blocks.0.attn.to_q.lora_{part}.weight" for part in shapes}
+    weights = {names[part]: torch.rand(shape) for part, shape in shapes.items()}
+    file = tmp_path / "pytorch_lora_weights.safetensors"
+    save_file(weights, file, metadata={"lora_adapter_metadata": json.dumps({"layout_transformer.r": 4})})
+    pipeline = make_pipeline("bank")
+    pipeline.load_lora_weights(tmp_path)
+    assert pipeline.get_active_adapters() == ["default_0"]
+
+
 @pytest.mark.parametrize("low_cpu_mem_usage", [False, True])
 def test_lora_layers_are_initialised_unless_memory_is_to_be_saved(low_cpu_mem_usage, monkeypatch):
     pytest.importorskip("peft")

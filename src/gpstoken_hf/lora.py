@@ -65,13 +65,15 @@ class GPSTokenLoraMixin(LoraBaseMixin):
                 raise ValueError(
                     f"{name} must be a component of the pipeline for the LoRA in {_shown_source(source)}, got None"
                 )
+            own = {key: value for key, value in (metadata or {}).items() if key.startswith(f"{name}.")}
+            _check_metadata(f"{LORA_ADAPTER_METADATA_KEY} of {_shown_source(source)}", own, f"{name}.")
             component.load_lora_adapter(
                 weights,
                 prefix=name,
                 adapter_name=adapter_name,
                 hotswap=hotswap,
                 low_cpu_mem_usage=low_cpu_mem_usage,
-                metadata=metadata,
+                metadata=own or None,  # without it, ranks and scales are those that the weights tell
                 _pipeline=self,
             )
 
@@ -210,6 +212,16 @@ def _read_metadata(path: Path) -> dict[str, Any] | None:
     if not isinstance(metadata, dict | None):
         raise ValueError(f"{LORA_ADAPTER_METADATA_KEY} of {path} must be a JSON object, got {shown(metadata)}")
     return metadata
+
+
+def _check_metadata(what: str, metadata: Mapping[str, Any], prefix: str) -> None:
+    """Raise a ValueError unless peft can make the layers of a component from what it is told, if anything."""
+    from peft import LoraConfig
+
+    with refusing(what):
+        config = LoraConfig(**{key.removeprefix(prefix): value for key, value in metadata.items()})
+    if metadata and not config.target_modules:
+        raise ValueError(f"{what} must have {prefix}target_modules, got {shown(sorted(metadata))}")
 
 
 def _lora_file(source: str | os.PathLike[str], arguments: Mapping[str, Any]) -> Path:
