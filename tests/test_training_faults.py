@@ -259,7 +259,7 @@ def test_without_a_whole_checkpoint_nothing_starts_anew_in_silence(tokens, finis
     empty(output / "checkpoint-4" / "optimizer.bin")
     shutil.rmtree(output / "checkpoint-2")
     assert run_program(train_sit.main, command) == 2
-    assert "holds no whole checkpoint: checkpoint-4 (optimizer.bin has 0 bytes" in last_line(capsys)
+    assert "must hold a whole checkpoint, got checkpoint-4 (optimizer.bin has 0 bytes" in last_line(capsys)
     assert run_program(train_sit.main, [*command, "--resume_from_checkpoint", "checkpoint-4"]) == 2
     assert "--resume_from_checkpoint must be a whole checkpoint, got checkpoint-4" in last_line(capsys)
     assert run_program(train_sit.main, [*command, "--resume_from_checkpoint", "none"]) == 2
