@@ -256,8 +256,8 @@ def test_standard_error():
             "weights file must exist, got absent",
         ),
         (["cut.png"], "image must be a readable file, got cut.png"),
-        (["bytes.parquet"], "row 0 must hold a readable image"),
-        (["bomb.parquet"], "row 0 must hold a readable image"),
+        (["bytes.parquet"], "row 0 of bytes.parquet must hold a readable image, got"),
+        (["bomb.parquet"], "row 0 of bomb.parquet must hold a readable image, got"),
     ],
 )
 def test_one_line_and_exit_code_2(run, folder, tmp_path, capsys, arguments, message):

@@ -602,7 +602,7 @@ def test_sizes_and_supports_of_other_number_types():
 def test_a_forced_backend_that_is_not_there_raises():
     gaussians, features = torch.full((1, 1, 5), 0.5), torch.ones(1, 1, 1)
     if os.environ.get("TRITON_INTERPRET") != "1":
-        with pytest.raises(ValueError, match=r"'triton' needs .* got tensors on cpu"):
+        with pytest.raises(ValueError, match=r"got 'triton', which needs .* not tensors on cpu"):
             splat_gaussians(gaussians, features, (4, 4), backend="triton")
     with pytest.raises(ValueError, match=r"tensors must be on the CPU for backend 'cpu', got meta"):
         splat_gaussians(gaussians.to("meta"), features.to("meta"), (4, 4), backend="cpu")

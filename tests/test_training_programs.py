@@ -198,7 +198,7 @@ def test_unusable_samples_are_left_out_counted_and_named(partly_unusable, tmp_pa
     output = tmp_path / "run"
     command = tokenizer_command(partly_unusable, output, 6, "--resolutions", "32", *more)
     assert train_tokenizer.main([*command, "--max_unusable_share", "0.5"]) == 0
-    named = {row["sample"].split(" holds ")[0] for row in read_metrics(output / "unusable.jsonl")}
+    named = {row["sample"].split(" must ")[0] for row in read_metrics(output / "unusable.jsonl")}
     assert named == {f"row {index}" + (" of shard 0" if streaming else "") for index in (3, 6, 9)}
     printed = capsys.readouterr().err
     assert printed.count("left out: row") == 3

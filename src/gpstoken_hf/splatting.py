@@ -262,7 +262,7 @@ def _resolve_backend(backend: str, device: torch.device, dtype: torch.dtype) -> 
         if not triton_is_available(device):
             raise ValueError(
                 "backend must be one that is available, got 'triton', which needs Triton and tensors on CUDA "
-                f"(elsewhere it runs under TRITON_INTERPRET=1 only), with tensors on {device}"
+                f"(elsewhere it runs under TRITON_INTERPRET=1 only), not tensors on {device}"
             )
         if dtype != torch.float32:
             raise ValueError(f"inputs must fit float32 for backend 'triton', got {dtype}")
