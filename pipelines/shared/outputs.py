@@ -240,7 +240,7 @@ def check_free(path: Path, overwrite: bool, program: str) -> None:
     if not any(path.iterdir()):
         return
     if not overwrite:
-        raise ProgramError(f"the output {path} must not exist or be an empty folder, got one with files")
+        raise ProgramError(f"the output {path} must not exist or be an empty folder, got one that is not empty")
     _check_replaceable(path, program, path)
 
 
