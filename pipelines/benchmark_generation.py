@@ -37,7 +37,16 @@ from gpstoken_hf.modeling_gpstoken import GPSTokenModel
 from gpstoken_hf.transformer_sit import SiTTransformer1DModel
 
 from .shared.checkpoints import load_pipeline
-from .shared.costs import device_name, measure, milliseconds, multiply_adds, num_parameters, spread
+from .shared.costs import (
+    device_name,
+    measure,
+    milliseconds,
+    multiply_adds,
+    num_parameters,
+    peak_growth,
+    spread,
+    weight_bytes,
+)
 from .shared.outputs import atomic_directory
 from .shared.programs import make_parser, positive_int, printable, run_program
 from .shared.reports import Command, Curve, Heading, Picture, Table, Text, draw_curves, number, write_report
@@ -121,7 +130,8 @@ def main(argv: Sequence[str] | None = None) -> int:
                 ),
                 Table(header, rows),
                 Text(
-                    "Times are medians with the smallest and the largest in brackets. Multiply-adds are of one image."
+                    "Times are medians with the smallest and the largest in brackets. Multiply-adds are of one image. "
+                    "Peak memory is that of the weights and of one call, the training step included."
                 ),
                 Picture("times.png", "Images per second over the number of steps, from the time of a step."),
                 Heading("How it was measured"),
@@ -205,6 +215,7 @@ def make_ours(args: argparse.Namespace) -> dict[str, Any]:
         "tokens": tokens,
         "transformer": texture,
         "others": [] if layout is None else [layout],
+        "vae": vae,
         "forward": forward,
         "targets": latents,
         "calls": calls,
@@ -248,6 +259,7 @@ def make_grid(args: argparse.Namespace) -> dict[str, Any]:
         "tokens": 256,
         "transformer": transformer,
         "others": [],
+        "vae": vae,
         "forward": forward,
         "targets": latents,
         "calls": {"decode": torch.no_grad()(lambda: vae.decode(latents[: args.batch_size]).sample)},
@@ -275,11 +287,15 @@ def benchmark(sides: Sequence[dict[str, Any]], args: argparse.Namespace) -> list
         for side, entry in zip(sides, entries):  # in turn, so that a slow minute falls on both
             for name, call in side["calls"].items():
                 count = {"step": args.steps, "layout step": args.layout_steps}.get(name, 1)
+                if not round_:  # the first round warms up
+                    call()
+                    growth = peak_growth(call, args.device)
+                    if growth is not None:
+                        loaded = weight_bytes([side["transformer"], *side["others"], side["vae"]])
+                        entry["peak_bytes"] = max(entry["peak_bytes"] or 0, loaded + growth)
+                    continue
                 for _ in range(count):
-                    seconds, peak = measure(call, args.device)
-                    if round_:  # the first round warms up
-                        times.setdefault((side["name"], name), []).append(seconds)
-                        entry["peak_bytes"] = None if peak is None else max(peak, entry["peak_bytes"] or 0)
+                    times.setdefault((side["name"], name), []).append(measure(call, args.device))
     for entry in entries:
         for part in PARTS:
             if (entry["name"], part) in times:

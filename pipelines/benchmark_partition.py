@@ -17,7 +17,6 @@ mirrored at its borders for larger sizes. The output folder holds:
 
 from __future__ import annotations
 
-import ctypes
 import importlib.util
 import json
 import math
@@ -40,6 +39,7 @@ from gpstoken_hf.image_processing_gpstoken import open_image
 from gpstoken_hf.partition import partition_images
 from gpstoken_hf.triton_support import is_available
 
+from .shared.costs import peak_growth
 from .shared.outputs import atomic_directory
 from .shared.photographs import sample_photograph
 from .shared.programs import ProgramError, make_parser, positive_int, printable, run_program
@@ -91,25 +91,8 @@ def picture(square: np.ndarray, side: int) -> np.ndarray:
     return whole[:, :side, :side].contiguous().numpy()
 
 
-def peak_extra_memory(function: Callable[[], Any]) -> float | None:
-    """The most by which the process grows while `function` runs, in MiB; None if the kernel does not report it."""
-    clear, status = Path("/proc/self/clear_refs"), Path("/proc/self/status")
-    try:
-        # Return freed memory to the system first, because a call that reuses it would not be measured.
-        ctypes.CDLL(None).malloc_trim(0)
-        clear.write_text("5")
-        before = _status_kib(status, "VmRSS")
-        function()
-        return max(_status_kib(status, "VmHWM") - before, 0) / 1024
-    except (OSError, AttributeError):
-        return None
-
-
-def _status_kib(status: Path, field: str) -> int:
-    for line in status.read_text().splitlines():
-        if line.startswith(field + ":"):
-            return int(line.split()[1])
-    raise OSError(f"no {field} in {status}")
+def in_mib(size: int | None) -> float | None:
+    return None if size is None else size / 2**20
 
 
 def timed(function: Callable[[], Any], clock: Callable[[], float]) -> float:
@@ -129,8 +112,8 @@ def compare_on_cpu(
     image = picture(square, side)
     batch = torch.from_numpy(image)[None]
     expected: list[np.ndarray] = []
-    memory = peak_extra_memory(lambda: partition_images(batch, tokens))
-    plain_memory = peak_extra_memory(lambda: expected.append(reference(image, tokens)))
+    memory = in_mib(peak_growth(lambda: partition_images(batch, tokens), "cpu"))
+    plain_memory = in_mib(peak_growth(lambda: expected.append(reference(image, tokens)), "cpu"))
     boxes = partition_images(batch, tokens).boxes
     assert boxes is not None  # a partition has regions
     if as_set(expected[0]) != as_set(boxes[0].numpy()):

@@ -7,8 +7,8 @@
 Weights are random, as cost does not depend on them; --models also takes checkpoints. All models take turns in one run,
 so that a slow minute falls on all of them; times are medians over --repeats rounds after a warm-up, with the smallest
 and the largest. Multiply-adds are of one image, and count convolutions, matrix products and attention. A training step
-is the forward and backward pass of the mean squared error, without an optimizer, at the first batch size. Peak memory,
-of the loaded model and a call, is measured on CUDA. The output folder holds:
+is the forward and backward pass of the mean squared error, without an optimizer, at the first batch size. Peak memory
+is that of the weights and of one call, the larger of encode and decode. The output folder holds:
 
     results.json            all numbers, the device and the command
     report.md, report.html  the tables
@@ -37,7 +37,16 @@ from gpstoken_hf.modeling_gpstoken import GPSTokenModel
 
 from .shared.autoencoders import decode_peer, encode_peer, load_candidates
 from .shared.checkpoints import quiet_loading
-from .shared.costs import device_name, measure, milliseconds, multiply_adds, num_parameters, spread
+from .shared.costs import (
+    device_name,
+    measure,
+    milliseconds,
+    multiply_adds,
+    num_parameters,
+    peak_growth,
+    spread,
+    weight_bytes,
+)
 from .shared.outputs import atomic_directory
 from .shared.programs import (
     ProgramError,
@@ -121,6 +130,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             "batch_sizes": args.batch_sizes,
             "dtype": args.dtype,
             "repeats": args.repeats,
+            "peak_memory": "weights of the model and growth of memory during a call; on the CPU that of the process",
             "multiply_adds": "convolutions, matrix products and attention of one image",
             "training_step": f"forward and backward of the MSE at batch size {args.batch_sizes[0]}, no optimizer",
         }
@@ -230,10 +240,12 @@ def benchmark(contestants: Sequence[Contestant], args: argparse.Namespace) -> li
     for round_ in tqdm(range(rounds), unit=" rounds", disable=None):
         for one in contestants:  # in turn, so that a slow minute falls on all of them
             for kind, size, call in _calls(one, images, args.batch_sizes):
-                seconds, peak = measure(call, args.device)
-                if round_:  # the first round warms up
+                seconds = measure(call, args.device)
+                if round_:
                     times.setdefault((one.name, kind, size), []).append(seconds)
-                    peaks[one.name, kind, size] = peak
+                else:  # the first round warms up
+                    growth = peak_growth(call, args.device)
+                    peaks[one.name, kind, size] = None if growth is None else growth + weight_bytes([one.model])
     for entry in entries:
         name = str(entry["name"])
         for kind in ("encode", "decode", "train"):

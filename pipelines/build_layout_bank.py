@@ -201,11 +201,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(describe_options(options), end="")
         return 0
     if options.streaming:
-        raise ProgramError("--streaming must be off, because classes are counted before images are read")
+        raise ProgramError("--streaming must be off, because classes are counted before images are read, got on")
     dataset = load_image_dataset(options)
     if options.label_column not in dataset.column_names:
         raise ProgramError(
-            f"no column {options.label_column!r} in the dataset; it has {', '.join(dataset.column_names)}"
+            f"--label_column must be one of {', '.join(dataset.column_names)}, got {options.label_column!r}"
         )
     rows = choose_rows(dataset[options.label_column][:], options.images_per_class, options.seed)
     if not rows:

@@ -490,7 +490,7 @@ def _legal(gaussian: Sequence[Any]) -> torch.Tensor:
     try:
         values = torch.tensor([float(value) for value in gaussian], dtype=torch.float32)
     except (TypeError, ValueError) as error:
-        raise ProgramError(f"a Gaussian must be five numbers {list(GAUSSIAN_FIELDS)}") from error
+        raise ProgramError(f"a Gaussian must be five numbers {list(GAUSSIAN_FIELDS)}, got others") from error
     if values.shape != (NUM_GAUSSIAN_PARAMS,) or not values.isfinite().all():
-        raise ProgramError(f"a Gaussian must be five finite numbers {list(GAUSSIAN_FIELDS)}")
+        raise ProgramError(f"a Gaussian must be five finite numbers {list(GAUSSIAN_FIELDS)}, got {values.tolist()}")
     return clamp_gaussians(values, eps=EDGE)

@@ -101,9 +101,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         claim_file(args.save_reference, PROGRAM)
     moments, reference = read_reference(args)
     sources = make_sources(args, device)
+    first = next(iter(sources.values()))
+    if reference is not None:
+        check_sizes(reference, first)
     network = load_feature_network(args.feature_network, args.feature_weights_file).to(device)
-    count = len(next(iter(sources.values())))
-    protocol = make_protocol(args, moments is not None, reference, count, describe_network(network))
+    protocol = make_protocol(args, moments is not None, reference, first, describe_network(network))
     settings = {
         "version": gpstoken_hf.__version__,
         **{name: value for name, value in protocol.items() if name != "images"},
@@ -185,9 +187,9 @@ def interval(text: str) -> tuple[float, float]:
     try:
         low, high = (float(part) for part in text.split(","))
     except ValueError:
-        raise argparse.ArgumentTypeError(f"expected two numbers low,high, got {text!r}") from None
+        raise argparse.ArgumentTypeError(f"must be two numbers low,high, got {text!r}") from None
     if not 0 <= low <= high <= 1:
-        raise argparse.ArgumentTypeError(f"expected 0 <= low <= high <= 1, got {text!r}")
+        raise argparse.ArgumentTypeError(f"must be 0 <= low <= high <= 1, got {text!r}")
     return low, high
 
 
@@ -249,19 +251,30 @@ def make_sources(args: argparse.Namespace, device: str | torch.device) -> dict[s
             sources[name] = PipelineSource(pipeline, count, options, name)
     for source in sources.values():
         if len(source) < 2:
-            raise ProgramError(f"a Fréchet distance takes at least 2 images, got {len(source)}")
+            raise ProgramError(f"a Fréchet distance must be of at least 2 images, got {len(source)}")
     return sources
 
 
+def check_sizes(reference: ImageSet, samples: Source) -> None:
+    """Raise a ProgramError if samples and reference differ in size: a network would compare blur, not content."""
+    wanted, got = samples.size, reference.size
+    if got != wanted:
+        raise ProgramError(
+            f"--reference must hold images of {wanted[0]} x {wanted[1]} pixels as the samples are, "
+            f"got {got[0]} x {got[1]}; --resolution resizes and crops images of files"
+        )
+
+
 def make_protocol(
-    args: argparse.Namespace, has_moments: bool, images: ImageSet | None, count: int, features: dict[str, Any]
+    args: argparse.Namespace, has_moments: bool, images: ImageSet | None, samples: Source, features: dict[str, Any]
 ) -> dict[str, Any]:
     """How the numbers are measured, against the images of `--reference` or the statistics that it holds."""
     if images is not None and len(images) < 2:
         raise ProgramError(f"--reference must hold at least 2 images, got {len(images)}")
     return {
         "task": "generation",
-        "images": count,
+        "images": len(samples),
+        "image_size": list(samples.size),
         "reference": [printable(path.name) for path in args.reference],
         # Of the whole file where it holds statistics, as they need not be those of its images.
         "reference_checksum": file_digest(args.reference[0]) if images is None or has_moments else images.checksum(),
@@ -373,9 +386,17 @@ def write_results(
                     "distance is too large and only comparable at this number of images"
                 )
         rest = features[name].read(range(count), ("pool", "logits"))
-        if count >= NUM_SPLITS:
+        if count < NUM_SPLITS:
+            warnings.append(f"a score over {NUM_SPLITS} splits takes at least {NUM_SPLITS} images, got {count}")
+        else:
             entry[score_key], entry[f"{score_key}_deviation"] = inception_score(rest["logits"], NUM_SPLITS, SPLIT_SEED)
-        if real is not None and min(count, len(real)) > NUM_NEIGHBORS:
+        if real is None:
+            warnings.append("precision and recall take images of the reference, got statistics")
+        elif min(count, len(real)) <= NUM_NEIGHBORS:
+            warnings.append(
+                f"precision and recall take more than {NUM_NEIGHBORS} images of each set, got {count} and {len(real)}"
+            )
+        else:
             entry["precision"], entry["recall"] = precision_recall(rest["pool"], real, NUM_NEIGHBORS)
         results.append(entry)
     columns += [("precision", "precision"), ("recall", "recall")]

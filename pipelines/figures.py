@@ -65,7 +65,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
     figures = args.figures or ([8] if args.pipeline and args.model is None and not args.images else [4, 5, 6])
     if 8 in figures and args.pipeline is None:
-        raise ProgramError("figure 8 needs --pipeline, got none")
+        raise ProgramError("--pipeline must be given for figure 8, got none")
     pictures: dict[int, tuple[PIL.Image.Image, str]] = {}
     if set(figures) - {8}:
         model = load_tokenizer(args.model or DEFAULT_MODEL, args.device)

@@ -195,7 +195,7 @@ def _read_tensors(path: str | Path) -> dict[str, torch.Tensor]:
     try:
         return load_file(path)
     except SafetensorError as error:
-        raise ValueError(f"expected a safetensors file, cannot read {path}: {error}") from error
+        raise ValueError(f"{path} must be a safetensors file, got: {error}") from error
 
 
 def _layout_setting(source: str | None) -> str | None:

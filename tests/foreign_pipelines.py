@@ -670,7 +670,7 @@ def animate_diff() -> Any:
     return pipeline(num_frames=2, **EMBEDS, **STEPS, **SIZE).frames
 
 
-VIDEO = "an autoencoder of videos: it reads the scale in time, and latents are `(B, C, T, h, w)`"
+VIDEO = "it needs a video autoencoder, with a temporal scale and latents `(B, C, T, h, w)`"
 
 
 def without_parts(name: str) -> Any:

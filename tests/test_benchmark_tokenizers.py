@@ -27,7 +27,7 @@ def test_multiply_adds_of_what_is_known():
 def test_parameters_are_counted_once():
     linear = torch.nn.Linear(5, 7)
     assert num_parameters([linear, linear]) == 42
-    assert "threads" in device_name("cpu")
+    assert "thread" in device_name("cpu")
     assert milliseconds(spread([0.002, 0.001, 0.004])) == "2.0 (1.0 to 4.0)"
 
 
@@ -46,6 +46,8 @@ def test_tokenizers(tmp_path, capsys):
         assert entry["encode_multiply_adds"] > 0
         assert set(entry["encode"]) == set(entry["decode"]) == {"1", "2"}
         assert set(entry["train"]) == {"1"}
+        loaded = entry["parameters"] * 4
+        assert loaded <= entry["decode"]["2"]["peak_bytes"] < loaded + 2**27
         assert 0 < entry["decode"]["2"]["min_s"] <= entry["decode"]["2"]["median_s"] <= entry["decode"]["2"]["max_s"]
     page = (tmp_path / "costs/report.md").read_text()
     assert "## Batch size 2" in page
@@ -105,6 +107,7 @@ def test_generation(small, tmp_path):
     assert (ours["tokens"], grid["tokens"]) == (8, 256)
     assert grid["multiply_adds"] > ours["multiply_adds"]
     assert "layout step" not in grid
+    assert ours["peak_bytes"] > 4 * (ours["parameters"] + ours["other_parameters"])
     seconds = ours["layout step"]["median_s"] + 250 * ours["step"]["median_s"] + ours["decode"]["median_s"]
     assert ours["images_per_s"] == pytest.approx(1 / seconds)
     assert (tmp_path / "costs/times.png").is_file()

@@ -155,11 +155,11 @@ def test_defaults_come_from_the_tokenizer(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (["--label_column", "kind"], "no column 'kind' in the dataset; it has image, label"),
+        (["--label_column", "kind"], "--label_column must be one of image, label, got 'kind'"),
         (["--streaming"], "--streaming must be off"),
         (["--num_tokens", 4, 4], r"--num_tokens must be different numbers, got [4, 4]"),
         (["--num_tokens", 5000], "5000"),
-        (["--image_column", "picture"], "no column 'picture'"),
+        (["--image_column", "picture"], "got 'picture'"),
     ],
 )
 def test_what_cannot_be_done(parquet, tmp_path, capsys, argv, message):

@@ -277,7 +277,7 @@ def test_bad_uploads_are_one_sentence(model, tmp_path, monkeypatch):
     (tmp_path / "x.gpst").write_bytes(b"\xff" * 64)
     refused("x.gpst", "^x.gpst must be a token file")
     (tmp_path / "x.safetensors").write_bytes(b"\xff" * 64)
-    refused("x.safetensors", "cannot read")
+    refused("x.safetensors", "must hold tokens as this program writes them, got")
     write_tokens(tmp_path / "many.safetensors", model, count=state.MAX_TOKENS + 1)
     refused("many.safetensors", "1 to 1024 tokens, got 1025")
     write_tokens(tmp_path / "nan.safetensors", model, changes={"tokens": torch.full((1, 3, 9), torch.nan)})

@@ -17,7 +17,7 @@ from gpstoken_hf.evaluation_results import compare, read_result
 from gpstoken_hf.feature_networks import load_feature_network
 from gpstoken_hf.metrics import FeatureStatistics, frechet_distance, precision_recall, read_statistics
 from pipelines import evaluate_generation as program
-from pipelines.shared.feature_files import FeatureFolder, PipelineSource
+from pipelines.shared.feature_files import FeatureFolder, FileSource, PipelineSource
 from pipelines.shared.programs import run_program
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -118,6 +118,19 @@ def test_batches_make_no_difference(run, folders, tmp_path):
             assert row["second"] == pytest.approx(row["first"], rel=1e-6), row
 
 
+def test_what_too_few_images_leave_out_is_said(run, tmp_path):
+    for name in ("made", "real"):
+        write_images(tmp_path / name, 3, len(name))
+    assert run("--samples", "made", "--reference", "real") == 0
+    report = read_result(tmp_path / "results/results.json")
+    assert report["protocol"]["image_size"] == [24, 24]
+    assert not {"precision", "recall", "class_score"} & set(report["results"][0])
+    warnings = " ".join(report["warnings"])
+    assert "a score over 10 splits takes at least 10 images, got 3" in warnings
+    assert "precision and recall take more than 3 images of each set, got 3 and 3" in warnings
+    assert "takes at least 10 images" in (tmp_path / "results/report.md").read_text()
+
+
 def test_equal_folders_have_distance_0(run, folders, tmp_path):
     made, _ = folders
     assert run("--samples", made, "--reference", made) == 0
@@ -186,7 +199,7 @@ SHORT = ["--steps", 2, "--layout_steps", 2, "--num_images", 10, "--batch_size", 
 
 def test_a_sweep_over_guidance_and_schedulers(run, saved, folders, tmp_path):
     sweep = ["--guidance_scale", 1, 2, "--scheduler", "euler", "heun", "--guidance_interval", "0,1", "--save_images"]
-    assert run("--pipeline", saved, "--reference", folders[1], *SHORT, *sweep) == 0
+    assert run("--pipeline", saved, "--reference", folders[1], "--resolution", 32, *SHORT, *sweep) == 0
     entries = read_result(tmp_path / "results/results.json")["results"]
     assert [(entry["guidance_scale"], entry["scheduler"]) for entry in entries] == [
         (1, "euler"),
@@ -224,14 +237,14 @@ def test_a_sweep_over_guidance_and_schedulers(run, saved, folders, tmp_path):
 )
 def test_a_sweep_over_what_is_no_number_is_drawn(run, saved, folders, tmp_path, sweep, rows):
     short = ["--steps", 2, "--layout_steps", 2, "--num_images", 2]
-    assert run("--pipeline", saved, "--reference", folders[1], *short, *sweep) == 0
+    assert run("--pipeline", saved, "--reference", folders[1], "--resolution", 32, *short, *sweep) == 0
     assert len(read_result(tmp_path / "results/results.json")["results"]) == rows
     assert (tmp_path / "results/sweep.png").is_file() == (rows > 1)
     assert ("sweep.png" in (tmp_path / "results/report.md").read_text()) == (rows > 1)
 
 
 def test_a_killed_run_goes_on_and_more_images_add_to_it(run, saved, folders, tmp_path, monkeypatch, capsys):
-    arguments = ["--pipeline", saved, "--reference", folders[1], *SHORT]
+    arguments = ["--pipeline", saved, "--reference", folders[1], "--resolution", 32, *SHORT]
     assert run(*arguments, "--output", "whole") == 0
     made = []
     real = PipelineSource.batch
@@ -280,7 +293,8 @@ def test_the_checksum_of_a_reference_is_of_what_is_compared(tmp_path):
         for network in ("inception", NETWORK):
             args = program._parse(["--samples", "made", "--reference", str(path), "--feature_network", network])
             moments, reference = program.read_reference(args)
-            protocol = program.make_protocol(args, moments is not None, reference, 3, {})
+            assert reference is not None
+            protocol = program.make_protocol(args, moments is not None, reference, FileSource(reference), {})
             found[scale, network] = protocol["reference_checksum"]
     assert found[1, "inception"] != found[2, "inception"]
     assert found[1, NETWORK] == found[2, NETWORK]
@@ -292,17 +306,25 @@ def test_the_checksum_of_a_reference_is_of_what_is_compared(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--samples", "made", "--reference", "absent"], "found no such file: absent"),
+        (["--samples", "made", "--reference", "absent"], "got no such file: absent"),
         (["--samples", "made", "--reference", "absent.npz"], "no such file: absent.npz"),
         (["--samples", "made", "--reference", "text.npz"], "text.npz must be an .npz file of statistics"),
         (["--samples", "mixed", "--reference", "made"], "images must be of one size, got 000.png of 24 x 24"),
-        (["--samples", "one", "--reference", "made"], "a Fréchet distance takes at least 2 images, got 1"),
+        (
+            ["--samples", "made", "--reference", "small"],
+            "must hold images of 24 x 24 pixels as the samples are, got 12",
+        ),
+        (
+            ["--pipeline", "gpstoken-digits", "--reference", "made"],
+            "must hold images of 32 x 32 pixels as the samples are, got 24 x 24; --resolution resizes",
+        ),
+        (["--samples", "one", "--reference", "made"], "a Fréchet distance must be of at least 2 images, got 1"),
         (["--samples", "made", "--reference", "one"], "--reference must hold at least 2 images, got 1"),
         (
             ["--samples", "made", "--reference", "made", "--num_images", 9],
             "must hold 9 images, as --num_images says, got 3",
         ),
-        (["--samples", "cut", "--reference", "made"], "cannot read"),
+        (["--samples", "cut", "--reference", "made"], "image must be a readable file, got cut"),
         (["--samples", "made", "--reference", "other.npz"], "256 features of timm/test_efficientnet, got 3"),
         (["--pipeline", "nowhere", "--reference", "made"], "--pipeline must be a folder"),
     ],
@@ -310,6 +332,7 @@ def test_the_checksum_of_a_reference_is_of_what_is_compared(tmp_path):
 def test_one_line_and_exit_code_2(run, tmp_path, capsys, arguments, message):
     for name, count in (("made", 3), ("one", 1), ("mixed", 2), ("cut", 2)):
         write_images(tmp_path / name, count, 0)
+    write_images(tmp_path / "small", 2, 0, size=12)
     PIL.Image.new("RGB", (10, 12)).save(tmp_path / "mixed/001.png")
     whole = (tmp_path / "cut/001.png").read_bytes()
     (tmp_path / "cut/001.png").write_bytes(whole[: len(whole) // 2])

@@ -240,7 +240,7 @@ def test_standard_error():
     ("arguments", "message"),
     [
         (["absent.parquet"], "no such file: absent.parquet"),
-        (["empty"], "images in the folder empty, found none"),
+        (["empty"], "the folder empty must hold images, got none"),
         (["text.parquet"], "text.parquet must be a parquet file"),
         (["images", "--focus", "0,0,32,5"], "--focus must lie inside 32 x 32 pixels, got 0,0,32,5"),
         (["images", "--tokens", "100000"], "100000"),
@@ -249,15 +249,15 @@ def test_standard_error():
         (["images", "--model", "images"], "--model images must hold a config.json"),
         (["images", "--model", "other"], "--model must be a GPSToken tokenizer or one of AutoencoderKL"),
         (["images", "--reconstructions", "two"], "one image for each of the 5 images, got 2"),
-        (["cut.png", "--feature_network", "nonsense"], "at least 2 images, got 1"),
+        (["cut.png", "--feature_network", "nonsense"], "Fréchet distance must be of at least 2 images, got 1"),
         (["images", "--feature_network", "nonsense"], "or a classifier of torchvision, got nonsense"),
         (
             ["images", "--lpips_weights_file", "absent", "--lpips_network", "vgg"],
             "weights file must exist, got absent",
         ),
-        (["cut.png"], "cannot read cut.png"),
-        (["bytes.parquet"], "row 0 must hold a readable image"),
-        (["bomb.parquet"], "row 0 must hold a readable image"),
+        (["cut.png"], "image must be a readable file, got cut.png"),
+        (["bytes.parquet"], "row 0 of bytes.parquet must hold a readable image, got"),
+        (["bomb.parquet"], "row 0 of bomb.parquet must hold a readable image, got"),
     ],
 )
 def test_one_line_and_exit_code_2(run, folder, tmp_path, capsys, arguments, message):

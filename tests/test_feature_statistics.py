@@ -261,7 +261,7 @@ def test_a_file_of_adm_has_no_counts_and_is_read(tmp_path):
     assert found["pool"].count is None
     assert not found["pool"].is_rank_deficient
     assert frechet_distance(found["pool"], moments) < 1e-5
-    with pytest.raises(ValueError, match="without their number of images"):
+    with pytest.raises(ValueError, match="must know their number of images"):
         found["pool"].update(drawn(3, 6))
     with pytest.raises(ValueError, match="without it"):
         moments.merge(found["pool"])

@@ -102,7 +102,7 @@ def test_sample_photographs_are_the_default(run, tmp_path):
     [
         (["absent.png", "--model", "model"], "no such file: absent.png"),
         (["a.png", "--model", "model", "--focus", "0,0,32,3"], "--focus must lie inside 32 x 32 pixels, got 0,0,32,3"),
-        (["--figures", 8], "figure 8 needs --pipeline"),
+        (["--figures", 8], "--pipeline must be given for figure 8, got none"),
         (["a.png", "--model", "model", "--tokens", 1000, "--figures", 6], "1000"),
     ],
 )

@@ -322,7 +322,7 @@ def test_a_file_does_not_choose_the_attention_code(copied):
 
 
 def test_a_misspelled_argument_of_the_config_is_named():
-    with pytest.raises(ValueError, match="GPSTokenConfig has no field 'num_token'"):
+    with pytest.raises(ValueError, match="arguments must be fields of GPSTokenConfig, got 'num_token'"):
         GPSTokenConfig(num_token=4)
     with pytest.raises(ValueError, match="num_tokens"):
         GPSTokenConfig.from_dict({"num_tokens": "many"})

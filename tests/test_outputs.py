@@ -228,7 +228,7 @@ def test_a_folder_is_replaced_only_when_asked(tmp_path):
     target = tmp_path / "out"
     target.mkdir()
     make(target, "first")  # an empty folder may be filled
-    with pytest.raises(ProgramError, match="must not exist or be an empty folder; it exists and is not empty"):
+    with pytest.raises(ProgramError, match="must not exist or be an empty folder, got one that is not empty"):
         make(target, "second")
     with pytest.raises(RuntimeError, match="disk"):
         write_half(atomic_directory(target, overwrite=True, program="mine"), RuntimeError("disk"))
@@ -580,7 +580,7 @@ def test_a_run_killed_while_it_replaces_a_folder_loses_nothing(tmp_path, moment)
         shutil.copytree(target, place / "old")
     elif moment == "at the marker":
         (place / MARKER).write_text('{"stag')
-    with pytest.raises(ProgramError, match="it exists and is not empty"):  # put back where it was missing
+    with pytest.raises(ProgramError, match="got one that is not empty"):  # put back where it was missing
         make(target, "new")
     assert names_below(tmp_path) == ["out", f"out/{MARKER}", "out/result"]
     make(target, "new", overwrite=True)

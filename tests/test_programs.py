@@ -115,7 +115,7 @@ def test_argument_types(kind, good, bad):
     for text, value in good.items():
         assert kind(text) == value
     for text in bad:
-        with pytest.raises(argparse.ArgumentTypeError, match=f"expected .*, got {text!r}"):
+        with pytest.raises(argparse.ArgumentTypeError, match=f"must be .*, got {text!r}"):
             kind(text)
 
 
@@ -214,7 +214,7 @@ def test_photographs_are_found_by_what_can_be_read(tmp_path):
     (tmp_path / "folder.png").mkdir()
     found = find_photographs([tmp_path, tmp_path / "notes.txt"])
     assert [name.as_posix() for _, name in found] == ["a.jpg", "b.PNG", "sub/c.webp", "notes.txt"]
-    with pytest.raises(ProgramError, match=r"images in the folder .*/folder\.png, found none"):
+    with pytest.raises(ProgramError, match=r"the folder .*/folder\.png must hold images, got none"):
         find_photographs([tmp_path / "folder.png"])
     (tmp_path / "out/deep").mkdir(parents=True)
     for name in ("mine.png", "deep/mine.png", "deep/theirs.png"):
@@ -223,5 +223,5 @@ def test_photographs_are_found_by_what_can_be_read(tmp_path):
     (tmp_path / "out" / MARKER).write_text(json.dumps(marker))
     assert [name.as_posix() for _, name in find_photographs([tmp_path])][2:] == ["out/deep/theirs.png", "sub/c.webp"]
     os.mkfifo(tmp_path / "pipe.png")  # reading it would wait for ever
-    with pytest.raises(ProgramError, match="found no such file"):
+    with pytest.raises(ProgramError, match="must be an image file or a folder, got no such file"):
         find_photographs([tmp_path / "pipe.png"])

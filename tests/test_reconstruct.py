@@ -297,7 +297,7 @@ def test_results_are_not_taken_for_photographs(run, tmp_path, capsys):
     assert run("d", "--tokens", 8, "--output", "other") == 0
     assert results(tmp_path / "other") == {"a", "b.png", "b/more.png"}
     assert run("d/a", "--tokens", 8, "--output", "other") == 2
-    assert "images in the folder d/a, found none" in capsys.readouterr().err
+    assert "the folder d/a must hold images, got none" in capsys.readouterr().err
 
 
 ODD_NAMES = {
@@ -610,8 +610,8 @@ def test_memory_of_a_large_photograph(model_folder, tmp_path, size, options, meg
     ("arguments", "message"),
     [
         (["absent.jpg"], "no such file: absent.jpg"),
-        (["cut.jpg"], "cannot read cut.jpg"),
-        (["empty"], "images in the folder empty, found none"),
+        (["cut.jpg"], "image must be a readable file, got cut.jpg"),
+        (["empty"], "the folder empty must hold images, got none"),
         (["photo.png", "--tokens", "100000"], "100000"),
         (["photo.png", "--focus", "0,0,56,10"], "--focus must lie inside the image's 56 x 40 pixels, got 0,0,56,10"),
         (["photo.png", "--importance", "mask.png"], "56 x 40 pixels, got 30 x 20"),
@@ -620,7 +620,7 @@ def test_memory_of_a_large_photograph(model_folder, tmp_path, size, options, meg
         (["photo.png", "--tile_size", "3"], "tile_size"),
         (["photo.png", "--from_tokens", "t.safetensors"], "--from_tokens must come without images"),
         (["--from_tokens", "t.safetensors"], "no such file: t.safetensors"),
-        (["--from_tokens", "photo.png"], "cannot read photo.png"),
+        (["--from_tokens", "photo.png"], "photo.png must hold tokens as this program writes them, got"),
         (["--from_tokens", "bad.safetensors"], "sigma"),
     ],
 )

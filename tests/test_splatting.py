@@ -531,7 +531,10 @@ def test_without_numba_the_cpu_takes_the_tiles(tmp_path):
         "except ValueError as error:\n"
         "    print(error)\n"
     )
-    assert run_program(program, tmp_path).stdout == "backend 'cpu' needs numba, which is not installed\n"
+    assert (
+        run_program(program, tmp_path).stdout
+        == "backend must be one that is available, got 'cpu', which needs numba\n"
+    )
 
 
 def test_exports_with_a_size_that_is_not_known():
@@ -599,9 +602,9 @@ def test_sizes_and_supports_of_other_number_types():
 def test_a_forced_backend_that_is_not_there_raises():
     gaussians, features = torch.full((1, 1, 5), 0.5), torch.ones(1, 1, 1)
     if os.environ.get("TRITON_INTERPRET") != "1":
-        with pytest.raises(ValueError, match=r"'triton' needs .* got tensors on cpu"):
+        with pytest.raises(ValueError, match=r"got 'triton', which needs .* not tensors on cpu"):
             splat_gaussians(gaussians, features, (4, 4), backend="triton")
-    with pytest.raises(ValueError, match=r"'cpu' needs tensors on the CPU, got meta"):
+    with pytest.raises(ValueError, match=r"tensors must be on the CPU for backend 'cpu', got meta"):
         splat_gaussians(gaussians.to("meta"), features.to("meta"), (4, 4), backend="cpu")
 
 
@@ -621,5 +624,5 @@ def test_without_triton_the_notice_comes_once(monkeypatch):
         splatting._notice_no_triton()
     monkeypatch.setattr(splatting, "triton_is_available", lambda device: False)
     assert splatting._resolve_backend("auto", torch.device("cuda"), torch.float32) == "tiled"
-    with pytest.raises(ValueError, match="'triton' needs Triton"):
+    with pytest.raises(ValueError, match="got 'triton', which needs Triton"):
         splatting._resolve_backend("triton", torch.device("cuda"), torch.float32)

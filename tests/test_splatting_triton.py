@@ -192,7 +192,7 @@ def test_more_tokens_and_rows_than_one_program_takes():
 @runs_kernels
 def test_float64_is_refused():
     gaussians, features = (tensor.to(DEVICE) for tensor in random_tokens(0, 1, 2, 1, torch.float64))
-    with pytest.raises(ValueError, match=r"computes in float32, got inputs that need torch.float64"):
+    with pytest.raises(ValueError, match=r"inputs must fit float32 for backend 'triton', got torch.float64"):
         splat_gaussians(gaussians, features, (4, 4), backend="triton")
 
 

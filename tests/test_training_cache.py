@@ -150,8 +150,8 @@ def test_unusable_images_are_left_out_counted_and_named(images, tokenizer, tmp_p
     assert labels(output) == [index % 3 for index in range(NUM_ROWS) if index not in (4, 7)]
     described = json.loads((output / STATISTICS).read_text())
     assert described["num_unusable"] == 2
-    assert [text.split(" holds")[0] for text in described["unusable"]] == ["row 4", "row 7"]
-    assert "left out: row 4 holds an image of 1 x 20 pixels" in capsys.readouterr().err
+    assert [text.split(" must")[0] for text in described["unusable"]] == ["row 4", "row 7"]
+    assert "left out: row 4 must have at least 2 x 2 pixels, got 1 x 20" in capsys.readouterr().err
     reset_accelerator()
     command = cache_command(tmp_path / "partly.parquet", tokenizer, tmp_path / "other", "--max_unusable_share", "0.01")
     assert run_program(cache_tokens.main, command) == 2

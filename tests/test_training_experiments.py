@@ -251,7 +251,7 @@ def test_stages_are_compared_at_equal_times(images, tokenizer, network, tmp_path
     ("program", "change", "message"),
     [
         ("ablation", ["--validation_data_files", "nowhere.parquet"], "must exist, got nowhere.parquet"),
-        ("ablation", ["--image_column", "photo"], "no column 'photo'"),
+        ("ablation", ["--image_column", "photo"], "got 'photo'"),
         ("recipes", ["--distance_network", "no_such_network"], "no_such_network"),
         ("stages", ["--layout_share", "1"], "--layout_share must be between 0 and 1, got 1"),
         ("stages", ["--tokenizer", "nowhere"], "--tokenizer must be a folder"),

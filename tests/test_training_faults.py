@@ -259,11 +259,11 @@ def test_without_a_whole_checkpoint_nothing_starts_anew_in_silence(tokens, finis
     empty(output / "checkpoint-4" / "optimizer.bin")
     shutil.rmtree(output / "checkpoint-2")
     assert run_program(train_sit.main, command) == 2
-    assert "holds no whole checkpoint: checkpoint-4 (optimizer.bin has 0 bytes" in last_line(capsys)
+    assert "must hold a whole checkpoint, got checkpoint-4 (optimizer.bin has 0 bytes" in last_line(capsys)
     assert run_program(train_sit.main, [*command, "--resume_from_checkpoint", "checkpoint-4"]) == 2
     assert "--resume_from_checkpoint must be a whole checkpoint, got checkpoint-4" in last_line(capsys)
     assert run_program(train_sit.main, [*command, "--resume_from_checkpoint", "none"]) == 2
-    assert "folder without checkpoints" in last_line(capsys)
+    assert "--output_dir must be without checkpoints" in last_line(capsys)
 
 
 def test_a_named_checkpoint_is_resumed_and_the_later_history_replaced(tokens, finished, tmp_path, capsys):

@@ -198,7 +198,7 @@ def test_unusable_samples_are_left_out_counted_and_named(partly_unusable, tmp_pa
     output = tmp_path / "run"
     command = tokenizer_command(partly_unusable, output, 6, "--resolutions", "32", *more)
     assert train_tokenizer.main([*command, "--max_unusable_share", "0.5"]) == 0
-    named = {row["sample"].split(" holds ")[0] for row in read_metrics(output / "unusable.jsonl")}
+    named = {row["sample"].split(" must ")[0] for row in read_metrics(output / "unusable.jsonl")}
     assert named == {f"row {index}" + (" of shard 0" if streaming else "") for index in (3, 6, 9)}
     printed = capsys.readouterr().err
     assert printed.count("left out: row") == 3
@@ -241,7 +241,7 @@ def test_tokenizer_killed_in_mid_step_goes_on_bit_for_bit(images, tmp_path):
         (["--max_tokens", "5000"], "5000 tokens at 32 x 32"),
         (["--min_tokens", "9", "--max_tokens", "5"], "--min_tokens must not exceed"),
         (["--resolution_weights", "1"], "one weight per resolution"),
-        (["--image_column", "picture"], "no column 'picture'"),
+        (["--image_column", "picture"], "got 'picture'"),
         (["--num_validation_images", "500"], "must be less than the 12 images of the dataset, got 500"),
         (["--train_data_dir", "also"], "one of --dataset_name"),
         (["--preset", "gigantic"], "gigantic"),
@@ -270,7 +270,7 @@ def test_a_run_needs_an_end_and_readable_images(images, tmp_path, capsys):
     broken = tmp_path / "broken.parquet"
     datasets.Dataset.from_list(rows, features=datasets.Features({"image": datasets.Image()})).to_parquet(broken)
     assert run_program(train_tokenizer.main, tokenizer_command(broken, tmp_path / "run", 1)) == 2
-    assert "holds no readable image" in capsys.readouterr().err
+    assert "must be a readable image" in capsys.readouterr().err
 
 
 def test_a_checkpoint_of_another_model_is_refused(images, tmp_path, capsys):
@@ -369,7 +369,7 @@ def test_generator_stopped_by_a_signal_goes_on_bit_for_bit(tokens, tmp_path):
 def test_generator_refuses_in_one_line(tokens, tmp_path, capsys):
     for command, message in (
         (sit_command(tmp_path, tmp_path / "run", "layout", 1), "run cache_tokens"),
-        (sit_command(tokens, tmp_path / "run", "layout", 1, "--gaussian_target", "offset"), "needs --stage texture"),
+        (sit_command(tokens, tmp_path / "run", "layout", 1, "--gaussian_target", "offset"), "--stage must be texture"),
         (sit_command(tokens, tmp_path / "run", "layout", 1, "--num_validation_samples", "12"), "less than 12, got 12"),
     ):
         assert run_program(train_sit.main, command) == 2

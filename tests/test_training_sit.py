@@ -204,7 +204,7 @@ def test_a_ruined_generator_is_not_sampled_and_not_saved(tokens, tmp_path, capsy
     ("change", "message"),
     [
         (["--tokens_dir", "x"], "--tokens_dir or a dataset of images must be given, got both"),
-        (["--label_column", "kind"], "no column 'kind'"),
+        (["--label_column", "kind"], "got 'kind'"),
         (["--num_validation_samples", "12"], "must be less than 12, got 12"),
         (["--frechet_network", "no_such_network"], "no_such_network"),
         (["--tokenizer", "./nowhere"], "--tokenizer must be a folder"),

@@ -160,7 +160,7 @@ def choose_checkpoint(output_dir: Path, choice: str) -> tuple[Path | None, list[
     if choice == "none":
         if existing:
             raise ProgramError(
-                f"--resume_from_checkpoint none needs a folder without checkpoints, got {output_dir} with "
+                f"--output_dir must be without checkpoints for --resume_from_checkpoint none, got {output_dir} with "
                 f"{existing[-1].name}"
             )
         return None, []
@@ -180,7 +180,9 @@ def choose_checkpoint(output_dir: Path, choice: str) -> tuple[Path | None, list[
         damaged.append((path, damage))
     if damaged:
         listed = ", ".join(f"{path.name} ({why})" for path, why in damaged)
-        raise ProgramError(f"{output_dir} holds no whole checkpoint: {listed}; remove the damaged ones to start anew")
+        raise ProgramError(
+            f"{output_dir} must hold a whole checkpoint, got {listed}; remove the damaged ones to start anew"
+        )
     return None, []
 
 

@@ -106,9 +106,10 @@ def split_data(options: argparse.Namespace) -> None:
     if not Path(options.data_files).is_file():
         raise ProgramError(f"--data_files must be a parquet file, got {options.data_files}")
     rows = datasets.load_dataset("parquet", data_files=options.data_files, split="train")
-    for column in (options.image_column, options.label_column):
+    for name in ("image_column", "label_column"):
+        column = getattr(options, name)
         if column not in rows.column_names:
-            raise ProgramError(f"no column {column!r} in {options.data_files}; it has {', '.join(rows.column_names)}")
+            raise ProgramError(f"--{name} must be one of {', '.join(rows.column_names)}, got {column!r}")
     rows = rows.rename_columns(
         {old: new for old, new in ((options.image_column, "image"), (options.label_column, "label")) if old != new}
     ).cast_column("image", datasets.Image(decode=False))
@@ -334,7 +335,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not 0 < options.layout_share < 1:
         raise ProgramError(f"--layout_share must be between 0 and 1, got {options.layout_share:g}")
     if min(options.num_samples, options.num_reference_images) < 2:
-        raise ProgramError("--num_samples and --num_reference_images must be at least 2")
+        raise ProgramError(
+            "--num_samples and --num_reference_images must be at least 2, "
+            f"got {options.num_samples} and {options.num_reference_images}"
+        )
     if options.threads is not None:
         torch.set_num_threads(options.threads)
     FeatureLoss(

@@ -58,8 +58,11 @@ def load_image_dataset(
     import datasets
 
     sources = [options.dataset_name, options.train_data_files, options.train_data_dir]
-    if files is None and sum(source is not None for source in sources) != 1:
-        raise ProgramError("one of --dataset_name, --train_data_files and --train_data_dir must be given")
+    num_given = sum(source is not None for source in sources)
+    if files is None and num_given != 1:
+        raise ProgramError(
+            f"one of --dataset_name, --train_data_files and --train_data_dir must be given, got {num_given}"
+        )
     split = split or options.train_split
     shared = {"split": split, "streaming": options.streaming and files is None, "cache_dir": options.cache_dir}
     files = files or options.train_data_files
@@ -71,11 +74,11 @@ def load_image_dataset(
                 raise ProgramError(f"data files must share one suffix of {sorted(FILE_BUILDERS)}, got {list(files)}")
             missing = [name for name in files if not _is_pattern_or_url(name) and not os.path.exists(name)]
             if missing:
-                raise ProgramError(f"no such data file: {', '.join(missing)}")
+                raise ProgramError(f"--train_data_files must exist, got no such data file: {', '.join(missing)}")
             dataset = datasets.load_dataset(builder, data_files={split: list(files)}, **shared)
         elif options.train_data_dir is not None:
             if not os.path.isdir(options.train_data_dir):
-                raise ProgramError(f"no such folder: {options.train_data_dir}")
+                raise ProgramError(f"--train_data_dir must be a folder, got {options.train_data_dir}")
             dataset = datasets.load_dataset("imagefolder", data_dir=options.train_data_dir, **shared)
         else:
             dataset = datasets.load_dataset(options.dataset_name, options.dataset_config_name, **shared)
@@ -85,7 +88,7 @@ def load_image_dataset(
         raise ProgramError(f"cannot load the dataset: {error}") from error
     columns = dataset.column_names or ImageStream(dataset).column_names
     if options.image_column not in columns:
-        raise ProgramError(f"no column {options.image_column!r} in the dataset; it has {', '.join(columns)}")
+        raise ProgramError(f"--image_column must be one of {', '.join(columns)}, got {options.image_column!r}")
     dataset = dataset.cast_column(options.image_column, datasets.Image(decode=False))
     if options.max_train_samples is not None and split == options.train_split:
         if not hasattr(dataset, "__len__"):
@@ -427,7 +430,7 @@ def load_validation_images(rows: Iterable[Any], image_column: str, num_images: i
             continue
         images.append(image_to_array(center_crop(image, resolution)))
     if not images:
-        raise ProgramError("the validation data holds no readable image")
+        raise ProgramError("the validation data must hold readable images, got none")
     return torch.from_numpy(np.stack(images))
 
 

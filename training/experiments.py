@@ -190,7 +190,7 @@ def read_images(path: str, image_column: str, num_images: int, resolution: int) 
         raise ProgramError(f"the parquet file must exist, got {path}")
     rows = datasets.load_dataset("parquet", data_files=path, split="train")
     if image_column not in rows.column_names:
-        raise ProgramError(f"no column {image_column!r} in {path}; it has {', '.join(rows.column_names)}")
+        raise ProgramError(f"--image_column must be one of {', '.join(rows.column_names)}, got {image_column!r}")
     rows = rows.cast_column(image_column, datasets.Image(decode=False))
     return load_validation_images(rows, image_column, num_images, resolution)
 

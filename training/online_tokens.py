@@ -114,5 +114,5 @@ def channel_statistics(
             sums.add(tokens["tokens"].cpu(), tokens["init_gaussians"].cpu())
             bar.update(len(images))
     if not sums.count:
-        raise ProgramError("the training data holds no usable image")
+        raise ProgramError("the training data must hold usable images, got none")
     return sums.statistics()

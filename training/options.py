@@ -28,7 +28,7 @@ def unit_interval(text: str) -> float:
     except ValueError:
         value = -1.0
     if not 0 <= value <= 1:
-        raise argparse.ArgumentTypeError(f"expected a number in [0, 1], got {text!r}")
+        raise argparse.ArgumentTypeError(f"must be a number in [0, 1], got {text!r}")
     return value
 
 
@@ -173,20 +173,20 @@ def preset_arguments(parser: argparse.ArgumentParser, path: Path) -> list[str]:
     try:
         entries = yaml.safe_load(path.read_text(encoding="utf-8"))
     except yaml.YAMLError as error:
-        raise ProgramError(f"{path} is not valid YAML: {error}") from error
+        raise ProgramError(f"{path} must be valid YAML, got: {error}") from error
     if not isinstance(entries, dict):
         raise ProgramError(f"{path} must hold a mapping of options, got {type(entries).__name__}")
     actions = {action.dest: action for action in parser._actions if action.option_strings}
     arguments: list[str] = []
     for name, value in entries.items():
         if name not in actions or name == "config":
-            raise ProgramError(f"{path}: unknown option {name!r}; known: {', '.join(sorted(actions))}")
+            raise ProgramError(f"the options of {path} must be of {', '.join(sorted(actions))}, got {name!r}")
         flag = f"--{name}"
         if value is None:
             continue
         if isinstance(value, bool):
             if not isinstance(actions[name], Switch | argparse._StoreTrueAction):
-                raise ProgramError(f"{path}: {name} takes a value, got {value}")
+                raise ProgramError(f"{name} of {path} must have a value, got {value}")
             if value:
                 arguments.append(flag)
             elif isinstance(actions[name], Switch):
@@ -204,11 +204,11 @@ def assignment(text: str) -> tuple[str, Any]:
     """An argparse type: `key=value`, the value in YAML (numbers, lists, words)."""
     key, separator, value = text.partition("=")
     if not separator or not key:
-        raise argparse.ArgumentTypeError(f"expected key=value, got {text!r}")
+        raise argparse.ArgumentTypeError(f"must be key=value, got {text!r}")
     try:
         return key, yaml.safe_load(value)
     except yaml.YAMLError:
-        raise argparse.ArgumentTypeError(f"expected key=value with a YAML value, got {text!r}") from None
+        raise argparse.ArgumentTypeError(f"must be key=value with a YAML value, got {text!r}") from None
 
 
 def describe_options(options: argparse.Namespace, **more: Any) -> str:

@@ -41,14 +41,14 @@ def decode_image(value: Any, where: str) -> Image.Image:
         if mode in RGB_MODES:
             image = ImageOps.exif_transpose(image).convert("RGB")
     except UnidentifiedImageError as error:  # its message has the address of an object, which changes
-        raise ProgramError(f"{where} holds no readable image: no known format") from error
+        raise ProgramError(f"{where} must be a readable image, got no known format") from error
     except (*FILE_ERRORS, Image.DecompressionBombError) as error:
-        raise ProgramError(f"{where} holds no readable image: {one_line(error)}") from error
+        raise ProgramError(f"{where} must be a readable image, got: {one_line(error)}") from error
     if mode not in RGB_MODES:
-        raise ProgramError(f"{where} holds an image of mode {mode}, which has no 8-bit colours")
+        raise ProgramError(f"{where} must have 8-bit colours, got an image of mode {mode}")
     if min(image.size) < MIN_SIDE:
         raise ProgramError(
-            f"{where} holds an image of {image.width} x {image.height} pixels; {MIN_SIDE} x {MIN_SIDE} are needed"
+            f"{where} must have at least {MIN_SIDE} x {MIN_SIDE} pixels, got {image.width} x {image.height}"
         )
     return image
 

@@ -89,10 +89,14 @@ def read_statistics(tokens_dir: str) -> tuple[dict[str, Any], Path]:
         try:
             directory = Path(snapshot_download(tokens_dir, repo_type="dataset"))
         except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
-            raise ProgramError(f"{tokens_dir} is neither a folder nor a dataset of the Hub: {error}") from error
+            raise ProgramError(
+                f"--tokens_dir must be a folder or a dataset of the Hub, got {tokens_dir}: {error}"
+            ) from error
     path = directory / STATISTICS
     if not path.is_file():
-        raise ProgramError(f"{directory} holds no finished token cache ({STATISTICS} is missing): run cache_tokens")
+        raise ProgramError(
+            f"{directory} must hold a finished token cache, got none with {STATISTICS}: run cache_tokens"
+        )
     return read_json(path), directory
 
 

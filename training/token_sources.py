@@ -146,7 +146,7 @@ class OnlineTokens(TokenSource):
             held_out, self.rows = ImageStream(dataset).hold_out(count)
             columns = self.rows.column_names
         if options.label_column not in columns:
-            raise ProgramError(f"no column {options.label_column!r} in the dataset; it has {', '.join(columns)}")
+            raise ProgramError(f"--label_column must be one of {', '.join(columns)}, got {options.label_column!r}")
         names = class_names(dataset, options.label_column)
         self.num_classes = number_of_classes(options, names)
         encoded = list(self._encode(held_out))

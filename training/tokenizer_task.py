@@ -491,17 +491,22 @@ def resolve_config(options: argparse.Namespace) -> GPSTokenConfig:
         ProgramError: If not exactly one of a preset and a pretrained model is given, or an override is unknown.
     """
     if (options.preset is None) == (options.pretrained_model_name_or_path is None):
-        raise ProgramError("one of --preset and --pretrained_model_name_or_path must be given")
+        raise ProgramError(
+            "one of --preset and --pretrained_model_name_or_path must be given, "
+            f"got {'neither' if options.preset is None else 'both'}"
+        )
     if options.preset is not None:
         overrides = dict(options.config_overrides)
         # A configuration of transformers accepts any attribute, so it would accept a misspelt one.
         if unknown := overrides.keys() - GPSTokenConfig.preset(options.preset).to_dict().keys():
             raise ProgramError(
-                f"--config_overrides: no such fields of the configuration: {', '.join(sorted(unknown))}"
+                f"--config_overrides must be fields of the configuration, got {', '.join(sorted(unknown))}"
             )
         return GPSTokenConfig.preset(options.preset, **overrides)
     if options.config_overrides:
-        raise ProgramError("--config_overrides needs --preset, because a pretrained model keeps its configuration")
+        raise ProgramError(
+            "--config_overrides must come with --preset, because a pretrained model keeps its configuration"
+        )
     options.pretrained_model_name_or_path = str(
         find_checkpoint(options.pretrained_model_name_or_path, "--pretrained_model_name_or_path")
     )

@@ -355,15 +355,17 @@ def resolve_config(options: argparse.Namespace, statistics: dict[str, Any]) -> d
     """
     target = options.gaussian_target or ("offset" if options.stage == "texture" else "absolute")
     if target == "offset" and options.stage != "texture":
-        raise ProgramError(f"--gaussian_target offset needs --stage texture, got --stage {options.stage}")
+        raise ProgramError(f"--stage must be texture with --gaussian_target offset, got {options.stage}")
     channels = {"absolute": "layout", "logit": "layout_logit"}[target] if options.stage == "layout" else target
     statistic = statistics["channels"][channels]
     names = statistics.get("class_names")
     overrides = dict(options.config_overrides)
     if unknown := overrides.keys() - inspect.signature(SiTTransformer1DModel.__init__).parameters.keys():
-        raise ProgramError(f"--config_overrides: no such arguments of the model: {', '.join(sorted(unknown))}")
+        raise ProgramError(f"--config_overrides must be arguments of the model, got {', '.join(sorted(unknown))}")
     if "num_classes" not in overrides and not names:
-        raise ProgramError("the cached dataset does not name its classes: give --config_overrides num_classes=N")
+        raise ProgramError(
+            "--config_overrides num_classes=N must be given, because the cached dataset does not name its classes"
+        )
     return {
         **SIT_PRESETS[options.size],
         "sample_size": statistics["num_tokens"],

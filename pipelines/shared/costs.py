@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import platform
 import time
 from collections.abc import Callable, Iterable
@@ -27,7 +28,8 @@ def device_name(device: str | torch.device) -> str:
     if info.is_file():
         lines = info.read_text().splitlines()
         name = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), name)
-    return f"{name}, {torch.get_num_threads()} threads"
+    threads = torch.get_num_threads()
+    return f"{name}, {threads} thread{'' if threads == 1 else 's'}"
 
 
 def num_parameters(modules: Iterable[torch.nn.Module]) -> int:
@@ -50,15 +52,49 @@ def clock(device: str | torch.device) -> float:
     return time.perf_counter()
 
 
-def measure(call: Callable[[], Any], device: str | torch.device) -> tuple[float, int | None]:
-    """Seconds of a call, and on CUDA the bytes of its largest use of memory, what is loaded included."""
-    is_cuda = torch.device(device).type == "cuda"
-    if is_cuda:
-        torch.cuda.reset_peak_memory_stats(device)
+def measure(call: Callable[[], Any], device: str | torch.device) -> float:
+    """Seconds of a call."""
     start = clock(device)
     call()
-    seconds = clock(device) - start
-    return seconds, torch.cuda.max_memory_allocated(device) if is_cuda else None
+    return clock(device) - start
+
+
+def peak_growth(call: Callable[[], Any], device: str | torch.device) -> int | None:
+    """The most bytes by which memory grows during a call; it must not be the first, which may compile.
+
+    On CUDA these are the bytes of tensors, on the CPU those of the process. None where the system reports neither.
+    """
+    device = torch.device(device)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        call()
+        return torch.cuda.max_memory_allocated(device) - before
+    clear, status = Path("/proc/self/clear_refs"), Path("/proc/self/status")
+    if device.type != "cpu" or not clear.exists():
+        return None
+    try:
+        # Return freed memory to the system first, because a call that reuses it would not be measured.
+        ctypes.CDLL(None).malloc_trim(0)
+        clear.write_text("5")  # resets VmHWM, the peak
+        before = _status_bytes(status, "VmRSS")
+    except (OSError, AttributeError):
+        return None
+    call()
+    return max(_status_bytes(status, "VmHWM") - before, 0)
+
+
+def _status_bytes(status: Path, field: str) -> int:
+    for line in status.read_text().splitlines():
+        if line.startswith(field + ":"):
+            return int(line.split()[1]) * 1024
+    raise OSError(f"no {field} in {status}")
+
+
+def weight_bytes(modules: Iterable[torch.nn.Module]) -> int:
+    """Bytes of the parameters and buffers of modules, each counted once."""
+    tensors = {id(one): one for module in modules for one in (*module.parameters(), *module.buffers())}
+    return sum(one.numel() * one.element_size() for one in tensors.values())
 
 
 def spread(seconds: list[float]) -> dict[str, float]:

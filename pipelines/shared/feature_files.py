@@ -1,5 +1,5 @@
 # Copyright 2026 The gpstoken-hf authors. Licensed under the Apache License, Version 2.0.
-"""Images from files or from a pipeline, and their features in files of one batch each, so that any run can go on.
+"""Images from files or from a pipeline, and their features in files of one batch each, so that any run can resume.
 
 Shapes: B images of H x W pixels.
 """
@@ -37,6 +37,10 @@ class Source(Protocol):
 
     def __len__(self) -> int: ...
 
+    @property
+    def size(self) -> tuple[int, int]:
+        """Height and width of the images."""
+
     def batch(self, places: range) -> torch.Tensor:
         """Images `(B, 3, H, W)` uint8."""
 
@@ -53,6 +57,11 @@ class FileSource:
 
     def __len__(self) -> int:
         return len(self.images)
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Height and width of the images."""
+        return self.images.size
 
     def batch(self, places: range) -> torch.Tensor:
         """Images `(B, 3, H, W)` uint8."""
@@ -72,6 +81,12 @@ class PipelineSource:
 
     def __len__(self) -> int:
         return self.count
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Height and width of the images."""
+        side = self.pipeline.vae.config.image_size
+        return side, side
 
     def generator(self, place: int) -> torch.Generator:
         """A generator on the CPU, so that every device starts from the same noise."""

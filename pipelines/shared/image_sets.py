@@ -84,6 +84,17 @@ class ImageSet:
     def __len__(self) -> int:
         return len(self.entries)
 
+    @property
+    def size(self) -> tuple[int, int]:
+        """Height and width of the images; without a resolution those of the first, which all others must have."""
+        if self.resolution is not None:
+            return self.resolution, self.resolution
+        if self._size is None:
+            image = self.read(0)
+            self._check_size((image.height, image.width), self.names[0])
+        assert self._size is not None
+        return self._size[0]
+
     def batch(self, start: int, stop: int) -> torch.Tensor:
         """Images `(B, 3, H, W)` in [-1, 1].
 
@@ -143,7 +154,7 @@ class ParquetRows:
                 raise ProgramError(f"{path} must have a column {column!r}, got {', '.join(file.schema_arrow.names)}")
             self.rows = file.read([column]).column(column)
         except pyarrow.ArrowException as error:
-            raise ProgramError(f"{path} must be a parquet file, cannot read it: {one_line(error)}") from error
+            raise ProgramError(f"{path} must be a parquet file, got: {one_line(error)}") from error
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -153,7 +164,7 @@ class ParquetRows:
         value = self.rows[row].as_py()
         content = value.get("bytes") if isinstance(value, dict) else value
         if not isinstance(content, bytes):
-            raise ProgramError(f"{self.path}: row {row} must hold an encoded image, got {type(content).__name__}")
+            raise ProgramError(f"row {row} of {self.path} must hold an encoded image, got {type(content).__name__}")
         return content
 
     def image(self, row: int) -> PIL.Image.Image:
@@ -163,7 +174,7 @@ class ParquetRows:
             image = PIL.Image.open(BytesIO(content))
             image.load()
         except PILLOW_READ_ERRORS as error:
-            raise ProgramError(f"{self.path}: row {row} must hold a readable image: {error}") from error
+            raise ProgramError(f"row {row} of {self.path} must hold a readable image, got: {error}") from error
         return image
 
 
@@ -200,7 +211,7 @@ class ArrayRows:
             content = self._file.read(size)
             self._next = row + 1
         if len(content) != size:
-            raise ProgramError(f"{self.path}: image {row} must have {size} bytes, got {len(content)}")
+            raise ProgramError(f"image {row} of {self.path} must have {size} bytes, got {len(content)}")
         return content
 
     def image(self, row: int) -> PIL.Image.Image:

@@ -48,7 +48,7 @@ DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS}
 
 
 class OutputError(ProgramError):
-    """The output cannot be written: the disk is full or read-only. No other file of a batch would fare better."""
+    """The output cannot be written: the disk is full or read-only. Every other file of a batch would fail too."""
 
 
 class BusyError(ProgramError):
@@ -240,7 +240,7 @@ def check_free(path: Path, overwrite: bool, program: str) -> None:
     if not any(path.iterdir()):
         return
     if not overwrite:
-        raise ProgramError(f"the output {path} must not exist or be an empty folder; it exists and is not empty")
+        raise ProgramError(f"the output {path} must not exist or be an empty folder, got one that is not empty")
     _check_replaceable(path, program, path)
 
 
@@ -321,7 +321,9 @@ class OwnDirectory:
         """Raise a ProgramError if one of these files is there and the program has not written it."""
         foreign = next((name for name in sorted({*files} - self.files) if os.path.lexists(self.path / name)), None)
         if foreign is not None:
-            raise ProgramError(f"the output {self.path / foreign} must not exist or be written by {self._program}")
+            raise ProgramError(
+                f"the output {self.path / foreign} must not exist or be written by {self._program}, got another file"
+            )
 
     def clear(self) -> None:
         """Put aside every file that the program has written here. They go when the run ends.
@@ -361,7 +363,7 @@ class OwnDirectory:
 
 @contextmanager
 def own_directory(path: str | os.PathLike[str], program: str) -> Iterator[OwnDirectory]:
-    """Hold a folder for one run of `program`, which goes on where another run of it has stopped.
+    """Hold a folder for one run of `program`, which resumes where another run of it has stopped.
 
     Args:
         path (`str` or `os.PathLike`): The folder. It is created, and marked, if need be.

@@ -52,12 +52,12 @@ def find_photographs(paths: Sequence[Path]) -> list[tuple[Path, Path]]:
             files = sorted(file for file in path.rglob("*") if file.suffix.lower() in readable and file.is_file())
             files = _without_outputs(files, path)
             if not files:
-                raise ProgramError(f"expected images in the folder {path}, found none")
+                raise ProgramError(f"the folder {path} must hold images, got none")
             found += [(file, file.relative_to(path)) for file in files]
         elif path.is_file():
             found.append((path, Path(path.name)))
         else:
-            raise ProgramError(f"expected an image file or a folder, found no such file: {path}")
+            raise ProgramError(f"images must be an image file or a folder, got no such file: {path}")
     return found
 
 

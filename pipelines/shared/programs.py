@@ -18,7 +18,7 @@ EXIT_BAD_INPUT = 2
 
 # Errors whose message is written for the user. All of them speak of input or of the output's disk.
 INPUT_ERRORS = (ValueError, OSError, StrictDataclassError, SafetensorError)
-# What a damaged file can make its reader or the model raise. A batch reports these and goes on to the next file.
+# What a damaged file can make its reader or the model raise. A batch reports these and continues with the next file.
 FILE_ERRORS = (
     *INPUT_ERRORS,
     RuntimeError,
@@ -132,9 +132,9 @@ def _number(text: str, kind: type, accept: Callable[[float], bool], expected: st
     try:
         value = kind(text)
     except ValueError:
-        raise argparse.ArgumentTypeError(f"expected {expected}, got {text!r}") from None
+        raise argparse.ArgumentTypeError(f"must be {expected}, got {text!r}") from None
     if not accept(value):
-        raise argparse.ArgumentTypeError(f"expected {expected}, got {text!r}")
+        raise argparse.ArgumentTypeError(f"must be {expected}, got {text!r}")
     return value
 
 
@@ -143,7 +143,7 @@ def pixel_box(text: str) -> PixelBox:
     try:
         x0, y0, x1, y1 = (int(number) for number in text.split(","))
     except ValueError:
-        raise argparse.ArgumentTypeError(f"expected four integers x0,y0,x1,y1, got {text!r}") from None
+        raise argparse.ArgumentTypeError(f"must be four integers x0,y0,x1,y1, got {text!r}") from None
     if not (0 <= x0 <= x1 and 0 <= y0 <= y1):
-        raise argparse.ArgumentTypeError(f"expected 0 <= x0 <= x1 and 0 <= y0 <= y1, got {text!r}")
+        raise argparse.ArgumentTypeError(f"must be 0 <= x0 <= x1 and 0 <= y0 <= y1, got {text!r}")
     return x0, y0, x1, y1

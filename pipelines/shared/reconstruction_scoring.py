@@ -125,7 +125,7 @@ class Evaluation:
         self.perceptual: torch.nn.Module | None = None
         if args.feature_network:
             if len(images) < 2:
-                raise ProgramError(f"a Fréchet distance takes at least 2 images, got {len(images)}")
+                raise ProgramError(f"a Fréchet distance must be of at least 2 images, got {len(images)}")
             network = load_feature_network(args.feature_network, args.feature_weights_file).to(args.device)
             self.statistics = SetStatistics(network, [REFERENCE, *names])
         if args.lpips_network:

@@ -1,5 +1,5 @@
 # Copyright 2026 The gpstoken-hf authors. Licensed under the Apache License, Version 2.0.
-"""The statistics of network features of many sets of images at once, saved so that a killed run goes on.
+"""The statistics of network features of many sets of images at once, saved so that a killed run resumes.
 
 Shapes: B images of H x W pixels.
 """

@@ -77,7 +77,7 @@ def load_token_file(path: Path, model: GPSTokenModel) -> StoredTokens:
         ValueError: If it is damaged, or of another model.
     """
     if not path.is_file():
-        raise ProgramError(f"expected a token file, found no such file: {path}")
+        raise ProgramError(f"tokens must be a token file, got no such file: {path}")
     stored = read_tokens(path, model)
     if len(stored.tokens) > 1:
         raise ProgramError(f"{path} must hold one image, got {len(stored.tokens)}")
@@ -106,15 +106,13 @@ def load_tokens(path: Path, channels: int) -> StoredTokens:
             `MAX_STORED_PIXELS` pixels.
     """
     if not path.is_file():
-        raise ProgramError(f"expected a file of tokens, found no such file: {path}")
+        raise ProgramError(f"tokens must be a safetensors file, got no such file: {path}")
     try:
         with safe_open(path, framework="pt") as file:
             size, tile_size = _check_tokens_header(file, channels)
             tokens, attention_mask = file.get_tensor("tokens"), file.get_tensor("attention_mask")
     except FILE_ERRORS as error:
-        raise ProgramError(
-            f"expected tokens as this program writes them, cannot read {path}: {one_line(error)}"
-        ) from error
+        raise ProgramError(f"{path} must hold tokens as this program writes them, got: {one_line(error)}") from error
     return StoredTokens(tokens.float(), attention_mask.long(), size, tile_size)
 
 
@@ -122,7 +120,7 @@ def _check_tokens_header(file: Any, channels: int) -> tuple[tuple[int, int], int
     """Size and tile size of a file of tokens, when its header fits them, the tensors and the model."""
     missing = {"tokens", "attention_mask"} - set(file.keys())
     if missing:
-        raise ProgramError(f"no tensor {sorted(missing)[0]!r}")
+        raise ProgramError(f"a file without the tensor {sorted(missing)[0]!r}")
     shape, dtype = file.get_slice("tokens").get_shape(), file.get_slice("tokens").get_dtype()
     if len(shape) != 3 or shape[0] != 1 or shape[1] < 1 or shape[2] != channels or dtype not in ("F32", "F16", "BF16"):
         raise ProgramError(f"tokens must be floating point (1, L, {channels}) for this model, got {dtype} {shape}")

@@ -380,7 +380,7 @@ class AutoencoderGPSToken(
         """Images -> latents.
 
         An image larger than `config.image_size` is encoded in near-equal tiles of at most this size, cut between
-        cells. A tile has the tokens of its cells. Sides that are no multiples of f are padded at the right and bottom
+        cells. A tile has the tokens of its cells. Sides that are not multiples of f are padded at the right and bottom
         by repeating the last pixels.
 
         Args:

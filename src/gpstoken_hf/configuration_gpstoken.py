@@ -213,7 +213,7 @@ class GPSTokenConfig(PreTrainedConfig):
     def __post_init__(self, **kwargs: Any) -> None:
         unknown = sorted(set(kwargs) - transformers_fields(type(self)) - INIT_ARGUMENTS)
         if unknown:
-            raise ValueError(f"GPSTokenConfig has no field {', '.join(map(repr, unknown))}")
+            raise ValueError(f"arguments must be fields of GPSTokenConfig, got {', '.join(map(repr, unknown))}")
         if kwargs.get("num_labels") is not None:
             check_number("num_labels", kwargs["num_labels"], 0, MAX_LABELS)
         super().__post_init__(**kwargs)

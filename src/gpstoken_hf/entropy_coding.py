@@ -126,7 +126,7 @@ def varint(value: int) -> bytes:
 
 @dataclass
 class ByteReader:
-    """Reads numbers from bytes of a stranger."""
+    """Reads numbers from untrusted bytes."""
 
     data: bytes
     position: int = 0

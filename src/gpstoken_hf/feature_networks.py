@@ -243,7 +243,7 @@ class PerceptualNetwork(ClassifierNetwork):
             for hook in hooks:
                 hook.remove()
         if not maps:
-            raise ValueError(f"a perceptual distance needs feature maps (B, C, h, w), got {self.name} without any")
+            raise ValueError(f"the network must have feature maps (B, C, h, w), got {self.name} without any")
         return [value / (value.norm(dim=1, keepdim=True) + 1e-10) for value in maps.values()]
 
     @torch.inference_mode()
@@ -411,7 +411,7 @@ def _load_inception(weights_file: str | os.PathLike[str] | None) -> Any:
             INCEPTION, ["2048", "logits_unbiased"], feature_extractor_weights_path=file
         )
     except RuntimeError as error:
-        raise ValueError(f"{weights_file} must hold the weights of Inception: {_short(error)}") from error
+        raise ValueError(f"{weights_file} must hold the weights of Inception, got: {_short(error)}") from error
 
 
 def _missing(network: str, url: str, error: Exception) -> ValueError:
@@ -426,7 +426,7 @@ def _load_strictly(module: torch.nn.Module, state: dict[str, torch.Tensor], path
     try:
         module.load_state_dict(state)
     except RuntimeError as error:
-        raise ValueError(f"{path} must hold the weights of this network: {_short(error)}") from error
+        raise ValueError(f"{path} must hold the weights of this network, got: {_short(error)}") from error
 
 
 def _check_images(images: torch.Tensor) -> None:

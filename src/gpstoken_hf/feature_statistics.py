@@ -27,13 +27,13 @@ DAMAGED = (zipfile.BadZipFile, zlib.error, KeyError, EOFError, ValueError, Overf
 
 
 class FeatureStatistics:
-    """Mean and covariance of features that arrive batch by batch, exact whatever the batches.
+    """Mean and covariance of features that arrive batch by batch; the batch sizes do not change the result.
 
     Batches, and statistics of several processes, are joined in float64 by the pairwise update of Chan et al., which
     does not lose digits where the mean is large. Examples: see [`frechet_distance`].
 
     Attributes:
-        count (`int` or `None`): images so far; `None` for statistics that were given as moments without it.
+        count (`int` or `None`): number of images so far; `None` if the moments were given without it.
     """
 
     def __init__(self) -> None:
@@ -43,7 +43,7 @@ class FeatureStatistics:
 
     @classmethod
     def from_moments(cls, mean: Any, covariance: Any, count: int | None = None) -> FeatureStatistics:
-        """Statistics that somebody else has computed.
+        """Statistics from a mean and a covariance that were computed elsewhere.
 
         Args:
             mean (`torch.Tensor` or `np.ndarray` of shape `(D,)`): the mean.
@@ -107,7 +107,7 @@ class FeatureStatistics:
 
     def _add(self, count: int, mean: torch.Tensor, scatter: torch.Tensor) -> None:
         if self.count is None:
-            raise ValueError("statistics read without their number of images cannot be added to")
+            raise ValueError("statistics must know their number of images to be added to, got statistics without it")
         if self._mean is None or self._scatter is None:
             self.count, self._mean, self._scatter = count, mean.clone(), scatter.clone()
             return
@@ -127,7 +127,7 @@ class FeatureStatistics:
 
     @property
     def num_features(self) -> int:
-        """D."""
+        """The number of features, D."""
         return len(self._known()[0])
 
     @property
@@ -142,21 +142,21 @@ class FeatureStatistics:
         if self.count is None:
             return scatter
         if self.count < 2:
-            raise ValueError(f"a covariance takes at least 2 images, got {self.count}")
+            raise ValueError(f"a covariance must be of at least 2 images, got {self.count}")
         return scatter / (self.count - 1)
 
     @property
     def is_rank_deficient(self) -> bool:
-        """Whether the images are too few for a covariance of full rank. Fréchet distances are then too large."""
+        """Whether there are too few images for a covariance of full rank. Fréchet distances are then too large."""
         return self.count is not None and self.count <= self.num_features
 
     def state_dict(self) -> dict[str, torch.Tensor]:
-        """The tensors from which `load_state_dict` goes on bit for bit."""
+        """The tensors from which `load_state_dict` resumes, bit for bit."""
         mean, scatter = self._known()
         return {"count": torch.tensor(self.count or 0), "mean": mean, "scatter": scatter}
 
     def load_state_dict(self, state: Mapping[str, torch.Tensor]) -> None:
-        """Go on where `state_dict` was taken."""
+        """Resume from a `state_dict`."""
         self.count = int(state["count"])
         self._mean, self._scatter = state["mean"].clone(), state["scatter"].clone()
 

@@ -1,5 +1,5 @@
 # Copyright 2026 The gpstoken-hf authors. Licensed under the Apache License, Version 2.0.
-"""Reading files from strangers: the header first, then what it claims is bounded, then the contents.
+"""Reading untrusted files: the header first, then bounds on what it claims, then the contents.
 
 A JSON file is read up to a limit and must be an object with known fields. A safetensors header is bounded before it is
 parsed. Every file that is not what it should be is one ValueError with its name; missing files and unreachable
@@ -44,7 +44,7 @@ UNDECLARED_FIELDS = {"auto_map", "quantization_config"}
 
 
 def read_json(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """Read a JSON file of a stranger.
+    """Read an untrusted JSON file.
 
     Args:
         path (`str` or `os.PathLike`): the file, of at most `MAX_JSON_BYTES`.

@@ -58,7 +58,7 @@ def open_image(source: str | os.PathLike) -> PIL.Image.Image:
     except FileNotFoundError as error:
         raise ValueError(f"image must be a readable file, got no such file: {shown}") from error
     except PILLOW_READ_ERRORS as error:
-        raise ValueError(f"image must be a readable file; cannot read {shown}: {error}") from error
+        raise ValueError(f"image must be a readable file, got {shown}: {error}") from error
 
 
 def _open_stream(name: str) -> str | BytesIO:
@@ -419,7 +419,7 @@ def pil_to_array(image: PIL.Image.Image) -> np.ndarray:
     except ValueError:
         raise
     except (OSError, SyntaxError, EOFError) as error:  # Pillow decodes a file when its pixels are read
-        raise ValueError(f"image must be a readable file; cannot decode it: {error}") from error
+        raise ValueError(f"image must be a readable file, got bytes that cannot be decoded: {error}") from error
 
 
 def _to_tensor(array: np.ndarray | torch.Tensor) -> torch.Tensor:

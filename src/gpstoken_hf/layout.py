@@ -46,7 +46,7 @@ class GaussianLayout:
             real by default.
 
     Padded rows are overwritten with `PADDING_GAUSSIAN` and `PADDING_BOX`. `is_padded` is False where no
-    mask was given, so that nobody has to read the mask to know that there is no padding.
+    mask was given, so that the mask need not be read to see that there is no padding.
 
     `layout[i]` is the layout of image i as a batch of one without padding; slices, index lists and boolean masks
     select several images. `len(layout)` is B.

@@ -1,5 +1,5 @@
 # Copyright 2026 The gpstoken-hf authors. Licensed under the Apache License, Version 2.0.
-"""Loading checkpoints of strangers, strictly and never from a pickle.
+"""Loading untrusted checkpoints, strictly and never from a pickle.
 
 The headers of a checkpoint's safetensors files are compared with the model that its config describes. That model is
 built on the meta device, before any memory is taken for weights. `file_checks` reads the files.
@@ -81,7 +81,7 @@ def check_loading_info(class_name: str, source: Any, info: Mapping[str, Any]) ->
             more = f", and {len(shown) - 5} more" if len(shown) > 5 else ""
             problems.append(f"{len(shown)} {kind} ({', '.join(name[:200] for name in shown[:5])}{more})")
     if problems:
-        raise ValueError(f"expected exactly the weights of {class_name} in {source}, got: {'; '.join(problems)}")
+        raise ValueError(f"{source} must hold exactly the weights of {class_name}, got: {'; '.join(problems)}")
 
 
 class CheckedConfigMixin:

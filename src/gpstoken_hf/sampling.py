@@ -37,7 +37,7 @@ def check_generators(generator: Generators, batch_size: int) -> None:
 
 
 def check_flow_scheduler(name: str, scheduler: Any) -> None:
-    """Raise a ValueError for a scheduler of models that predict something else than a flow.
+    """Raise a ValueError for a scheduler of models that predict anything but a flow.
 
     Args:
         name (`str`): name of the component.

@@ -255,17 +255,17 @@ def _resolve_backend(backend: str, device: torch.device, dtype: torch.dtype) -> 
     if backend not in BACKENDS:
         raise ValueError(f"backend must be one of {BACKENDS}, got {backend!r}")
     if backend == "cpu" and device.type != "cpu":
-        raise ValueError(f"backend 'cpu' needs tensors on the CPU, got {device}")
+        raise ValueError(f"tensors must be on the CPU for backend 'cpu', got {device}")
     if backend == "cpu" and not numba_is_available():
-        raise ValueError("backend 'cpu' needs numba, which is not installed")
+        raise ValueError("backend must be one that is available, got 'cpu', which needs numba")
     if backend == "triton":
         if not triton_is_available(device):
             raise ValueError(
-                "backend 'triton' needs Triton and tensors on CUDA (elsewhere it runs under TRITON_INTERPRET=1 only), "
-                f"got tensors on {device}"
+                "backend must be one that is available, got 'triton', which needs Triton and tensors on CUDA "
+                f"(elsewhere it runs under TRITON_INTERPRET=1 only), not tensors on {device}"
             )
         if dtype != torch.float32:
-            raise ValueError(f"backend 'triton' computes in float32, got inputs that need {dtype}")
+            raise ValueError(f"inputs must fit float32 for backend 'triton', got {dtype}")
     if backend != "auto":
         return backend
     if device.type == "cpu":
