@@ -56,7 +56,7 @@ class GPSTokenLoraMixin(LoraBaseMixin):
         if not USE_PEFT_BACKEND:
             raise ValueError("load_lora_weights needs the package peft, got none installed")
         source = pretrained_model_name_or_path_or_dict
-        weights, metadata = self.lora_state_dict(source, return_lora_metadata=True, **kwargs)
+        weights, metadata = _read_lora(source, kwargs)
         for name in COMPONENTS:
             if not any(key.startswith(f"{name}.") for key in weights):
                 continue
@@ -114,24 +114,7 @@ class GPSTokenLoraMixin(LoraBaseMixin):
 
             ```
         """
-        source, metadata = pretrained_model_name_or_path_or_dict, None
-        unknown = sorted(set(kwargs) - set(READ_ARGUMENTS))
-        if unknown:
-            raise TypeError(f"lora_state_dict() takes no argument {unknown[0]!r}")
-        only_safetensors(kwargs)
-        if isinstance(source, Mapping):
-            weights = dict(source)
-        else:
-            path = _lora_file(source, kwargs)
-            read_header(path)
-            weights = load_file(path)
-            metadata = _read_metadata(path)
-        foreign = [key for key in weights if key.split(".")[0] not in COMPONENTS or "lora" not in key]
-        if foreign or not weights:
-            raise ValueError(
-                f"{_shown_source(source)} must hold LoRA weights named "
-                f"{' or '.join(f'{name}.*' for name in COMPONENTS)}, got {shown(sorted(foreign))}"
-            )
+        weights, metadata = _read_lora(pretrained_model_name_or_path_or_dict, kwargs)
         return (weights, metadata) if return_lora_metadata else weights
 
     @classmethod
@@ -202,6 +185,31 @@ class GPSTokenLoraMixin(LoraBaseMixin):
 
 def _shown_source(source: Any) -> str:
     return "the state dict" if isinstance(source, Mapping) else str(source)
+
+
+def _read_lora(
+    source: str | os.PathLike[str] | Mapping[str, torch.Tensor], arguments: dict[str, Any]
+) -> tuple[dict[str, torch.Tensor], dict[str, Any] | None]:
+    """Weights and metadata; see `lora_state_dict`."""
+    unknown = sorted(set(arguments) - set(READ_ARGUMENTS))
+    if unknown:
+        raise TypeError(f"a LoRA is read with {', '.join(READ_ARGUMENTS)}, got an unexpected argument {unknown[0]!r}")
+    only_safetensors(arguments)
+    metadata = None
+    if isinstance(source, Mapping):
+        weights = dict(source)
+    else:
+        path = _lora_file(source, arguments)
+        read_header(path)
+        weights = load_file(path)
+        metadata = _read_metadata(path)
+    foreign = [key for key in weights if key.split(".")[0] not in COMPONENTS or "lora" not in key]
+    if foreign or not weights:
+        raise ValueError(
+            f"{_shown_source(source)} must hold LoRA weights named "
+            f"{' or '.join(f'{name}.*' for name in COMPONENTS)}, got {shown(sorted(foreign))}"
+        )
+    return weights, metadata
 
 
 def _read_metadata(path: Path) -> dict[str, Any] | None:
