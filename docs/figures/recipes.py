@@ -42,7 +42,7 @@ def main(run: Path) -> None:
     pictures = [tensor_to_pil(part[row]) for row in range(len(images)) for part in columns.values()]
     pictures = [picture.resize((SIDE * ZOOM, SIDE * ZOOM), 0) for picture in pictures]
     sheet = contact_sheet(pictures, [*columns, *[""] * (len(pictures) - len(columns))], columns=len(columns), gap=6)
-    sheet.quantize(192).save(Path(__file__).with_name("recipes.png"), optimize=True)
+    sheet.quantize(256).save(Path(__file__).with_name("recipes.png"), optimize=True)
 
 
 if __name__ == "__main__":
