@@ -54,9 +54,9 @@ EDITS = (
     ('"""Which code runs for the option `backend`: "reference", "cpu", "tiled"', '"""What runs: "reference", "tiled"'),
     (
         '    if backend == "cpu" and device.type != "cpu":\n'
-        "        raise ValueError(f\"backend 'cpu' needs tensors on the CPU, got {device}\")\n"
+        "        raise ValueError(f\"tensors must be on the CPU for backend 'cpu', got {device}\")\n"
         '    if backend == "cpu" and not numba_is_available():\n'
-        "        raise ValueError(\"backend 'cpu' needs numba, which is not installed\")\n",
+        "        raise ValueError(\"backend must be one that is available, got 'cpu', which needs numba\")\n",
         "",
     ),
     (
