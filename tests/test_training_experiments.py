@@ -234,6 +234,9 @@ def test_stages_are_compared_at_equal_times(images, tokenizer, network, tmp_path
     # The steps of the layout generator count, so that both ways end at the budget.
     assert [max(p["steps"] for p in points if p["way"] == way) for way in ("two-stage", "one-stage")] == [5, 5]
     assert "| two-stage |" in (output / "results.md").read_text()
+    bounds = json.loads((output / "results.json").read_text())["bounds"]
+    assert list(bounds) == ["training images", "their reconstructions"]
+    assert 0 < bounds["training images"] != bounds["their reconstructions"] > 0
     for name in ("results.png", "samples-two-stage-seed0.png", "samples-one-stage-seed0.png"):
         assert np.asarray(Image.open(output / name).convert("L")).std() > 1
     with Image.open(output / "samples-one-stage-seed0.png") as sheet:

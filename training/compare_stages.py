@@ -44,6 +44,7 @@ from training.experiments import (
     features_of,
     markdown_table,
     read_images,
+    reconstruct,
     run_missing,
     shared_options,
     spread,
@@ -234,8 +235,25 @@ def points_of(run: Path, count: int) -> list[Path]:
     return [found[place] for place in places]
 
 
-def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
-    """The points of all curves. They are kept in points.json, so that none is sampled twice."""
+def measure_bounds(options: argparse.Namespace, network: FeatureLoss, expected: FeatureStatistics) -> dict[str, float]:
+    """The Fréchet distances of as many training images as there are samples, and of their reconstructions."""
+    images = read_images(
+        str(options.output_dir / "data" / "train.parquet"), "image", options.num_samples, options.resolution
+    )
+    tokenizer = options.tokenizer or str(options.output_dir / "tokenizer" / "model")
+    model = GPSTokenModel.from_pretrained(find_checkpoint(tokenizer, "--tokenizer"), dtype=torch.float32).eval()
+    sets = {"training images": images, "their reconstructions": reconstruct(model, images, options.num_tokens)}
+    return {
+        name: frechet_distance(FeatureStatistics.from_features(features_of(network, part)), expected)
+        for name, part in sets.items()
+    }
+
+
+def measure(options: argparse.Namespace) -> tuple[list[dict[str, Any]], dict[str, float]]:
+    """The points of all curves, and what no generator can beat with this tokenizer.
+
+    Points are kept in points.json, so that none is sampled twice.
+    """
     work, network = options.output_dir, FeatureLoss(options.distance_network, options.distance_weights_file)
     path = work / "points.json"
     points: list[dict[str, Any]] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
@@ -276,12 +294,13 @@ def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
             with atomic_file(work / f"samples-{way}-seed{seed}.png") as staging:
                 contact_sheet(pictures, columns=10, gap=2).save(staging)
     places = {(way, seed, read_run_state(checkpoint)["step"]) for way, seed, checkpoint in wanted}
-    return [
+    chosen = [
         point
         for point in points
         if (point["way"], point["seed"], point["step"]) in places
         and all(point[name] == value for name, value in settings.items())
     ]
+    return chosen, measure_bounds(options, network, expected)
 
 
 def last_points(points: list[dict[str, Any]], way: str) -> list[dict[str, Any]]:
@@ -293,7 +312,7 @@ def last_points(points: list[dict[str, Any]], way: str) -> list[dict[str, Any]]:
     ]
 
 
-def report(options: argparse.Namespace, points: list[dict[str, Any]], command: str) -> str:
+def report(options: argparse.Namespace, points: list[dict[str, Any]], bounds: dict[str, float], command: str) -> str:
     """results.md."""
     budget = f"{options.budget_minutes:g} minutes" if options.budget_minutes else f"{options.budget_steps} steps"
     text = f"# Two stages against one\n\nBudget of a way: {budget}, of which the layout generator has "
@@ -305,6 +324,7 @@ def report(options: argparse.Namespace, points: list[dict[str, Any]], command: s
         chosen = last_points(points, way)
         minutes = spread([point["minutes"] for point in chosen], 1)
         lines.append([way, minutes, spread([point["frechet"] for point in chosen])])
+    lines += [[name, "", f"{value:.2f}"] for name, value in bounds.items()]
     text += markdown_table(["", "minutes", "Fréchet"], lines) + "\n\n"
     ordered = sorted(points, key=lambda point: (point["way"], point["seed"], point["step"]))
     rows = [[p["way"], str(p["seed"]), str(p["steps"]), f"{p['minutes']:.1f}", f"{p['frechet']:.2f}"] for p in ordered]
@@ -357,9 +377,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
         if code:
             return code
-        points = measure(options)
-        text = report(options, points, command_line(PROGRAM, argv))
-        write_results(options.output_dir, {"points": points}, text)
+        points, bounds = measure(options)
+        text = report(options, points, bounds, command_line(PROGRAM, argv))
+        write_results(options.output_dir, {"points": points, "bounds": bounds}, text)
         draw(points, options.output_dir / "results.png", "minutes" if options.budget_minutes else "steps")
     print(text)
     return 0
