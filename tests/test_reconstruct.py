@@ -433,7 +433,7 @@ BAD_TOKENS = {
     "tile": ({"metadata": {"tile_size": "4", "height": "4000"}}, "tile_size must give each tile a token"),
     "tile of no size": ({"metadata": {"tile_size": "0"}}, "tile_size must be an integer from 1 to 999999"),
     "odd tile": ({"metadata": {"tile_size": "55"}}, "tile_size must be a positive multiple"),
-    "no mask": ({"tensors": {"attention_mask": None}}, "no tensor 'attention_mask'"),
+    "no mask": ({"tensors": {"attention_mask": None}}, "without the tensor 'attention_mask'"),
     "long mask": ({"tensors": {"attention_mask": torch.ones(1, 5, dtype=torch.int64)}}, "attention_mask must be"),
     "float mask": ({"tensors": {"attention_mask": torch.ones(1, 4)}}, "attention_mask must be integers (1, 4)"),
     "batch": ({"tensors": {"tokens": torch.ones(2, 4, 9)}}, "tokens must be floating point (1, L, 9)"),

@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 from .file_checks import HUB_ARGUMENTS, check_source, find_file, only_safetensors, read_header, refusing, shown
 
 COMPONENTS = ("transformer", "layout_transformer")
+NO_PEFT = "load_lora_weights needs the package peft, got none installed"
 READ_ARGUMENTS = ("weight_name", "subfolder", "use_safetensors", *HUB_ARGUMENTS)
 
 
@@ -54,7 +55,7 @@ class GPSTokenLoraMixin(LoraBaseMixin):
             OSError: if there is no such file.
         """
         if not USE_PEFT_BACKEND:
-            raise ValueError("load_lora_weights needs the package peft, got none installed")
+            raise ValueError(NO_PEFT)
         source = pretrained_model_name_or_path_or_dict
         weights, metadata = _read_lora(source, kwargs)
         for name in COMPONENTS:
@@ -224,8 +225,10 @@ def _read_metadata(path: Path) -> dict[str, Any] | None:
 
 def _check_metadata(what: str, metadata: Mapping[str, Any], prefix: str) -> None:
     """Raise a ValueError unless peft can make the layers of a component from what it is told, if anything."""
-    from peft import LoraConfig
-
+    try:
+        from peft import LoraConfig
+    except ImportError as error:
+        raise ValueError(NO_PEFT) from error
     with refusing(what):
         config = LoraConfig(**{key.removeprefix(prefix): value for key, value in metadata.items()})
     if metadata and not config.target_modules:
