@@ -250,7 +250,7 @@ def measure_bounds(options: argparse.Namespace, network: FeatureLoss, expected: 
 
 
 def measure(options: argparse.Namespace) -> tuple[list[dict[str, Any]], dict[str, float]]:
-    """The points of all curves, and what no generator can beat with this tokenizer.
+    """The points of all curves, and the distances of real and of reconstructed images.
 
     Points are kept in points.json, so that none is sampled twice.
     """

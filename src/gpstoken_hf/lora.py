@@ -224,7 +224,7 @@ def _read_metadata(path: Path) -> dict[str, Any] | None:
 
 
 def _check_metadata(what: str, metadata: Mapping[str, Any], prefix: str) -> None:
-    """Raise a ValueError unless peft can make the layers of a component from what it is told, if anything."""
+    """Raise a ValueError unless the metadata of a component are empty or peft can make its layers from them."""
     try:
         from peft import LoraConfig
     except ImportError as error:
