@@ -81,7 +81,7 @@ import torch
 from tests.hostile_campaign import Child
 
 torch.set_num_threads(2)
-# After its first operation a thread, and what it forks, no longer sets up PyTorch's pool by itself.
+# PyTorch sets up its pool at the first operation of a thread. After this one, a forked child will not do it again.
 numbers = torch.zeros(1000).to(torch.bfloat16).float()
 
 

@@ -1,5 +1,5 @@
 # Copyright 2026 The gpstoken-hf authors. Licensed under the Apache License, Version 2.0.
-"""Reading untrusted files: the header first, then bounds on what it claims, then the contents.
+"""Reads untrusted files: first the header, then checks of its sizes, then the contents.
 
 A JSON file is read up to a limit and must be an object with known fields. A safetensors header is bounded before it is
 parsed. Every file that is not what it should be is one ValueError with its name; missing files and unreachable
