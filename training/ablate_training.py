@@ -21,8 +21,8 @@ import torch
 from gpstoken_hf.modeling_gpstoken import GPSTokenModel
 from gpstoken_hf.visualization import contact_sheet, tensor_to_pil
 from pipelines.shared.outputs import atomic_file
+from pipelines.shared.programs import positive_float, run_program
 from pipelines.shared.programs import positive_int as positive
-from pipelines.shared.programs import run_program
 from training.experiments import (
     COMMANDS,
     add_experiment_options,
@@ -72,6 +72,7 @@ def make_parser() -> argparse.ArgumentParser:
         "--rows", choices=list(ROWS), nargs="+", help="default: all at the first of --resolutions, four at the others"
     )
     parser.add_argument("--train_batch_size", type=positive, default=16, help="at 64 x 64; others have as many pixels")
+    parser.add_argument("--learning_rate", type=positive_float, default=4e-4, help="peak of every training")
     return parser
 
 
@@ -111,7 +112,7 @@ def training_step(options: argparse.Namespace, resolution: int, row: str, seed: 
     command += ["--image_column", options.image_column, "--num_validation_images", "8", "--validation_steps", "100000"]
     command += ["--resolution", str(resolution), "--crop", "random_resized", "--min_tokens", str(count)]
     command += ["--max_tokens", str(count), "--validation_tokens", str(count), "--train_batch_size", str(batch)]
-    command += ["--learning_rate", "4e-4", "--adam_beta1", "0.9", "--adam_beta2", "0.99"]
+    command += ["--learning_rate", str(options.learning_rate), "--adam_beta1", "0.9", "--adam_beta2", "0.99"]
     command += ["--adam_weight_decay", "0.01", "--lr_scheduler", "cosine", "--lr_warmup_steps", "50"]
     command += ["--ema_decay", "0.99", "--dataloader_num_workers", "1", "--checkpointing_steps", "200"]
     command += ["--checkpoints_total_limit", "1", *budget_options(options)]
