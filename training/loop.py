@@ -22,7 +22,6 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import (
-    DistributedType,
     ProjectConfiguration,
     broadcast,
     broadcast_object_list,
@@ -41,7 +40,14 @@ from training.optimization import learning_rate_factor, make_optimizer, run_prog
 from training.options import save_options
 from training.records import MetricLog, plot_metrics, read_metrics, training_card
 from training.run_folder import claimed_folder, writing
-from training.sharding import gathered_by_deepspeed, set_micro_batch, shard_model, take_fsdp_request, whole
+from training.sharding import (
+    TrainingAccelerator,
+    compute_in_mixed_precision,
+    gathered_by_deepspeed,
+    shard_model,
+    take_fsdp_request,
+    whole,
+)
 from training.task import StopRequest, TrainingTask
 from training.trackers import Meter, chosen_trackers, log_pictures, start_trackers
 
@@ -56,7 +62,7 @@ OUTPUTS = (
 MIN_SAMPLES = 100
 
 
-def make_accelerator(options: argparse.Namespace) -> Accelerator:
+def make_accelerator(options: argparse.Namespace) -> TrainingAccelerator:
     """The accelerator for the options. Also sets the seed, the number of threads and TF32.
 
     Raises:
@@ -67,12 +73,14 @@ def make_accelerator(options: argparse.Namespace) -> Accelerator:
     if options.allow_tf32:
         torch.backends.cuda.matmul.allow_tf32 = True
         torch.backends.cudnn.allow_tf32 = True
-    accelerator = Accelerator(
-        mixed_precision=options.mixed_precision,
-        gradient_accumulation_steps=options.gradient_accumulation_steps,
+    accelerator = TrainingAccelerator(
+        *(options.train_batch_size, options.gradient_accumulation_steps, options.max_grad_norm),
+        options.mixed_precision,
         log_with=chosen_trackers(options.report_to) or None,
         project_config=ProjectConfiguration(str(options.output_dir), logging_dir=str(options.output_dir / "logs")),
     )
+    if accelerator.is_deepspeed and options.mixed_precision == "fp16":
+        raise ProgramError("--mixed_precision must be no or bf16 with DeepSpeed, got fp16")
     set_seed(options.seed)
     return accelerator
 
@@ -125,7 +133,7 @@ class _Run:
     def __init__(
         self,
         options: argparse.Namespace,
-        accelerator: Accelerator,
+        accelerator: TrainingAccelerator,
         task: TrainingTask,
         resume: Path | None,
         program: str,
@@ -134,7 +142,6 @@ class _Run:
         self.options, self.accelerator, self.task, self.program = options, accelerator, task, program
         self.output_dir: Path = options.output_dir
         self.is_fsdp = is_fsdp
-        self.is_deepspeed = accelerator.distributed_type == DistributedType.DEEPSPEED
         self.peak_rates = {name: task.learning_rate(name, options) for name in task.modules}
         self.modules: dict[str, torch.nn.Module] = {}
         self.optimizers: dict[str, torch.optim.Optimizer] = {}
@@ -169,7 +176,7 @@ class _Run:
         A sharded model is a copy. The task keeps the whole one, which the main process validates and saves.
         """
         options, accelerator, task = self.options, self.accelerator, self.task
-        if self.is_deepspeed and len(task.modules) > 1:
+        if self.accelerator.is_deepspeed and len(task.modules) > 1:
             raise ProgramError(
                 "the distributed type must be one process, DDP or FSDP with the adversarial loss, got DeepSpeed"
             )
@@ -180,9 +187,10 @@ class _Run:
                 module = shard_model(copy.deepcopy(module), accelerator)
                 self.modules[name] = module
                 self.optimizers[name] = make_optimizer(module, options, self.peak_rates[name])
-            elif self.is_deepspeed:
-                set_micro_batch(accelerator, options.train_batch_size)
+            elif self.accelerator.is_deepspeed:
                 module = copy.deepcopy(module)
+                if accelerator.has_own_autocast:
+                    compute_in_mixed_precision(module, accelerator)
                 optimizer = make_optimizer(module, options, self.peak_rates[name])
                 self.modules[name], self.optimizers[name] = accelerator.prepare(module, optimizer)
             else:
@@ -190,7 +198,7 @@ class _Run:
                 self.modules[name] = accelerator.prepare(module)
                 optimizer = make_optimizer(self.modules[name], options, self.peak_rates[name])
                 self.optimizers[name] = accelerator.prepare(optimizer)
-        if (self.is_fsdp or self.is_deepspeed) and accelerator.is_main_process:
+        if (self.is_fsdp or self.accelerator.is_deepspeed) and accelerator.is_main_process:
             task.modules["model"].to(accelerator.device)
 
     def _own(self, name: str) -> torch.nn.Module:
@@ -257,7 +265,6 @@ class _Run:
                 self.accelerator.backward(loss)
                 if self.accelerator.sync_gradients:
                     norm = self.accelerator.clip_grad_norm_(parameters, self.options.max_grad_norm)
-                if self.accelerator.sync_gradients or self.is_deepspeed:  # DeepSpeed counts micro-batches itself
                     optimizer.step()
                     optimizer.zero_grad(set_to_none=True)
             for name, value in values.items():
@@ -377,7 +384,7 @@ class _Run:
     def result(self) -> Iterator[None]:
         """Have the result, averaged and whole, in the task's model on the main process. All processes must call it."""
         model = self.task.modules["model"]
-        if not (self.is_fsdp or self.is_deepspeed):
+        if not (self.is_fsdp or self.accelerator.is_deepspeed):
             with self.average.applied_to(model) if self.average is not None else nullcontext():
                 yield
             return

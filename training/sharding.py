@@ -16,12 +16,13 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType, convert_outputs_to_fp32
+from accelerate.utils import DistributedType, GradientAccumulationPlugin, convert_outputs_to_fp32
 from safetensors.torch import load_file, save_file
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
+from transformers.integrations import unset_hf_deepspeed_config
 
 from pipelines.shared.programs import ProgramError
 
@@ -51,6 +52,57 @@ def _is_set(name: str, default: str = "false") -> bool:
     return os.environ.get(name, default).lower() in ("1", "true", "yes")
 
 
+class TrainingAccelerator(Accelerator):
+    """An `Accelerator` under which the options of a program hold with DeepSpeed as they do without it.
+
+    DeepSpeed counts the micro-batches of a step and clips gradients by itself, whatever the options say. In mixed
+    precision it would keep the weights in bfloat16, and their average would be one of rounded weights: here they stay
+    in float32 and only operations are in bfloat16, as with DDP and FSDP.
+
+    Args:
+        batch_size (`int`): Of a micro-batch of one process.
+        accumulation_steps (`int`): Micro-batches of a step.
+        max_norm (`float`): The norm to which gradients are clipped.
+        mixed_precision (`str`): "no", "fp16" or "bf16"; "fp16" not with DeepSpeed.
+        settings: Those of `Accelerator`.
+    """
+
+    def __init__(
+        self, batch_size: int, accumulation_steps: int, max_norm: float, mixed_precision: str, **settings: Any
+    ) -> None:
+        # Not as a number, which a variable of `accelerate launch` would overrule.
+        accumulation = GradientAccumulationPlugin(num_steps=accumulation_steps)
+        super().__init__(mixed_precision=mixed_precision, gradient_accumulation_plugin=accumulation, **settings)
+        self.is_deepspeed = self.distributed_type == DistributedType.DEEPSPEED
+        self.has_own_autocast = self.is_deepspeed and mixed_precision == "bf16"
+        if self.is_deepspeed:
+            self.state.deepspeed_plugin.deepspeed_config |= {
+                "train_micro_batch_size_per_gpu": batch_size,
+                "gradient_accumulation_steps": accumulation_steps,
+                "gradient_clipping": max_norm,
+                "bf16": {"enabled": False},
+            }
+            # With ZeRO-3, transformers would cut up every model that is loaded, a frozen one as well.
+            unset_hf_deepspeed_config()
+
+    def autocast(self, *arguments: Any, **settings: Any) -> Any:
+        """As accelerate's, and with DeepSpeed, too."""
+        if self.has_own_autocast:
+            return torch.autocast(self.device.type, torch.bfloat16)
+        return super().autocast(*arguments, **settings)
+
+
+def compute_in_mixed_precision(module: torch.nn.Module, accelerator: Accelerator) -> None:
+    """Have a module compute in the mixed precision of the run and return float32, where accelerate leaves it alone."""
+    forward = module.forward
+
+    def in_mixed_precision(*args: Any, **kwargs: Any) -> Any:
+        with accelerator.autocast():
+            return forward(*args, **kwargs)
+
+    module.forward = convert_outputs_to_fp32(in_mixed_precision)
+
+
 def shard_model(module: torch.nn.Module, accelerator: Accelerator) -> torch.nn.Module:
     """Shard a module in place: every block is a unit, and what lies outside of the blocks is another.
 
@@ -71,13 +123,7 @@ def shard_model(module: torch.nn.Module, accelerator: Accelerator) -> torch.nn.M
         if type(part).__name__ in classes:
             fully_shard(part, **settings)
     if accelerator.mixed_precision == "bf16":
-        forward = module.forward
-
-        def in_mixed_precision(*args: Any, **kwargs: Any) -> Any:
-            with accelerator.autocast():
-                return forward(*args, **kwargs)
-
-        module.forward = convert_outputs_to_fp32(in_mixed_precision)
+        compute_in_mixed_precision(module, accelerator)
     return fully_shard(module, **settings)
 
 
@@ -108,12 +154,6 @@ def gathered_by_deepspeed(parameters: list[torch.nn.Parameter]) -> Iterator[None
 
     with deepspeed.zero.GatheredParameters(parameters, modifier_rank=None):
         yield
-
-
-def set_micro_batch(accelerator: Accelerator, batch_size: int) -> None:
-    """DeepSpeed wants to know the batch size, which it would else take from a loader that accelerate prepares."""
-    if accelerator.distributed_type == DistributedType.DEEPSPEED:
-        accelerator.state.deepspeed_plugin.deepspeed_config["train_micro_batch_size_per_gpu"] = batch_size
 
 
 def save_shards(folder: Path, module: torch.nn.Module, optimizer: torch.optim.Optimizer, is_main: bool) -> None:
