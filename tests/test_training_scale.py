@@ -166,7 +166,7 @@ def test_two_processes_train_like_one_with_twice_the_batch_and_resume(images, on
     one, two = logged(one_process), logged(output)
     for step in range(1, 7):
         assert one[step] == pytest.approx(two[step], rel=1e-3), step
-    # The averages, whole. Worst error seen 3.6e-6, after four updates of 1e-3.
+    # The averages, whole. Worst error seen 6.2e-6, after four updates of 1e-3.
     averages = [load_file(run / "checkpoint-6" / "ema.safetensors") for run in (one_process, output)]
     assert averages[0].keys() == averages[1].keys()
     worst = max((averages[0][name] - averages[1][name]).abs().max().item() for name in averages[0])
