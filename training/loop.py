@@ -79,7 +79,7 @@ def make_accelerator(options: argparse.Namespace) -> TrainingAccelerator:
         log_with=chosen_trackers(options.report_to) or None,
         project_config=ProjectConfiguration(str(options.output_dir), logging_dir=str(options.output_dir / "logs")),
     )
-    if accelerator.is_deepspeed and options.mixed_precision == "fp16":
+    if accelerator.with_deepspeed and options.mixed_precision == "fp16":
         raise ProgramError("--mixed_precision must be no or bf16 with DeepSpeed, got fp16")
     set_seed(options.seed)
     return accelerator
@@ -176,7 +176,7 @@ class _Run:
         A sharded model is a copy. The task keeps the whole one, which the main process validates and saves.
         """
         options, accelerator, task = self.options, self.accelerator, self.task
-        if self.accelerator.is_deepspeed and len(task.modules) > 1:
+        if accelerator.with_deepspeed and len(task.modules) > 1:
             raise ProgramError(
                 "the distributed type must be one process, DDP or FSDP with the adversarial loss, got DeepSpeed"
             )
@@ -187,7 +187,7 @@ class _Run:
                 module = shard_model(copy.deepcopy(module), accelerator)
                 self.modules[name] = module
                 self.optimizers[name] = make_optimizer(module, options, self.peak_rates[name])
-            elif self.accelerator.is_deepspeed:
+            elif accelerator.with_deepspeed:
                 module = copy.deepcopy(module)
                 if accelerator.has_own_autocast:
                     compute_in_mixed_precision(module, accelerator)
@@ -198,7 +198,7 @@ class _Run:
                 self.modules[name] = accelerator.prepare(module)
                 optimizer = make_optimizer(self.modules[name], options, self.peak_rates[name])
                 self.optimizers[name] = accelerator.prepare(optimizer)
-        if (self.is_fsdp or self.accelerator.is_deepspeed) and accelerator.is_main_process:
+        if (self.is_fsdp or accelerator.with_deepspeed) and accelerator.is_main_process:
             task.modules["model"].to(accelerator.device)
 
     def _own(self, name: str) -> torch.nn.Module:
@@ -384,7 +384,7 @@ class _Run:
     def result(self) -> Iterator[None]:
         """Have the result, averaged and whole, in the task's model on the main process. All processes must call it."""
         model = self.task.modules["model"]
-        if not (self.is_fsdp or self.accelerator.is_deepspeed):
+        if not (self.is_fsdp or self.accelerator.with_deepspeed):
             with self.average.applied_to(model) if self.average is not None else nullcontext():
                 yield
             return

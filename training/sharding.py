@@ -73,9 +73,9 @@ class TrainingAccelerator(Accelerator):
         # Not as a number, which a variable of `accelerate launch` would overrule.
         accumulation = GradientAccumulationPlugin(num_steps=accumulation_steps)
         super().__init__(mixed_precision=mixed_precision, gradient_accumulation_plugin=accumulation, **settings)
-        self.is_deepspeed = self.distributed_type == DistributedType.DEEPSPEED
-        self.has_own_autocast = self.is_deepspeed and mixed_precision == "bf16"
-        if self.is_deepspeed:
+        self.with_deepspeed = self.distributed_type == DistributedType.DEEPSPEED
+        self.has_own_autocast = self.with_deepspeed and mixed_precision == "bf16"
+        if self.with_deepspeed:
             self.state.deepspeed_plugin.deepspeed_config |= {
                 "train_micro_batch_size_per_gpu": batch_size,
                 "gradient_accumulation_steps": accumulation_steps,
